@@ -1,0 +1,28 @@
+"""Fused, memory-flat unlearning losses for large-vocabulary language models."""
+
+from unilogit_kernels.backends import available_backends
+from unilogit_kernels.functional import (
+    linear_objective_loss,
+    linear_target_log_odds,
+    linear_unilogit_loss,
+    objective_loss,
+    shift_labels,
+    target_log_odds,
+    unilogit_loss,
+)
+from unilogit_kernels.modules import LinearUnilogitLoss, UnilogitLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearUnilogitLoss",
+    "UnilogitLoss",
+    "available_backends",
+    "linear_objective_loss",
+    "linear_target_log_odds",
+    "linear_unilogit_loss",
+    "objective_loss",
+    "shift_labels",
+    "target_log_odds",
+    "unilogit_loss",
+]

@@ -1,0 +1,517 @@
+"""The losses as functions. Names and docstrings live here; the work is done in the layers below.
+
+Labels are compared with the logits of the same position. For a causal language model, where the
+logits of position t predict token t + 1, pass `shift_labels(input_ids)` as labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import inputs, objectives
+from unilogit_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from unilogit_kernels.inputs import LossCall
+from unilogit_kernels.objectives import Objective
+
+ObjectiveLike = str | Objective | Callable[[Tensor], Tensor]
+"""A name from `objectives.REGISTRY`, an instance, or a differentiable function of the log-odds."""
+
+_UNILOGIT = {"reverse": "unilogit", "forward": "unilogit_forward"}
+
+
+def unilogit_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    direction: str = "reverse",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Unilogit (arXiv 2505.06027): drive the label's probability to 1/V by self-distillation.
+
+    The target q is the model's own distribution with the label's logit rewritten so that it gets
+    probability 1/V; no gradient flows through q. The loss is KL(p || q), or KL(q || p) for the
+    forward direction, in nats.
+
+    Args:
+        logits: `[..., V]`, float32, bfloat16, float16 or float64, any strides.
+        labels: int64 or int32 `[...]`, in `[0, vocab_size)` or `ignore_index`. Not shifted here.
+        direction: `"reverse"` (the paper's) or `"forward"`.
+        ignore_index: Label of positions that contribute nothing, whatever their logits hold.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        token_weights: `[...]`, a constant factor per token, of either sign. It does not enter the
+            mean's denominator.
+        num_items_in_batch: Denominator of the mean, at least 1 (smaller numbers count as 1), for
+            gradient accumulation: an int, or a tensor on any device. Default: the number of
+            labels that are not `ignore_index`.
+        softcap: The model caps its logits as `softcap * tanh(z / softcap)` (Gemma 2).
+        logit_scale: The model multiplies its logits by this, before the cap (Cohere; Granite
+            divides, so pass the reciprocal).
+        vocab_size: Number of real tokens where the vocabulary is padded; the columns beyond have
+            no probability and get zero gradient.
+        backend: Name of a backend, or None for the best one of the device.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): a scalar, or `[...]` for `"none"` with 0 at
+        ignored positions. With every label ignored it is 0, attached to the graph.
+
+    Raises:
+        TypeError: A dtype is not supported.
+        ValueError: A shape, device or option does not fit.
+        IndexError: A label is out of range. On accelerators, where checking would synchronise, its
+            row becomes NaN instead, unless `UNILOGIT_KERNELS_CHECK_LABELS=1` is set.
+        RuntimeError: The backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import unilogit_loss
+        >>> logits = torch.randn(4, 1000, requires_grad=True)
+        >>> loss = unilogit_loss(logits, torch.tensor([1, 2, 3, -100]))
+        >>> loss.backward()
+        >>> bool(logits.grad[3].eq(0).all())
+        True
+    """
+    return objective_loss(
+        logits,
+        labels,
+        _unilogit(direction),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+
+
+def linear_unilogit_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    direction: str = "reverse",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`unilogit_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
+
+    Positions that are ignored or have weight 0 are dropped before the first GEMM. Gradients are
+    computed in the forward pass and scaled in the backward; a frozen operand costs nothing.
+
+    Args:
+        hidden: `[..., H]`, the hidden states that enter the lm_head.
+        weight: `[V, H]`, the lm_head's weight, in hidden's dtype (any dtype under autocast).
+        labels: As in `unilogit_loss`.
+        bias: `[V]` or None.
+        direction: As in `unilogit_loss`.
+        ignore_index: As in `unilogit_loss`.
+        reduction: As in `unilogit_loss`. With `"none"`, logits are recomputed in the backward.
+        token_weights: As in `unilogit_loss`.
+        num_items_in_batch: As in `unilogit_loss`.
+        softcap: As in `unilogit_loss`.
+        logit_scale: As in `unilogit_loss`.
+        vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
+
+    Returns:
+        As `unilogit_loss`.
+
+    Raises:
+        TypeError: As `unilogit_loss`; also for mixed dtypes outside autocast.
+        ValueError: As `unilogit_loss`.
+        IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import linear_unilogit_loss
+        >>> hidden = torch.randn(2, 3, 16, requires_grad=True)
+        >>> lm_head = torch.nn.Linear(16, 1000, bias=False)
+        >>> labels = torch.randint(0, 1000, (2, 3))
+        >>> linear_unilogit_loss(hidden, lm_head.weight, labels).backward()
+        >>> hidden.grad.shape
+        torch.Size([2, 3, 16])
+    """
+    return linear_objective_loss(
+        hidden,
+        weight,
+        labels,
+        _unilogit(direction),
+        bias=bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+
+
+def target_log_odds(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The label's log-odds `d = logit(p_y) = z_y - log sum_{j != y} exp z_j`, differentiable.
+
+    Any loss that sees a token through its own probability composes from it by plain autograd:
+    `log p_y = -softplus(-d)`, `log(1 - p_y) = -softplus(d)`. The sum leaves the label's column out
+    from the start, so d keeps its digits where p_y rounds to 1.
+
+    Args:
+        logits: As in `unilogit_loss`.
+        labels: As in `unilogit_loss`.
+        ignore_index: Label of positions that do not count.
+        softcap: As in `unilogit_loss`.
+        logit_scale: As in `unilogit_loss`.
+        vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
+
+    Returns:
+        `[...]`, float32 (float64 for float64 logits); 0 without gradient at ignored positions.
+
+    Raises:
+        TypeError: As `unilogit_loss`.
+        ValueError: As `unilogit_loss`.
+        IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import target_log_odds
+        >>> logits = torch.randn(4, 1000, requires_grad=True)
+        >>> labels = torch.tensor([1, 2, 3, 4])
+        >>> nll = torch.nn.functional.softplus(-target_log_odds(logits, labels))
+        >>> bool(torch.allclose(nll.mean(), torch.nn.functional.cross_entropy(logits, labels)))
+        True
+    """
+    call = inputs.describe_logits(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        reduction="none",
+        token_weights=None,
+        num_items_in_batch=None,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+    return _logits_log_odds(logits, call).reshape(call.shape)
+
+
+def linear_target_log_odds(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`target_log_odds` of `hidden @ weight.T + bias`, without ever holding these logits.
+
+    The backward recomputes the logits chunk by chunk, for the rows whose gradient is not 0.
+
+    Args:
+        hidden: As in `linear_unilogit_loss`.
+        weight: As in `linear_unilogit_loss`.
+        labels: As in `unilogit_loss`.
+        bias: `[V]` or None.
+        ignore_index: Label of positions that do not count.
+        softcap: As in `unilogit_loss`.
+        logit_scale: As in `unilogit_loss`.
+        vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
+
+    Returns:
+        As `target_log_odds`.
+
+    Raises:
+        TypeError: As `linear_unilogit_loss`.
+        ValueError: As `unilogit_loss`.
+        IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import linear_target_log_odds
+        >>> hidden = torch.randn(5, 16)
+        >>> weight = torch.randn(1000, 16, requires_grad=True)
+        >>> d = linear_target_log_odds(hidden, weight, torch.arange(5))
+        >>> log_p = -torch.nn.functional.softplus(-d)
+        >>> log_p.sum().backward()
+    """
+    hidden, weight, bias, call = _describe_linear(
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        reduction="none",
+        token_weights=None,
+        num_items_in_batch=None,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+    return _linear_log_odds(hidden, weight, bias, call).reshape(call.shape)
+
+
+def objective_loss(
+    logits: Tensor,
+    labels: Tensor,
+    objective: ObjectiveLike,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Any loss of the family: an objective of the log-odds, weighted and reduced over tokens.
+
+    Args:
+        logits: As in `unilogit_loss`.
+        labels: As in `unilogit_loss`.
+        objective: A name (`"unilogit"`, `"unilogit_forward"`, `"cross_entropy"`,
+            `"gradient_ascent"`, ...), an `objectives.Objective`, or your own differentiable
+            function from log-odds `[n]` to losses `[n]`. Registered objectives are finished in one
+            pass; a function goes through `target_log_odds` and plain autograd.
+        ignore_index: As in `unilogit_loss`.
+        reduction: As in `unilogit_loss`.
+        token_weights: As in `unilogit_loss`.
+        num_items_in_batch: As in `unilogit_loss`.
+        softcap: As in `unilogit_loss`.
+        logit_scale: As in `unilogit_loss`.
+        vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
+
+    Returns:
+        As `unilogit_loss`.
+
+    Raises:
+        TypeError: As `unilogit_loss`.
+        ValueError: As `unilogit_loss`; also for an unknown objective.
+        IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import objective_loss
+        >>> logits, labels = torch.randn(4, 1000), torch.arange(4)
+        >>> focal = lambda d: torch.sigmoid(-d) ** 2 * torch.nn.functional.softplus(-d)
+        >>> objective_loss(logits, labels, focal).shape
+        torch.Size([])
+    """
+    function = objectives.resolve(objective)
+    call = inputs.describe_logits(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+    if call.reduction != "none" and objectives.is_registered(function):
+        needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+        flat = logits.reshape(-1, logits.shape[-1])
+        loss: Tensor = torch.ops.unilogit_kernels.objective_loss(
+            flat, *_rows(call), *_weighting(function, call), needs_gradient
+        )[0]
+        return loss
+    return _reduce(_logits_log_odds(logits, call), function, call)
+
+
+def linear_objective_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    objective: ObjectiveLike,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`objective_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
+
+    Args:
+        hidden: As in `linear_unilogit_loss`.
+        weight: As in `linear_unilogit_loss`.
+        labels: As in `unilogit_loss`.
+        objective: As in `objective_loss`.
+        bias: `[V]` or None.
+        ignore_index: As in `unilogit_loss`.
+        reduction: As in `linear_unilogit_loss`.
+        token_weights: As in `unilogit_loss`.
+        num_items_in_batch: As in `unilogit_loss`.
+        softcap: As in `unilogit_loss`.
+        logit_scale: As in `unilogit_loss`.
+        vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
+
+    Returns:
+        As `unilogit_loss`.
+
+    Raises:
+        TypeError: As `linear_unilogit_loss`.
+        ValueError: As `objective_loss`.
+        IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import linear_objective_loss
+        >>> hidden, weight = torch.randn(5, 16), torch.randn(1000, 16)
+        >>> linear_objective_loss(hidden, weight, torch.arange(5), "cross_entropy").shape
+        torch.Size([])
+    """
+    function = objectives.resolve(objective)
+    hidden, weight, bias, call = _describe_linear(
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+    if call.reduction != "none" and objectives.is_registered(function):
+        needs = [
+            torch.is_grad_enabled() and operand is not None and operand.requires_grad
+            for operand in (hidden, weight, bias)
+        ]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss: Tensor = torch.ops.unilogit_kernels.linear_objective_loss(
+            flat, weight, bias, *_rows(call), *_weighting(function, call), *needs
+        )[0]
+        return loss
+    return _reduce(_linear_log_odds(hidden, weight, bias, call), function, call)
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels for the positions that predict them: `out[..., t] = labels[..., t + 1]`.
+
+    Args:
+        labels: `[..., T]`, usually the input ids with prompt and padding set to `ignore_index`.
+        ignore_index: What the last position, which predicts nothing, gets.
+
+    Returns:
+        `[..., T]`, same dtype.
+
+    Raises:
+        ValueError: `labels` is a scalar.
+
+    Example:
+        >>> import torch
+        >>> shift_labels(torch.tensor([[5, 6, 7]]))
+        tensor([[   6,    7, -100]])
+    """
+    if labels.dim() == 0:
+        raise ValueError("labels must have shape [..., T], got a scalar")
+    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def _unilogit(direction: str) -> str:
+    if direction not in _UNILOGIT:
+        raise ValueError(f"direction must be 'reverse' or 'forward', got {direction!r}")
+    return _UNILOGIT[direction]
+
+
+def _describe_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None, LossCall]:
+    hidden, weight = inputs.cast_for_autocast(hidden), inputs.cast_for_autocast(weight)
+    bias = None if bias is None else inputs.cast_for_autocast(bias)
+    return hidden, weight, bias, inputs.describe_linear(hidden, weight, bias, labels, **options)
+
+
+def _rows(call: LossCall) -> tuple[Any, ...]:
+    """The operators' arguments that describe the rows."""
+    return call.labels, *call.transform, call.vocab_size, call.backend
+
+
+def _weighting(objective: Objective, call: LossCall) -> tuple[Any, ...]:
+    """The operators' arguments that describe the objective and the weights."""
+    return call.row_weight, call.factor, objective.name, objective.parameters()
+
+
+def _logits_log_odds(logits: Tensor, call: LossCall) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1])
+    log_odds = torch.ops.unilogit_kernels.log_odds(flat, *_rows(call))[0]
+    return torch.where(call.row_weight != 0, log_odds, 0.0)
+
+
+def _linear_log_odds(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall) -> Tensor:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    active = call.row_weight != 0
+    log_odds = torch.ops.unilogit_kernels.linear_log_odds(flat, weight, bias, active, *_rows(call))[
+        0
+    ]
+    return torch.where(active, log_odds, 0.0)
+
+
+def _reduce(
+    log_odds: Tensor, objective: Objective | Callable[[Tensor], Tensor], call: LossCall
+) -> Tensor:
+    if isinstance(objective, Objective):
+        values = objective(log_odds, call.vocab_size)
+    else:
+        values = objective(log_odds)
+        if values.shape != log_odds.shape:
+            raise ValueError(
+                f"objective must return one loss per token, shape {list(log_odds.shape)}, "
+                f"got {list(values.shape)}"
+            )
+    losses = torch.where(call.row_weight != 0, call.row_weight * values, 0.0)
+    if call.reduction == "none":
+        return losses.reshape(call.shape)
+    return call.factor * losses.sum()

@@ -1,0 +1,114 @@
+"""The GEMMs of a fused linear call: tiles of logits out of it, gradients of its operands into it.
+
+The GEMMs are the vendor's, through torch. This module decides in which dtype each is taken and
+where its result is accumulated, so that the chunk loops need not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Needs(NamedTuple):
+    """Which operands want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def any(self) -> bool:
+        """Whether there is a backward at all."""
+        return self.hidden or self.weight or self.bias
+
+
+class GemmDtypes(NamedTuple):
+    """The dtypes around the GEMMs of a fused linear call.
+
+    Attributes:
+        operands: What the GEMMs read: hidden states, weight and gradient rows.
+        logits: What the logits are stored in: float32 wherever the device's GEMM can write it.
+        results: What the finished gradients are stored in until the upstream factor is known.
+    """
+
+    operands: torch.dtype
+    logits: torch.dtype
+    results: torch.dtype
+
+    @property
+    def exact(self) -> torch.dtype:
+        """What partial sums are accumulated in: at least float32."""
+        return torch.promote_types(self.operands, torch.float32)
+
+    @property
+    def rows_hold_factor(self) -> bool:
+        """Whether 1/N may be folded into the gradient rows: they have float32's exponent range."""
+        return self.operands != torch.float16
+
+    @staticmethod
+    def of(dtype: torch.dtype, device_type: str) -> GemmDtypes:
+        """Choose them for inputs of `dtype`.
+
+        float16 results wait in float32: with 1/N folded in they would underflow, without it they
+        could overflow. On CPU float16 operands are cast too, chunk by chunk, since their GEMM is
+        slow and accumulates no better.
+        """
+        on_gpu = device_type == "cuda"
+        if dtype == torch.float16:
+            return GemmDtypes(dtype if on_gpu else torch.float32, torch.float32, torch.float32)
+        if dtype == torch.bfloat16:
+            return GemmDtypes(dtype, torch.float32 if on_gpu else dtype, dtype)
+        return GemmDtypes(dtype, dtype, dtype)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`; `out` may be float32 where the operands are narrower."""
+    if out.dtype == a.dtype:
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else torch.mm(a, b)
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An lm_head applied to some hidden states, of which only tiles of logits are ever computed.
+
+    Attributes:
+        hidden: `[n, h]`, in `dtypes.operands`.
+        weight: `[V, h]`, the rows that carry probability, in the inputs' dtype.
+        bias: `[V]` or None.
+        dtypes: See `GemmDtypes`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtypes: GemmDtypes
+
+    def weight_columns(self, columns: slice) -> Tensor:
+        """The weight of these vocabulary columns, `[v, h]`, in the operands' dtype."""
+        return self.weight[columns].to(self.dtypes.operands)
+
+    def project(self, tokens: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
+        """Write the logits of a tile into `out`, `[tokens, columns]` in `dtypes.logits`.
+
+        `weight` is `weight_columns(columns)`.
+        """
+        hidden = self.hidden[tokens]
+        if self.bias is not None and out.dtype == hidden.dtype:
+            bias = self.bias[columns].to(hidden.dtype)
+            torch.addmm(bias, hidden, weight.t(), out=out)
+            return
+        multiply(hidden, weight.t(), out)
+        if self.bias is not None:
+            out.add_(self.bias[columns])

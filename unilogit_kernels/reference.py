@@ -1,0 +1,172 @@
+"""The oracle: the definitions of the paper, written literally in plain torch.
+
+Everything here materialises `[n, V]` tensors on purpose. It takes any float dtype (use float64 for
+an oracle), is differentiable twice, and is what the kernels are judged against.
+
+Source: Vasilev et al., "Unilogit: Robust Machine Unlearning for LLMs Using Uniform-Target
+Self-Distillation", Findings of ACL 2025, arXiv 2505.06027.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def transform_logits(
+    logits: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """What a model does to its raw logits: scale, then cap; padding columns are cut off.
+
+    Args:
+        logits: `[..., V]`, any float dtype.
+        softcap: `c` of `c * tanh(z / c)`.
+        logit_scale: Factor on the raw logits, applied before the cap.
+        vocab_size: Number of leading columns that are real tokens.
+
+    Returns:
+        `[..., vocab_size]` in the dtype of `logits`.
+    """
+    if vocab_size is not None:
+        logits = logits[..., :vocab_size]
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
+def unilogit_target(logits: Tensor, labels: Tensor) -> Tensor:
+    """The paper's rewritten logits: the label's entry becomes `log(sum_{j!=y} e^{z_j}) - log(V-1)`.
+
+    After a softmax over the result, the label has probability `1/V` and the other tokens keep
+    their proportions.
+
+    Args:
+        logits: `[n, V]`.
+        labels: int64 `[n]` in `[0, V)`.
+
+    Returns:
+        `[n, V]`, detached.
+    """
+    is_label = F.one_hot(labels, logits.shape[-1]).bool()
+    rest_lse = torch.logsumexp(logits.masked_fill(is_label, float("-inf")), dim=-1, keepdim=True)
+    rewritten = rest_lse - math.log(logits.shape[-1] - 1)
+    return torch.where(is_label, rewritten, logits).detach()
+
+
+def unilogit_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    direction: str = "reverse",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Unilogit, step by step as in the paper: rewrite, detach, softmax, KL over the vocabulary.
+
+    Args:
+        logits: `[..., V]`, any float dtype; all arithmetic is in that dtype.
+        labels: int64 `[...]`.
+        direction: `"reverse"` for KL(p || q), the paper's loss, or `"forward"` for KL(q || p).
+        ignore_index: Label of positions that do not count.
+        reduction: `"mean"` over the counted positions, `"sum"` or `"none"`.
+        softcap: See `transform_logits`.
+        logit_scale: See `transform_logits`.
+        vocab_size: See `transform_logits`.
+
+    Returns:
+        A scalar, or `[...]` for `"none"` with 0 at ignored positions.
+    """
+    logits = transform_logits(
+        logits, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size
+    )
+    counted = labels != ignore_index
+    rows = logits[counted]
+    log_q = torch.log_softmax(unilogit_target(rows, labels[counted]), dim=-1)
+    log_p = torch.log_softmax(rows, dim=-1)
+    if direction == "reverse":
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    elif direction == "forward":
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    else:
+        raise ValueError(f"direction must be 'reverse' or 'forward', got {direction!r}")
+    if reduction == "sum":
+        return kl.sum()
+    if reduction == "mean":
+        return kl.sum() / max(int(counted.sum()), 1)
+    return torch.zeros(labels.shape, dtype=kl.dtype, device=kl.device).masked_scatter(counted, kl)
+
+
+def target_log_odds(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """`d = z_y - log sum_{j != y} exp z_j`, the log-odds of the label, by a masked logsumexp.
+
+    Args:
+        logits: `[n, V]`, any float dtype.
+        labels: int64 `[n]` in `[0, V)`.
+        softcap: See `transform_logits`.
+        logit_scale: See `transform_logits`.
+        vocab_size: See `transform_logits`.
+
+    Returns:
+        `[n]` in the dtype of `logits`.
+    """
+    logits = transform_logits(
+        logits, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size
+    )
+    is_label = F.one_hot(labels, logits.shape[-1]).bool()
+    rest_lse = torch.logsumexp(logits.masked_fill(is_label, float("-inf")), dim=-1)
+    return logits.gather(-1, labels[:, None])[:, 0] - rest_lse
+
+
+def weighted_objective_sum(
+    logits: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """`sum_i w_i f(d_i)` over the rows with `w_i != 0`, by plain autograd.
+
+    Args:
+        logits: `[n, V]`, any float dtype.
+        labels: int64 `[n]`; a row with weight 0 may hold any label.
+        row_weight: `[n]`.
+        objective: `f`, a differentiable function of the log-odds.
+        softcap: See `transform_logits`.
+        logit_scale: See `transform_logits`.
+        vocab_size: See `transform_logits`.
+
+    Returns:
+        A scalar.
+    """
+    counted = row_weight != 0
+    log_odds = target_log_odds(
+        logits[counted],
+        labels[counted],
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+    )
+    return (row_weight[counted] * objective(log_odds)).sum()
