@@ -39,11 +39,14 @@ class ErrorBudget:
     allowed: float
 
     @staticmethod
-    def of(actual: Tensor, exact: Tensor, plain: Tensor) -> ErrorBudget:
+    def of(
+        actual: Tensor, exact: Tensor, plain: Tensor, smallest_scale: float = 0.0
+    ) -> ErrorBudget:
         """Measure `actual` and `plain`, of one dtype, against `exact` in float64.
 
         Rows (the last dimension) are measured relative to their own largest exact entry, so that a
         row with a small gradient counts as much as one with a large one. A vector is one row.
+        Errors of rows below `smallest_scale` are measured relative to that.
 
         Raises:
             ValueError: Shapes or dtypes differ, or `exact` is not float64.
@@ -60,6 +63,7 @@ class ErrorBudget:
             return ErrorBudget(0.0, 0.0)
         exact = exact.detach()
         scale = exact.abs().amax(-1, keepdim=True) if exact.dim() else exact.abs()
+        scale = scale.clamp(min=smallest_scale)
 
         def largest(values: Tensor) -> float:
             difference = (values.detach().double() - exact).abs()
@@ -72,7 +76,9 @@ class ErrorBudget:
         return ErrorBudget(largest(actual), 2 * plain_error + torch.finfo(actual.dtype).eps)
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "") -> None:
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, plain: Tensor, what: str = "", *, smallest_scale: float = 0.0
+) -> None:
     """Assert: error <= 2x what plain torch makes in the same dtype, plus one rounding.
 
     Args:
@@ -80,6 +86,8 @@ def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, what: str
         exact: The float64 oracle of the same shape.
         plain: The same computation by plain torch, in the dtype of `actual`.
         what: Named in the message.
+        smallest_scale: Below this, errors are absolute; 0 for none. A loss of a few nats is a sum
+            of terms of order 1, so 1.0 is its natural scale.
 
     Raises:
         AssertionError: The error is larger, or NaN where the oracle is not.
@@ -89,7 +97,7 @@ def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, what: str
         >>> x = torch.rand(8)
         >>> assert_within_budget(x.exp(), x.double().exp(), x.exp())
     """
-    budget = ErrorBudget.of(actual, exact, plain)
+    budget = ErrorBudget.of(actual, exact, plain, smallest_scale)
     assert budget.error <= budget.allowed, (
         f"{what or 'value'}: relative error {budget.error:.3e} exceeds {budget.allowed:.3e}, "
         "twice plain torch's plus one rounding"

@@ -36,6 +36,17 @@ def _transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) 
     return z
 
 
+def _softcap_slope(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
+    """`1 - tanh^2 = 4 e / (1 + e)^2` with `e = exp(-2 |x|)`, which has no cancellation."""
+    e = (
+        logits.to(dtype, copy=True)
+        .abs_()
+        .mul_(-2 * abs(transform.scale) / transform.softcap)
+        .exp_()
+    )
+    return e / (1 + e).square_().div_(4)
+
+
 class EagerKernels:
     """`RowKernels` in torch operations, in blocks of rows that bound the temporaries."""
 
@@ -80,11 +91,11 @@ class EagerKernels:
         if v == 0:
             return
         for rows in _row_blocks(logits):
-            z = _transformed(logits[rows], transform, state.dtype)
             row_slope = slope[rows, None]
             factor = transform.scale * row_slope
             if transform.softcap:
-                factor = factor * (1 - (z / transform.softcap).square())
+                factor = factor * _softcap_slope(logits[rows], transform, state.dtype)
+            z = _transformed(logits[rows], transform, state.dtype)
             row_max, row_sum = state[row_state.ROW_MAX, rows], state[row_state.ROW_SUM, rows]
             row = z.sub_(row_max[:, None]).exp_().div_(-row_sum[:, None])
             column, inside = _label_columns(labels[rows], first_column, v)

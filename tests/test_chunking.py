@@ -1,0 +1,204 @@
+"""The chunk loops: what they never allocate, and that their cut does not show in the result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import Problem, check, linear_problem
+
+from unilogit_kernels import chunking, linear_target_log_odds, linear_unilogit_loss, row_state
+from unilogit_kernels.chunking import Plan, plan_linear
+from unilogit_kernels.projection import GemmDtypes, Needs
+from unilogit_kernels.testing import AllocationGuard, assert_within_budget
+
+SHAPES = [(64, 16, 3001), (300, 8, 997), (80, 64, 2053)]
+
+
+@pytest.mark.parametrize("n_h_v", SHAPES)
+@pytest.mark.parametrize("frozen_weight", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_never_allocates_all_logits(
+    backend: str,
+    dtype: torch.dtype,
+    n_h_v: tuple[int, int, int],
+    frozen_weight: bool,
+    reduction: str,
+) -> None:
+    n, h, v = n_h_v
+    problem = linear_problem(n, h, v, dtype)
+    hidden, weight = (x.requires_grad_() for x in problem.operands)
+    weight.requires_grad_(not frozen_weight)
+    with AllocationGuard(forbidden_elements=n * v) as guard:
+        loss = linear_unilogit_loss(
+            hidden, weight, torch.randint(0, v, (n,)), reduction=reduction, backend=backend
+        )
+        loss.sum().backward()
+    assert guard.largest > 0
+
+
+def test_guard_sees_inside_the_operators() -> None:
+    """It would catch a call that did hold all logits."""
+    logits = torch.randn(20, 300, requires_grad=True)
+    labels = torch.arange(20)
+    with pytest.raises(AssertionError, match="6000 elements"), AllocationGuard(6000):
+        torch.ops.unilogit_kernels.objective_loss(
+            logits,
+            labels,
+            1.0,
+            0.0,
+            300,
+            "eager",
+            torch.ones(20),
+            torch.ones(()),
+            "unilogit",
+            [],
+            True,
+        )
+
+
+def test_guard_counts_live_bytes() -> None:
+    with AllocationGuard() as guard:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b + 1
+    assert guard.peak_bytes == 8000
+    assert guard.largest == 1000
+    assert c.sum() == 2000
+
+
+def _plans(n: int, h: int, v: int) -> list[Plan]:
+    return [
+        Plan("vocabulary_chunks", tokens, columns, kept)
+        for tokens in (n, 7, 1)
+        for columns in (v, 100, 1)
+        for kept in (0, min(n, h))
+        if not (tokens == 1 and columns == 1)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n_h", [(11, 24), (24, 11)])
+def test_any_cut_is_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, n_h: tuple[int, int]
+) -> None:
+    """Both orders, with chunks down to one row or column, with and without kept logits."""
+    n, h = n_h
+    v = 130
+    problem = linear_problem(n, h, v, dtype, bias=True, softcap=4.0)
+    n_active = int((problem.labels != -100).sum())
+    plans = _plans(n_active, h, v)
+    for plan in plans:
+        monkeypatch.setattr(chunking, "plan_linear", lambda *_, plan=plan, **__: plan)
+        check(problem, backend)
+    frozen = [Plan("token_chunks", tokens, v) for tokens in (n_active, 3, 1)]
+    if dtype == torch.float16:
+        return  # cast chunk by chunk on CPU, so never cut by tokens
+    for plan in frozen:
+        monkeypatch.setattr(chunking, "plan_linear", lambda *_, plan=plan, **__: plan)
+        _check_frozen(problem, backend)
+
+
+def _check_frozen(problem: Problem, backend: str) -> None:
+    hidden, weight, bias = problem.operands
+    inputs = hidden.detach().requires_grad_(), bias.detach().requires_grad_()
+    loss = linear_unilogit_loss(
+        inputs[0], weight, problem.labels, bias=inputs[1], softcap=4.0, backend=backend
+    )
+    gradients = torch.autograd.grad(loss, inputs)
+    _, exact = problem.plain(torch.float64)
+    _, plain = problem.plain(hidden.dtype)
+    for i, ours in zip((0, 2), gradients, strict=True):
+        assert_within_budget(ours, exact[i], plain[i])
+
+
+def test_weight_gradient_error_does_not_grow_with_chunks(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Adding up in bfloat16 would: 64 chunks lose several digits of it."""
+    problem = linear_problem(256, 16, 64, torch.bfloat16)
+    errors = []
+    for tokens in (256, 4):
+        plan = Plan("vocabulary_chunks", tokens, 16)
+        monkeypatch.setattr(chunking, "plan_linear", lambda *_, plan=plan, **__: plan)
+        _, (_, gradient) = problem.ours(backend)
+        _, (_, exact) = problem.plain(torch.float64)
+        errors.append((gradient.double() - exact).norm() / exact.norm())
+    assert errors[1] <= 1.5 * errors[0]
+
+
+class TestPlan:
+    def plan(self, n: int, h: int, v: int, *, weight: bool, device: str = "cpu") -> Plan:
+        dtypes = GemmDtypes.of(torch.bfloat16, device)
+        needs = Needs(hidden=True, weight=weight, bias=False)
+        return plan_linear(n, h, v, dtypes, torch.bfloat16, device, needs, visits=2)
+
+    def test_frozen_weight_goes_by_tokens_within_the_budget(self) -> None:
+        plan = self.plan(1024, 1024, 131_072, weight=False)
+        assert plan.order == "token_chunks"
+        assert plan.tokens * plan.columns * 2 <= chunking.MEMORY_BUDGET["cpu"]
+
+    def test_trainable_weight_goes_by_columns_and_keeps_the_logits(self) -> None:
+        plan = self.plan(1024, 1024, 131_072, weight=True)
+        assert plan.order == "vocabulary_chunks"
+        assert plan.kept_tokens == 1024
+        assert plan.tokens * plan.columns * 2 <= chunking.TILE_BYTES["cpu"]
+
+    def test_float32_logits_keep_half_as_many_in_a_bfloat16_gradient(self) -> None:
+        assert self.plan(8192, 4096, 128_256, weight=True, device="cuda").kept_tokens == 2048
+
+    def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
+        plan = self.plan(4096, 64, 1 << 23, weight=False)
+        assert plan.order == "vocabulary_chunks"
+
+    def test_many_tokens_are_cut_too(self) -> None:
+        plan = self.plan(1 << 20, 64, 1 << 17, weight=True)
+        assert plan.tokens * plan.columns * 2 <= chunking.TILE_BYTES["cpu"]
+        assert plan.columns >= chunking.MIN_TILE_COLUMNS
+
+
+def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Rows whose slope is 0 do not reach a GEMM of the backward."""
+    sizes: list[int] = []
+    original = chunking.linear_gradient
+
+    def spy(head, *args):  # type: ignore[no-untyped-def]
+        sizes.append(head.hidden.shape[0])
+        return original(head, *args)
+
+    monkeypatch.setattr(chunking, "linear_gradient", spy)
+    hidden, weight = torch.randn(20, 8), torch.randn(90, 8, requires_grad=True)
+    d = linear_target_log_odds(hidden, weight, torch.arange(20), backend=backend)
+    d[4:7].sum().backward()
+    assert sizes == [3]
+
+
+class TestRowState:
+    def test_merge_is_what_one_pass_gives(self) -> None:
+        logits, labels = torch.randn(3, 90, dtype=torch.float64) * 30, torch.tensor([0, 40, 89])
+        kernels = chunking.RowProblem
+        del kernels
+        from unilogit_kernels.backends import LogitTransform, load
+
+        eager, cpu = load("eager"), torch.device("cpu")
+
+        def state(first: int, last: int) -> torch.Tensor:
+            part = row_state.empty_state(3, cpu, torch.float64)
+            eager.log_odds_update(logits[:, first:last], labels, first, part, LogitTransform())
+            return part
+
+        whole = row_state.log_odds(state(0, 90), labels, 90)
+        parts = [state(0, 41), state(41, 41), state(41, 60), state(60, 90)]
+        left = row_state.merge(row_state.merge(parts[0], parts[1]), parts[2])
+        for merged in (
+            row_state.merge(left, parts[3]),
+            row_state.merge(parts[3], left),
+            row_state.merge_parts(torch.stack(parts)),
+        ):
+            assert torch.allclose(row_state.log_odds(merged, labels, 90), whole, rtol=1e-14)
+
+    def test_empty_is_neutral(self) -> None:
+        state = torch.tensor([[1.0], [2.0], [-3.0]])
+        empty = row_state.empty_state(1, torch.device("cpu"))
+        assert torch.equal(row_state.merge(state, empty), state)
+        assert torch.equal(row_state.merge(empty, empty), empty)
