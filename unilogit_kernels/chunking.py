@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform, RowKernels, SweepKernels
+from unilogit_kernels.memory import allocate
 from unilogit_kernels.objectives import Objective
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs, multiply
 
@@ -120,7 +121,7 @@ def logits_objective(
 
 
 def _empty_gradient(logits: Tensor, vocab_size: int) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = allocate(logits.shape, logits.dtype, logits.device)
     out[:, vocab_size:] = 0
     return out
 
@@ -262,7 +263,11 @@ def _token_tiles(n: int, plan: Plan) -> list[slice]:
 
 def _scratch(head: LinearHead, plan: Plan, tiles: list[slice]) -> Tensor:
     tokens = max(tile.stop - tile.start for tile in tiles)
-    return head.hidden.new_empty(tokens * plan.columns, dtype=head.dtypes.logits)
+    return _buffer(head, tokens * plan.columns, head.dtypes.logits)
+
+
+def _buffer(head: LinearHead, elements: int, dtype: torch.dtype) -> Tensor:
+    return allocate((elements,), dtype, head.hidden.device)
 
 
 def _tile(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
@@ -331,7 +336,7 @@ def _second_visit(
     scratch = _scratch(head, plan, tiles)
     gradient_rows = scratch
     if operands != scratch.dtype:
-        gradient_rows = torch.empty_like(scratch, dtype=operands)
+        gradient_rows = _buffer(head, scratch.numel(), operands)
     hidden_sum = d_hidden
     if d_hidden is not None and d_hidden.dtype != exact:
         hidden_sum = torch.empty_like(d_hidden, dtype=exact)
@@ -380,7 +385,7 @@ def _allocate(head: LinearHead, rows: RowProblem, needs: Needs) -> Gradients:
     results, exact = head.dtypes.results, head.dtypes.exact
     weight = bias = None
     if needs.weight:
-        weight = head.weight.new_empty(head.weight.shape, dtype=results)
+        weight = allocate(head.weight.shape, results, head.weight.device)
         weight[rows.vocab_size :] = 0
     if needs.bias:
         bias = head.weight.new_zeros(head.weight.shape[0], dtype=exact)
@@ -399,10 +404,10 @@ def _by_tokens(
     vocabulary = slice(0, rows.vocab_size)
     weight = head.weight_columns(vocabulary)
     dtypes = head.dtypes
-    buffer = head.hidden.new_empty(plan.tokens * rows.vocab_size, dtype=dtypes.logits)
+    buffer = _buffer(head, plan.tokens * rows.vocab_size, dtypes.logits)
     out_buffer = buffer
     if dtypes.operands != dtypes.logits:
-        out_buffer = torch.empty_like(buffer, dtype=dtypes.operands)
+        out_buffer = _buffer(head, buffer.numel(), dtypes.operands)
     for tokens in _slices(head.hidden.shape[0], plan.tokens):
         logits, out = _tile(buffer, tokens, vocabulary), _tile(out_buffer, tokens, vocabulary)
         head.project(tokens, vocabulary, weight, out=logits)
