@@ -162,11 +162,9 @@ class TestRegistry:
         assert available_backends()["eager"] is None
 
     def test_missing_backend_raises_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        backends.load.cache_clear()
         monkeypatch.setattr(backends, "unavailable_reason", lambda name: "no such library")
         with pytest.raises(RuntimeError, match="'cpu' is not available: no such library"):
             unilogit_loss(torch.randn(2, 5), torch.tensor([0, 1]), backend="cpu")
-        backends.load.cache_clear()
 
     def test_fallback_is_never_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         backends._warn_once.cache_clear()

@@ -103,17 +103,12 @@ BACKENDS = ("eager", "cpu")
 
 @cache
 def load(name: str) -> RowKernels:
-    """The row kernels of a backend.
+    """The row kernels of a backend, whether or not this machine has the device they are for.
 
     Raises:
-        ValueError: No such backend.
-        RuntimeError: It cannot run here; the message says why.
+        ImportError: What the kernels are written in is not installed.
+        RuntimeError: Their library cannot be loaded.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-    reason = unavailable_reason(name)
-    if reason is not None:
-        raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name == "cpu":
         from unilogit_kernels.backends.cpu import CpuKernels
 
@@ -148,7 +143,7 @@ _forced: list[str] = []
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Send every call to one backend, whatever the tensors' device and the `backend` argument."""
-    load(name)
+    _check_exists(name)
     _forced.append(name)
     try:
         yield
@@ -180,7 +175,10 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     if _forced:
         return _forced[-1]
     if requested is not None:
-        load(requested)
+        _check_exists(requested)
+        reason = unavailable_reason(requested)
+        if reason is not None:
+            raise RuntimeError(f"backend {requested!r} is not available: {reason}")
         if _DEVICES.get(requested, device_type) != device_type:
             raise ValueError(
                 f"backend {requested!r} runs on {_DEVICES[requested]} tensors, got {device_type}"
@@ -202,6 +200,11 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
         _warn_once(f"the {preferred!r} kernels are not available: {reason}")
         return "eager"
     return preferred
+
+
+def _check_exists(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
 
 
 @cache
