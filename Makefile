@@ -20,6 +20,9 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/unilogit bench --device cpu --json benchmarks/results/cpu.json
 
+sanitize: $(INSTALLED)
+	$(MAKE) -C csrc/cpu sanitize PYTHON=$(abspath $(BIN)/python)
+
 docs-check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_docs.py
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from unilogit_kernels import available_backends
-from unilogit_kernels.backends import BACKENDS
+from unilogit_kernels.backends import cpu
 
-AVAILABLE = [name for name, reason in available_backends().items() if reason is None]
+
+def _variants() -> list[str]:
+    """The backends that run on a CPU; the C++ one once for each instruction set that is here."""
+    if not cpu.is_available():
+        return ["eager", "cpu"]
+    best = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
+    return ["eager", *(f"cpu-{name}" for name in cpu.INSTRUCTION_SETS[best:])]
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +25,17 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=_variants())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn. One that cannot run here fails its tests: a skip would hide it."""
-    name = str(request.param)
+    name, _, instruction_set = str(request.param).partition("-")
     reason = available_backends()[name]
     assert reason is None, f"backend {name!r} is not available here: {reason}"
-    return name
+    if instruction_set:
+        cpu.select_instruction_set(instruction_set)
+    yield name
+    if instruction_set:
+        cpu.select_instruction_set(os.environ.get(cpu.INSTRUCTION_SET_VARIABLE, ""))
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -65,12 +65,15 @@ class Problem:
         dtype = DTYPES[shape.dtype]
         n, v, h = shape.n, shape.vocab_size, shape.h
         self.labels = torch.randint(0, v, (n,), generator=generator).to(device)
+        # A third of the tokens are known to the model, as in text that it was trained on.
+        known = self.labels[::3].cpu()
         if h is None:
-            self.operands = [(3 * normal(n, v)).to(dtype).to(device).requires_grad_()]
+            logits = 3 * normal(n, v)
+            logits[::3].scatter_add_(1, known[:, None], torch.full((len(known), 1), 16.0))
+            self.operands = [logits.to(dtype).to(device).requires_grad_()]
         else:
             hidden, weight = normal(n, h), 3 / h**0.5 * normal(v, h)
-            # A third of the tokens are known to the model, as in text it has been trained on.
-            hidden[::3] += weight[self.labels[::3].cpu()] * 0.8
+            hidden[::3] += 1.8 * weight[known]
             self.operands = [
                 hidden.to(dtype).to(device).requires_grad_(),
                 weight.to(dtype).to(device).requires_grad_(not shape.frozen_head),

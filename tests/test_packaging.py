@@ -1,0 +1,73 @@
+"""What is shipped: a wheel that needs no compiler, from the tree and from the sdist alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = """
+import torch, unilogit_kernels as uk
+from unilogit_kernels.backends import cpu
+x = torch.randn(4, 1000, requires_grad=True)
+uk.unilogit_loss(x, torch.arange(4), backend="cpu").backward()
+print(uk.__file__, cpu.library_path())
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, which is built from the tree: so both are complete."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(list(out.glob("*.tar.gz"))) == 1
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_tag_and_contents(wheel: Path) -> None:
+    python, abi, platform = wheel.stem.split("-")[-3:]
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "unilogit_kernels/py.typed" in names
+    assert "unilogit_kernels/backends/_cpu_kernels.so" in names
+    roots = {name.split("/")[0] for name in names}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"unilogit_kernels"}
+
+
+def test_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", SMOKE],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PATH": "/nonexistent"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(str(tmp_path)) == 2
+
+
+def test_installs_where_nothing_can_be_compiled(tmp_path: Path) -> None:
+    """The build says so, and the package is there without the library."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "--build-temp", str(tmp_path / "temp")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the CPU kernels were not built" in result.stdout + result.stderr
+    assert not list(tmp_path.rglob("*.so"))
