@@ -1,0 +1,112 @@
+"""The CPU row kernels against the speed of memory: `python -m benchmarks.cpu_rows`.
+
+The floor is one read and one non-temporal write of the logits by the same threads. Kernels take
+turns within each repeat, so that whatever else the machine does meets all of them; a ratio is
+taken within its repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from unilogit_kernels import row_state
+from unilogit_kernels.backends import LogitTransform, cpu
+
+SHAPES = ((512, 49_152), (1024, 131_072), (8, 131_072))
+DTYPES = (torch.float32, torch.bfloat16)
+FLOOR = "copy (floor)"
+
+
+class Timing(NamedTuple):
+    """Times of one kernel, in seconds, and relative to the floor of the same repeat."""
+
+    name: str
+    seconds: list[float]
+    ratios: list[float]
+
+
+def kernels(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; the floor comes first."""
+    rows = cpu.CpuKernels()
+    library = cpu.load_library()
+    threads = torch.get_num_threads()
+    transform = LogitTransform()
+    logits = torch.randn(n, v).mul_(2).to(dtype)
+    out = torch.empty_like(logits)
+    labels = torch.randint(0, v, (n,))
+    weight = torch.ones(n)
+    state = row_state.empty_state(n, logits.device)
+    rows.log_odds_update(logits, labels, 0, state, transform)
+    scratch_state = state.clone()
+    size = logits.numel() * logits.element_size()
+    return {
+        FLOOR: lambda: library.unilogit_stream_copy(
+            logits.data_ptr(), out.data_ptr(), size, threads
+        ),
+        "sweep": lambda: rows.log_odds_sweep(logits, labels, weight, "unilogit", v, out, transform),
+        "sweep, loss alone": lambda: rows.log_odds_sweep(
+            logits, labels, weight, "unilogit", v, None, transform
+        ),
+        "update": lambda: rows.log_odds_update(logits, labels, 0, scratch_state, transform),
+        "gradient": lambda: rows.log_odds_gradient(
+            logits, labels, 0, state, weight, out, transform
+        ),
+    }
+
+
+def measure(functions: dict[str, Callable[[], object]], repeats: int) -> list[Timing]:
+    """Time the functions in turn, `repeats` times, after one untimed turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat > 0:
+                seconds[name].append(time.perf_counter() - start)
+    floor = seconds[FLOOR]
+    return [
+        Timing(name, times, [t / f for t, f in zip(times, floor, strict=True)])
+        for name, times in seconds.items()
+    ]
+
+
+def spread(values: list[float], scale: float = 1.0) -> str:
+    """`median (min .. max)`."""
+    low, high = min(values) * scale, max(values) * scale
+    return f"{statistics.median(values) * scale:.2f} ({low:.2f} .. {high:.2f})"
+
+
+def main() -> None:
+    """Print a table for every shape and dtype."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="at least 7")
+    repeats = max(7, parser.parse_args().repeats)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu.instruction_set()}; "
+        f"medians of {repeats} (min .. max)"
+    )
+    for n, v in SHAPES:
+        for dtype in DTYPES:
+            # Small shapes take less than a scheduler's tick: repeat them more often.
+            more = max(1, (1 << 26) // (n * v) // 4)
+            timings = measure(kernels(n, v, dtype), repeats * more)
+            size = 2 * n * v * dtype.itemsize
+            floor = statistics.median(timings[0].seconds)
+            name = str(dtype).removeprefix("torch.")
+            print(f"\n[{n}, {v}] {name}: floor {size / floor / 1e9:.1f} GB/s")
+            for timing in timings:
+                best = min(timing.seconds) / min(timings[0].seconds)
+                print(
+                    f"  {timing.name:18s} {spread(timing.seconds, 1e3):28s} ms   "
+                    f"{spread(timing.ratios):24s} x floor, best/best {best:.2f}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+// What the library offers to its callers, and what each instruction set offers to the library.
+#pragma once
+
+#include <cstdint>
+
+// Everything else stays inside the library.
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Element types of logits and gradients.
+enum UnilogitType : std::int32_t {
+  kUnilogitFloat32 = 0,
+  kUnilogitBfloat16 = 1,
+  kUnilogitFloat16 = 2,
+};
+
+// Objectives whose gradient row can follow in the same sweep as the statistics.
+enum UnilogitObjective : std::int32_t {
+  kUnilogitReverse = 0,
+  kUnilogitForward = 1,
+  kUnilogitCrossEntropy = 2,
+  kUnilogitGradientAscent = 3,
+};
+
+// z = softcap * tanh(scale * x / softcap), or scale * x where softcap is 0.
+struct UnilogitTransform {
+  float scale;
+  float softcap;
+};
+
+// A [rows, columns] tensor; strides count elements and may have any sign.
+struct UnilogitMatrix {
+  void* data;
+  std::int64_t rows;
+  std::int64_t columns;
+  std::int64_t row_stride;
+  std::int64_t column_stride;
+  std::int32_t type;
+};
+
+// 0 where the function succeeded, else one of these.
+enum UnilogitStatus : std::int32_t {
+  kUnilogitOk = 0,
+  kUnilogitOutOfMemory = 1,
+  kUnilogitUnsupported = 2,
+};
+
+// Selects "avx512bf16", "avx512", "avx2" or "baseline"; the empty string means the best one of this machine.
+std::int32_t unilogit_select_instruction_set(const char* name);
+const char* unilogit_instruction_set(void);
+
+// Folds the columns of `logits` into `state` (max, sum, target: rows `state_stride` apart).
+std::int32_t unilogit_log_odds_update(const UnilogitMatrix* logits, const std::int64_t* labels,
+                                      std::int64_t first_column, float* state,
+                                      std::int64_t state_stride,
+                                      const UnilogitTransform* transform, std::int32_t threads);
+
+// out = slope * (1[j == label] - exp(z - max) / sum) * dz/dx from a complete state.
+std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const std::int64_t* labels,
+                                        std::int64_t first_column, const float* state,
+                                        std::int64_t state_stride, const float* slope,
+                                        const UnilogitMatrix* out,
+                                        const UnilogitTransform* transform, std::int32_t threads);
+
+// Statistics, objective and gradient of whole rows; `out` may be null. Rows of weight 0 are not read.
+std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const std::int64_t* labels,
+                                     const float* row_weight, std::int32_t objective,
+                                     std::int64_t vocab_size, const UnilogitMatrix* out,
+                                     float* loss, const UnilogitTransform* transform, std::int32_t threads);
+
+// One read and one non-temporal write of every byte: the floor that the kernels are timed against.
+void unilogit_stream_copy(const void* source, void* destination, std::int64_t bytes,
+                          std::int32_t threads);
+
+// The vector functions by themselves, for tests over all arguments.
+void unilogit_exp(const float* x, float* result, std::int64_t count);
+void unilogit_tanh(const float* x, float* result, float* slope, std::int64_t count);
+}
+
+#pragma GCC visibility pop
+
+namespace unilogit {
+
+using std::int64_t;
+
+constexpr int kTypes = 3;
+
+// Columns that share one running maximum. Blocks start at fixed columns, so that results do not
+// depend on the number of threads. 4 KiB of float32: a block stays in the first-level cache
+// between its two reads.
+constexpr int64_t kBlock = 1024;
+
+// The largest number of values that any instruction set stores at once.
+constexpr int64_t kMaxUnit = 32;
+
+constexpr int64_t kCacheLine = 64;
+
+// Sum of exp(z - max) over some columns, without the label's. Empty: -inf and 0. NaN where a
+// logit was NaN or +inf.
+struct Part {
+  float max;
+  float sum;
+};
+
+// The label's entry: `offset` counts from the first column of a block and may lie outside of it;
+// the others are set by the block that holds it.
+struct Label {
+  int64_t offset;
+  float logit;
+  float cap_slope;  // 1 - tanh^2 of the cap, 1 without a cap
+};
+
+// Where the next values of a gradient row go.
+struct RowWriter {
+  void* out;  // next element in memory
+  int64_t stride;
+  int64_t head;  // elements until `out` is aligned to a cache line
+  bool stream;   // bypass the cache
+  int64_t pending = 0;
+  float values[kMaxUnit];  // `pending` values that do not fill a store yet
+};
+
+// A block's contribution to a gradient row: factor * exponentials[k], and `label_value` at `label`.
+struct GradientBlock {
+  const float* exponentials;
+  int64_t count;
+  float factor;
+  int64_t label;
+  float label_value;
+  bool last;  // nothing follows: flush
+};
+
+// What an objective needs of the vocabulary, computed once a call.
+struct ObjectiveTerms {
+  std::int32_t objective;
+  double inverse_vocab;       // 1 / V
+  double uniform_log_odds;    // u = -log(V - 1)
+  double softplus_uniform;    // softplus(u) = log(V / (V - 1))
+};
+
+struct RowResult {
+  double loss;
+  double slope;
+};
+
+// One instruction set. Arrays are indexed by UnilogitType.
+struct Kernels {
+  const char* name;
+  // Statistics of a block; its exponentials relative to its own maximum, times the cap's slope,
+  // go to `exponentials` (kBlock floats) unless that is null.
+  Part (*block_part[kTypes])(const void* x, int64_t stride, int64_t count,
+                             const UnilogitTransform& transform, Label& label,
+                             float* exponentials);
+  // The same exponentials relative to a given maximum.
+  void (*block_exponentials[kTypes])(const void* x, int64_t stride, int64_t count,
+                                     const UnilogitTransform& transform, float max, Label& label,
+                                     float* exponentials);
+  void (*write_block[kTypes])(RowWriter& writer, const GradientBlock& block);
+  // write_block, then block_part into the same exponentials; [type of logits][type of gradient].
+  Part (*write_block_and_part[kTypes][kTypes])(RowWriter& writer, const GradientBlock& block,
+                                               const void* x, int64_t stride, int64_t count,
+                                               const UnilogitTransform& transform, Label& label,
+                                               float* exponentials);
+  // The merge: weights[k] becomes exp(parts[k].max - result.max) and may be null.
+  Part (*merge)(const Part* parts, int64_t count, float* weights);
+  RowResult (*finish_row)(const Part& rest, float target, bool label_exists,
+                          const ObjectiveTerms& terms);
+  void (*stream_copy)(const char* source, char* destination, int64_t bytes);
+  void (*exp)(const float* x, float* result, int64_t count);
+  void (*tanh)(const float* x, float* result, float* slope, int64_t count);
+};
+
+// Defined by the sources of the instruction sets.
+extern const Kernels kBaselineKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+
+}  // namespace unilogit

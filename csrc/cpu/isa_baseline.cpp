@@ -1,0 +1,11 @@
+#include "lanes_types.h"
+
+namespace unilogit {
+namespace baseline {
+#include "lanes_portable.h"
+#include "row_math.h"
+#include "row_kernels.h"
+}  // namespace baseline
+
+const Kernels kBaselineKernels = baseline::make_kernels("baseline");
+}  // namespace unilogit

@@ -1,0 +1,590 @@
+// The library: choice of the instruction set, division of the work among threads, entry points.
+#include "api.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "parallel.h"
+
+namespace unilogit {
+namespace {
+
+// ---- instruction sets --------------------------------------------------------------------------
+
+bool processor_supports(const Kernels& kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (&kernels == &kAvx2Kernels) return avx2;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (&kernels == &kAvx512Kernels) return avx512;
+  if (&kernels == &kAvx512Bf16Kernels) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return &kernels == &kBaselineKernels;
+}
+
+// Best first.
+const Kernels* const kInstructionSets[] = {
+#if defined(__x86_64__)
+    &kAvx512Bf16Kernels,
+    &kAvx512Kernels,
+    &kAvx2Kernels,
+#endif
+    &kBaselineKernels,
+};
+
+const Kernels* find_kernels(const char* name) {
+  for (const Kernels* kernels : kInstructionSets) {
+    if ((*name == '\0' || std::strcmp(name, kernels->name) == 0) && processor_supports(*kernels)) {
+      return kernels;
+    }
+  }
+  return nullptr;
+}
+
+std::atomic<const Kernels*> selected_kernels{nullptr};
+
+const Kernels& current_kernels() {
+  const Kernels* kernels = selected_kernels.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
+    kernels = find_kernels("");
+    selected_kernels.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+// ---- rows, blocks and scratch memory -----------------------------------------------------------
+
+// Outputs from this size on bypass the cache: they would not be there when they are read.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+// Columns that are worth handing out to a thread by themselves.
+constexpr int64_t kGrainColumns = 16 * kBlock;
+
+int64_t element_size(std::int32_t type) { return type == kUnilogitFloat32 ? 4 : 2; }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+char* element(const UnilogitMatrix& m, int64_t row, int64_t column) {
+  return static_cast<char*>(m.data) +
+         (row * m.row_stride + column * m.column_stride) * element_size(m.type);
+}
+
+// The columns of block `b` of a row.
+struct Columns {
+  int64_t first;
+  int64_t count;
+};
+
+Columns block_columns(int64_t columns, int64_t b) {
+  return {b * kBlock, std::min(kBlock, columns - b * kBlock)};
+}
+
+// Memory that outlives a call, so that its pages are faulted in once. One for each calling thread.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  // `bytes` aligned to a cache line, or null. Earlier contents are lost.
+  void* reserve(int64_t bytes) {
+    if (bytes > capacity_) {
+      std::free(data_);
+      const int64_t rounded = divide_up(bytes, kCacheLine) * kCacheLine;
+      data_ = std::aligned_alloc(kCacheLine, static_cast<std::size_t>(rounded));
+      capacity_ = data_ == nullptr ? 0 : rounded;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// What one row needs while it is worked on: parts and factors of its blocks, and exponentials.
+struct RowScratch {
+  Part* parts;
+  float* factors;
+  float* exponentials;  // null where no gradient is asked for
+};
+
+// Lays out `count` RowScratch of rows with `blocks` blocks each.
+class RowScratches {
+ public:
+  RowScratches(int64_t count, int64_t blocks, bool with_exponentials)
+      : exponentials_bytes_(with_exponentials ? blocks * kBlock * int64_t{sizeof(float)} : 0),
+        parts_bytes_(divide_up(blocks * int64_t{sizeof(Part)}, kCacheLine) * kCacheLine),
+        stride_(exponentials_bytes_ + 2 * parts_bytes_),
+        base_(static_cast<char*>(scratch.reserve(std::max(count * stride_, kCacheLine)))) {}
+
+  bool ok() const { return base_ != nullptr; }
+
+  RowScratch operator[](int64_t k) const {
+    char* base = base_ + k * stride_;
+    return {reinterpret_cast<Part*>(base + exponentials_bytes_),
+            reinterpret_cast<float*>(base + exponentials_bytes_ + parts_bytes_),
+            exponentials_bytes_ == 0 ? nullptr : reinterpret_cast<float*>(base)};
+  }
+
+ private:
+  int64_t exponentials_bytes_;
+  int64_t parts_bytes_;
+  int64_t stride_;
+  char* base_;
+};
+
+RowWriter make_writer(const UnilogitMatrix& out, int64_t row, int64_t column, bool stream) {
+  RowWriter writer;
+  writer.out = element(out, row, column);
+  writer.stride = out.column_stride;
+  writer.stream = stream && out.column_stride == 1;
+  const auto address = reinterpret_cast<std::uintptr_t>(writer.out);
+  const auto misaligned = static_cast<int64_t>(address % static_cast<std::uintptr_t>(kCacheLine));
+  writer.head = writer.stream && misaligned != 0
+                    ? (kCacheLine - misaligned) / element_size(out.type)
+                    : 0;
+  return writer;
+}
+
+bool worth_streaming(const UnilogitMatrix& out) {
+  return out.rows * out.columns * element_size(out.type) >= kStreamBytes;
+}
+
+// Threads that have enough to do: waking one costs about as much as a grain of columns.
+int useful_threads(const UnilogitMatrix& logits, int threads) {
+  const int64_t grains = divide_up(logits.rows * logits.columns, kGrainColumns);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, grains)));
+}
+
+// Zeros for a whole row, or for some of its blocks.
+void write_zeros(const Kernels& kernels, const UnilogitMatrix& out, int64_t row, bool stream) {
+  alignas(kCacheLine) static const float zeros[kBlock] = {};
+  RowWriter writer = make_writer(out, row, 0, stream);
+  const int64_t blocks = divide_up(out.columns, kBlock);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t count = block_columns(out.columns, b).count;
+    kernels.write_block[out.type](writer, {zeros, count, 0.0f, -1, 0.0f, b + 1 == blocks});
+  }
+}
+
+// Rows are cut into segments of blocks where there are too few rows to keep the threads busy.
+struct Segments {
+  int64_t blocks;    // of a row
+  int64_t segments;  // of a row
+  int64_t grain;     // items that a thread takes at once
+
+  Segments(int64_t rows, int64_t columns, int threads) : blocks(divide_up(columns, kBlock)) {
+    constexpr int64_t kItemsPerThread = 8;  // keeps the threads even within 1/8 at worst
+    const int64_t wanted = divide_up(kItemsPerThread * threads, std::max<int64_t>(rows, 1));
+    segments = threads == 1 ? 1 : std::min(blocks, wanted);
+    grain = std::max<int64_t>(1, kGrainColumns / std::max<int64_t>(1, columns / segments));
+  }
+
+  int64_t first_block(int64_t segment) const { return blocks * segment / segments; }
+};
+
+// ---- update ------------------------------------------------------------------------------------
+
+class Update {
+ public:
+  Update(const Kernels& kernels, const UnilogitMatrix& logits, const int64_t* labels,
+         int64_t first_column, float* state, int64_t state_stride,
+         const UnilogitTransform& transform)
+      : kernels_(kernels),
+        logits_(logits),
+        labels_(labels),
+        first_column_(first_column),
+        max_(state),
+        sum_(state + state_stride),
+        target_(state + 2 * state_stride),
+        transform_(transform) {}
+
+  std::int32_t run(int threads) {
+    const Segments cut(logits_.rows, logits_.columns, threads);
+    const int64_t blocks = cut.blocks;
+    if (cut.segments == 1) {
+      const RowScratches rows(threads, blocks + 1, false);
+      if (!rows.ok()) return kUnilogitOutOfMemory;
+      ItemQueue queue(logits_.rows, cut.grain);
+      run_team(threads, [&](int thread) {
+        Part* parts = rows[thread].parts;
+        ItemQueue::Cursor cursor;
+        int64_t row;
+        while (queue.next(cursor, row)) {
+          compute_parts(row, 0, blocks, parts);
+          merge_into_state(row, parts, blocks);
+        }
+      });
+      return kUnilogitOk;
+    }
+    const RowScratches rows(logits_.rows, blocks + 1, false);
+    if (!rows.ok()) return kUnilogitOutOfMemory;
+    parallel_for(threads, logits_.rows * cut.segments, 1, [&](int64_t item) {
+      const int64_t row = item / cut.segments, segment = item % cut.segments;
+      compute_parts(row, cut.first_block(segment), cut.first_block(segment + 1), rows[row].parts);
+    });
+    parallel_for(threads, logits_.rows, divide_up(kGrainColumns, blocks), [&](int64_t row) {
+      merge_into_state(row, rows[row].parts, blocks);
+    });
+    return kUnilogitOk;
+  }
+
+ private:
+  void compute_parts(int64_t row, int64_t first, int64_t last, Part* parts) {
+    const int64_t label_column = labels_[row] - first_column_;
+    for (int64_t b = first; b < last; ++b) {
+      const Columns columns = block_columns(logits_.columns, b);
+      Label label{label_column - columns.first, 0.0f, 1.0f};
+      parts[b] = kernels_.block_part[logits_.type](element(logits_, row, columns.first),
+                                                   logits_.column_stride, columns.count,
+                                                   transform_, label, nullptr);
+      // Only the block that holds the label gets here, hence one thread.
+      if (label.offset >= 0 && label.offset < columns.count) {
+        const float target = target_[row];
+        if (!(label.logit <= target) && target == target) target_[row] = label.logit;
+      }
+    }
+  }
+
+  // The earlier state is one more part, the last one.
+  void merge_into_state(int64_t row, Part* parts, int64_t blocks) {
+    parts[blocks] = {max_[row], sum_[row]};
+    const Part merged = kernels_.merge(parts, blocks + 1, nullptr);
+    max_[row] = merged.max;
+    sum_[row] = merged.sum;
+  }
+
+  const Kernels& kernels_;
+  const UnilogitMatrix& logits_;
+  const int64_t* labels_;
+  int64_t first_column_;
+  float* max_;
+  float* sum_;
+  float* target_;
+  const UnilogitTransform& transform_;
+};
+
+// ---- gradient ----------------------------------------------------------------------------------
+
+class Gradient {
+ public:
+  Gradient(const Kernels& kernels, const UnilogitMatrix& logits, const int64_t* labels,
+           int64_t first_column, const float* state, int64_t state_stride, const float* slope,
+           const UnilogitMatrix& out, const UnilogitTransform& transform)
+      : kernels_(kernels),
+        logits_(logits),
+        labels_(labels),
+        first_column_(first_column),
+        max_(state),
+        sum_(state + state_stride),
+        slope_(slope),
+        out_(out),
+        transform_(transform),
+        stream_(out.data != logits.data && worth_streaming(out)) {}
+
+  std::int32_t run(int threads) {
+    const Segments cut(logits_.rows, logits_.columns, threads);
+    parallel_for(threads, logits_.rows * cut.segments, cut.grain, [&](int64_t item) {
+      const int64_t segment = item % cut.segments;
+      write_blocks(item / cut.segments, cut.first_block(segment), cut.first_block(segment + 1));
+    });
+    return kUnilogitOk;
+  }
+
+ private:
+  void write_blocks(int64_t row, int64_t first, int64_t last) {
+    alignas(kCacheLine) float exponentials[kBlock] = {};
+    const float slope = slope_[row];
+    const double outer_slope = static_cast<double>(slope) * transform_.scale;
+    const auto factor = static_cast<float>(-outer_slope / sum_[row]);
+    RowWriter writer = make_writer(out_, row, first * kBlock, stream_);
+    for (int64_t b = first; b < last; ++b) {
+      const Columns columns = block_columns(logits_.columns, b);
+      GradientBlock block{exponentials, columns.count, 0.0f, -1, 0.0f, b + 1 == last};
+      if (slope != 0.0f) {
+        Label label{labels_[row] - first_column_ - columns.first, 0.0f, 1.0f};
+        kernels_.block_exponentials[logits_.type](element(logits_, row, columns.first),
+                                                  logits_.column_stride, columns.count, transform_,
+                                                  max_[row], label, exponentials);
+        block.factor = factor;
+        block.label = label.offset;
+        block.label_value = static_cast<float>(outer_slope * label.cap_slope);
+      }
+      kernels_.write_block[out_.type](writer, block);
+    }
+  }
+
+  const Kernels& kernels_;
+  const UnilogitMatrix& logits_;
+  const int64_t* labels_;
+  int64_t first_column_;
+  const float* max_;
+  const float* sum_;
+  const float* slope_;
+  const UnilogitMatrix& out_;
+  const UnilogitTransform& transform_;
+  bool stream_;
+};
+
+// ---- sweep -------------------------------------------------------------------------------------
+
+ObjectiveTerms make_terms(std::int32_t objective, int64_t vocab_size) {
+  const auto v = static_cast<double>(vocab_size);
+  return {objective, 1.0 / v, -std::log(v - 1.0), std::log1p(1.0 / (v - 1.0))};
+}
+
+class Sweep {
+ public:
+  Sweep(const Kernels& kernels, const UnilogitMatrix& logits, const int64_t* labels,
+        const float* row_weight, const ObjectiveTerms& terms, const UnilogitMatrix* out,
+        float* loss, const UnilogitTransform& transform)
+      : kernels_(kernels),
+        logits_(logits),
+        labels_(labels),
+        row_weight_(row_weight),
+        terms_(terms),
+        out_(out),
+        loss_(loss),
+        transform_(transform),
+        blocks_(divide_up(logits.columns, kBlock)),
+        stream_(out != nullptr && worth_streaming(*out)) {}
+
+  std::int32_t run(int threads) {
+    std::vector<int64_t> active, inactive;
+    for (int64_t row = 0; row < logits_.rows; ++row) {
+      (row_weight_[row] == 0.0f ? inactive : active).push_back(row);
+    }
+    const auto rows = static_cast<int64_t>(active.size());
+    // Rows beyond a multiple of the threads are cut into segments, so that no thread idles.
+    const int64_t cut_rows = rows % threads;
+    const int64_t whole_rows = rows - cut_rows;
+    const RowScratches scratches(threads, blocks_, out_ != nullptr);
+    if (!scratches.ok()) return kUnilogitOutOfMemory;
+    if (whole_rows > 0) run_whole(threads, active.data(), whole_rows, scratches);
+    if (cut_rows > 0) run_cut(threads, active.data() + whole_rows, cut_rows, scratches);
+    parallel_for(threads, static_cast<int64_t>(inactive.size()), grain(),
+                 [&](int64_t k) { skip_row(inactive[static_cast<std::size_t>(k)]); });
+    return kUnilogitOk;
+  }
+
+ private:
+  // A row whose statistics are done and whose gradient is still to be written.
+  struct PendingRow {
+    RowWriter writer;
+    int64_t label_column;
+    float label_value;
+  };
+
+  int64_t grain() const {
+    return std::max<int64_t>(1, kGrainColumns / std::max<int64_t>(1, logits_.columns));
+  }
+
+  void run_whole(int threads, const int64_t* rows, int64_t count, const RowScratches& scratches) {
+    ItemQueue queue(count, grain());
+    run_team(threads, [&](int thread) {
+      const RowScratch row_scratch = scratches[thread];
+      PendingRow pending;
+      bool has_pending = false;
+      ItemQueue::Cursor cursor;
+      int64_t k;
+      while (queue.next(cursor, k)) {
+        const int64_t row = rows[k];
+        Label label = make_label(row);
+        // The writes of one row hide behind the arithmetic of the next.
+        for (int64_t b = 0; b < blocks_; ++b) {
+          compute_block(row, b, label, row_scratch, has_pending ? &pending : nullptr);
+        }
+        has_pending = finish_row(row, label, row_scratch, pending);
+      }
+      for (int64_t b = 0; has_pending && b < blocks_; ++b) {
+        kernels_.write_block[out_->type](
+            pending.writer, gradient_block(pending, row_scratch, b, b + 1 == blocks_));
+      }
+    });
+  }
+
+  // Few rows: every thread works on segments of all of them.
+  void run_cut(int threads, const int64_t* rows, int64_t count, const RowScratches& scratches) {
+    const Segments cut(count, logits_.columns, threads);
+    std::vector<Label> labels(static_cast<std::size_t>(count));
+    std::vector<PendingRow> pending(static_cast<std::size_t>(count));
+    std::vector<char> has_pending(static_cast<std::size_t>(count));
+    for (int64_t k = 0; k < count; ++k) labels[k] = make_label(rows[k]);
+    const auto for_segments = [&](const auto& body) {
+      parallel_for(threads, count * cut.segments, 1, [&](int64_t item) {
+        const int64_t segment = item % cut.segments;
+        body(item / cut.segments, cut.first_block(segment), cut.first_block(segment + 1));
+      });
+    };
+    for_segments([&](int64_t k, int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        compute_block(rows[k], b, labels[k], scratches[k], nullptr);
+      }
+    });
+    parallel_for(threads, count, 1, [&](int64_t k) {
+      has_pending[k] = finish_row(rows[k], labels[k], scratches[k], pending[k]);
+    });
+    if (out_ == nullptr) return;
+    for_segments([&](int64_t k, int64_t first, int64_t last) {
+      if (!has_pending[k]) return;
+      PendingRow segment = pending[k];
+      segment.writer = make_writer(*out_, rows[k], first * kBlock, stream_);
+      for (int64_t b = first; b < last; ++b) {
+        kernels_.write_block[out_->type](segment.writer,
+                                         gradient_block(segment, scratches[k], b, b + 1 == last));
+      }
+    });
+  }
+
+  // Offsets count from the row's first column here.
+  Label make_label(int64_t row) const {
+    return {labels_[row], -std::numeric_limits<float>::infinity(), 1.0f};
+  }
+
+  // Also writes the same block of `pending`, whose exponentials the new ones replace.
+  void compute_block(int64_t row, int64_t b, Label& row_label, const RowScratch& row_scratch,
+                     PendingRow* pending) {
+    const Columns columns = block_columns(logits_.columns, b);
+    // Only the thread that meets the label writes to `row_label`, and nobody else reads it.
+    Label label{row_label.offset - columns.first, 0.0f, 1.0f};
+    float* exponentials =
+        out_ == nullptr ? nullptr : row_scratch.exponentials + columns.first;
+    const char* x = element(logits_, row, columns.first);
+    row_scratch.parts[b] =
+        pending == nullptr
+            ? kernels_.block_part[logits_.type](x, logits_.column_stride, columns.count,
+                                                transform_, label, exponentials)
+            : kernels_.write_block_and_part[logits_.type][out_->type](
+                  pending->writer, gradient_block(*pending, row_scratch, b, b + 1 == blocks_), x,
+                  logits_.column_stride, columns.count, transform_, label, exponentials);
+    if (label.offset >= 0 && label.offset < columns.count) {
+      row_label.logit = label.logit;
+      row_label.cap_slope = label.cap_slope;
+    }
+  }
+
+  // True if a gradient that is not zero remains to be written.
+  bool finish_row(int64_t row, const Label& label, const RowScratch& row_scratch,
+                  PendingRow& pending) {
+    const Part rest = kernels_.merge(row_scratch.parts, blocks_, row_scratch.factors);
+    const bool exists = label.offset >= 0 && label.offset < logits_.columns;
+    const RowResult result = kernels_.finish_row(rest, label.logit, exists, terms_);
+    loss_[row] = static_cast<float>(result.loss);
+    if (out_ == nullptr) return false;
+    const auto slope = static_cast<float>(row_weight_[row] * result.slope);
+    if (slope == 0.0f) {
+      write_zeros(kernels_, *out_, row, stream_);
+      return false;
+    }
+    const double outer_slope = static_cast<double>(slope) * transform_.scale;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      row_scratch.factors[b] =
+          static_cast<float>(row_scratch.factors[b] * (-outer_slope / rest.sum));
+    }
+    pending.writer = make_writer(*out_, row, 0, stream_);
+    pending.label_column = label.offset;
+    pending.label_value = static_cast<float>(outer_slope * label.cap_slope);
+    return true;
+  }
+
+  GradientBlock gradient_block(const PendingRow& pending, const RowScratch& row_scratch, int64_t b,
+                               bool last) const {
+    const Columns columns = block_columns(logits_.columns, b);
+    return {row_scratch.exponentials + columns.first,
+            columns.count,
+            row_scratch.factors[b],
+            pending.label_column - columns.first,
+            pending.label_value,
+            last};
+  }
+
+  void skip_row(int64_t row) {
+    loss_[row] = 0.0f;
+    if (out_ != nullptr) write_zeros(kernels_, *out_, row, stream_);
+  }
+
+  const Kernels& kernels_;
+  const UnilogitMatrix& logits_;
+  const int64_t* labels_;
+  const float* row_weight_;
+  ObjectiveTerms terms_;
+  const UnilogitMatrix* out_;
+  float* loss_;
+  const UnilogitTransform& transform_;
+  int64_t blocks_;
+  bool stream_;
+};
+
+}  // namespace
+}  // namespace unilogit
+
+using namespace unilogit;
+
+std::int32_t unilogit_select_instruction_set(const char* name) {
+  const Kernels* kernels = find_kernels(name);
+  if (kernels == nullptr) return kUnilogitUnsupported;
+  selected_kernels.store(kernels, std::memory_order_release);
+  return kUnilogitOk;
+}
+
+const char* unilogit_instruction_set(void) { return current_kernels().name; }
+
+std::int32_t unilogit_log_odds_update(const UnilogitMatrix* logits, const int64_t* labels,
+                                      int64_t first_column, float* state, int64_t state_stride,
+                                      const UnilogitTransform* transform, std::int32_t threads) {
+  if (logits->rows == 0 || logits->columns == 0) return kUnilogitOk;
+  return Update(current_kernels(), *logits, labels, first_column, state, state_stride, *transform)
+      .run(useful_threads(*logits, threads));
+}
+
+std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const int64_t* labels,
+                                        int64_t first_column, const float* state,
+                                        int64_t state_stride, const float* slope,
+                                        const UnilogitMatrix* out,
+                                        const UnilogitTransform* transform,
+                                        std::int32_t threads) {
+  if (logits->rows == 0 || logits->columns == 0) return kUnilogitOk;
+  return Gradient(current_kernels(), *logits, labels, first_column, state, state_stride, slope,
+                  *out, *transform)
+      .run(useful_threads(*logits, threads));
+}
+
+std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const int64_t* labels,
+                                     const float* row_weight, std::int32_t objective,
+                                     int64_t vocab_size, const UnilogitMatrix* out, float* loss,
+                                     const UnilogitTransform* transform, std::int32_t threads) {
+  if (logits->rows == 0) return kUnilogitOk;
+  return Sweep(current_kernels(), *logits, labels, row_weight, make_terms(objective, vocab_size),
+               out, loss, *transform)
+      .run(useful_threads(*logits, threads));
+}
+
+void unilogit_stream_copy(const void* source, void* destination, int64_t bytes,
+                          std::int32_t threads) {
+  const Kernels& kernels = current_kernels();
+  constexpr int64_t kPiece = int64_t{1} << 16;
+  parallel_for(std::max(threads, 1), divide_up(bytes, kPiece), 1, [&](int64_t piece) {
+    const int64_t first = piece * kPiece;
+    kernels.stream_copy(static_cast<const char*>(source) + first,
+                        static_cast<char*>(destination) + first, std::min(kPiece, bytes - first));
+  });
+}
+
+void unilogit_exp(const float* x, float* result, int64_t count) {
+  current_kernels().exp(x, result, count);
+}
+
+void unilogit_tanh(const float* x, float* result, float* slope, int64_t count) {
+  current_kernels().tanh(x, result, slope, count);
+}

@@ -1,0 +1,328 @@
+// The row kernels of one instruction set, block by block. Included after row_math.h, inside the
+// instruction set's namespace.
+#pragma once
+
+// Columns between two turns of the unrolled loops; blocks are padded to a multiple of it.
+constexpr int64_t kStep = 4 * kWidth;
+static_assert(kBlock % kStep == 0);
+
+// Columns stored at once: two vectors, which are one vector of a 16-bit type.
+constexpr int64_t kUnit = 2 * kWidth;
+static_assert(kUnit <= kMaxUnit);
+
+// The next `kWidth` columns, `remaining` of which exist; the other lanes are 0.
+template <class T>
+inline Floats gather(const T* x, int64_t stride, int64_t remaining) {
+  if (stride == 1 && remaining >= kWidth) return load(x);
+  T lanes[kWidth] = {};
+  for (int64_t i = 0; i < kWidth && i < remaining; ++i) lanes[i] = x[i * stride];
+  return load(lanes);
+}
+
+// Writes z of a block to `z` and the cap's slope to `cap_slope` (left alone without a cap), takes
+// the label's column out, and pads with -inf. Returns the padded number of columns.
+template <class T>
+inline int64_t stage(const T* x, int64_t stride, int64_t count, const UnilogitTransform& transform,
+                     Label& label, float* z, float* cap_slope) {
+  const bool capped = transform.softcap != 0.0f;
+  const Floats scale = broadcast(transform.scale);
+  const Floats cap = broadcast(transform.softcap);
+  for (int64_t k = 0; k < count; k += kWidth) {
+    Floats value = gather(x + k * stride, stride, count - k);
+    if (transform.scale != 1.0f) value = value * scale;
+    if (capped) {
+      const Tanh tanh = hyperbolic_tangent(value / cap);
+      value = cap * tanh.value;
+      store(cap_slope + k, tanh.slope);
+    }
+    store(z + k, value);
+  }
+  const int64_t padded = (count + kStep - 1) / kStep * kStep;
+  for (int64_t k = count; k < padded; ++k) z[k] = -kInfinity;
+  if (capped) {
+    for (int64_t k = count; k < padded; ++k) cap_slope[k] = 0.0f;
+  }
+  if (label.offset >= 0 && label.offset < count) {
+    label.logit = z[label.offset];
+    label.cap_slope = capped ? cap_slope[label.offset] : 1.0f;
+    z[label.offset] = -kInfinity;
+  }
+  return padded;
+}
+
+// A block that can be read where it lies: whole, contiguous, as it is, and without the label.
+inline bool is_plain(int64_t stride, int64_t count, const UnilogitTransform& transform,
+                     const Label& label) {
+  return stride == 1 && count == kBlock && transform.scale == 1.0f && transform.softcap == 0.0f &&
+         (label.offset < 0 || label.offset >= count);
+}
+
+// The largest of many values, kUnit at a time; NaN is left out.
+template <class T>
+class RunningMax {
+ public:
+  RunningMax() { max_[0] = max_[1] = broadcast(-kInfinity); }
+
+  void add(const T* p) {
+    for (int i = 0; i < 2; ++i) max_[i] = max_or_second(load(p + i * kWidth), max_[i]);
+  }
+  float result() const { return reduce_max(max_or_second(max_[0], max_[1])); }
+
+ private:
+  Floats max_[2];
+};
+
+#if defined(UNILOGIT_ORDERED_BFLOAT16)
+template <>
+class RunningMax<bfloat16> : public OrderedBfloat16Max {
+ public:
+  RunningMax() {}
+};
+#endif
+
+// The largest of the columns; if one is NaN, NaN or the largest of the others.
+template <class T>
+inline float block_max(const T* x, int64_t padded) {
+  RunningMax<T> max[2];
+  for (int64_t k = 0; k < padded; k += kStep) {
+    for (int i = 0; i < 2; ++i) max[i].add(x + k + i * kUnit);
+  }
+  const float a = max[0].result(), b = max[1].result();
+  return a > b || is_nan(a) ? a : b;
+}
+
+// Fetches what lies one block ahead of a step's columns: hardware prefetching stops at the end of
+// a page, which is the end of a block of float32.
+template <class T>
+inline void prefetch(const T* x) {
+  const auto first = reinterpret_cast<std::uintptr_t>(x) + kBlock * sizeof(T);
+  for (std::uintptr_t k = 0; k < kStep * sizeof(T); k += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(first + k));
+  }
+}
+
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
+// Sum of exp(x - max); the terms go to `exponentials` if asked for, which may be `x` itself.
+// `before_step(k)` runs before the terms of columns k .. k + kStep - 1 are stored.
+template <bool kStore, class T, class BeforeStep = Nothing>
+inline float sum_exponentials(const T* x, int64_t padded, float max, float* exponentials,
+                              const BeforeStep& before_step = {}) {
+  // Short chains of additions keep the rounding of the sum small, whatever the vectors' width.
+  constexpr int64_t kChain = 16 * kStep;
+  const Floats shift = broadcast(max);
+  Floats total = broadcast(0.0f);
+  for (int64_t first = 0; first < padded; first += kChain) {
+    const int64_t last = first + kChain < padded ? first + kChain : padded;
+    Floats sum[4];
+    for (Floats& lane : sum) lane = broadcast(0.0f);
+    for (int64_t k = first; k < last; k += kStep) {
+      Floats z[4];
+      for (int i = 0; i < 4; ++i) z[i] = load(x + k + i * kWidth);
+      prefetch(x + k);
+      before_step(k);
+      for (int i = 0; i < 4; ++i) {
+        const Floats e = exponential(z[i] - shift);
+        sum[i] = sum[i] + e;
+        if constexpr (kStore) store(exponentials + k + i * kWidth, e);
+      }
+    }
+    total = total + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+  return reduce_add(total);
+}
+
+inline void multiply(float* a, const float* b, int64_t padded) {
+  for (int64_t k = 0; k < padded; k += kWidth) store(a + k, load(a + k) * load(b + k));
+}
+
+template <bool kStore, class T, class BeforeStep = Nothing>
+inline Part part_of(const T* x, int64_t padded, float* exponentials,
+                    const BeforeStep& before_step = {}) {
+  const float max = block_max(x, padded);
+  const float shift = max == -kInfinity ? 0.0f : max;
+  const float sum = sum_exponentials<kStore>(x, padded, shift, exponentials, before_step);
+  return {is_nan(sum) ? kNan : max, sum};
+}
+
+template <class T>
+Part block_part(const void* data, int64_t stride, int64_t count,
+                const UnilogitTransform& transform, Label& label, float* exponentials) {
+  const T* x = static_cast<const T*>(data);
+  if (is_plain(stride, count, transform, label)) {
+    return exponentials != nullptr ? part_of<true>(x, count, exponentials)
+                                   : part_of<false>(x, count, exponentials);
+  }
+  alignas(kCacheLine) float scratch[kBlock];
+  alignas(kCacheLine) float cap_slope[kBlock];
+  float* z = exponentials != nullptr ? exponentials : scratch;
+  const int64_t padded = stage(x, stride, count, transform, label, z, cap_slope);
+  if (exponentials == nullptr) return part_of<false>(z, padded, z);
+  const Part part = part_of<true>(z, padded, z);
+  if (transform.softcap != 0.0f) multiply(z, cap_slope, padded);
+  return part;
+}
+
+template <class T>
+void block_exponentials(const void* data, int64_t stride, int64_t count,
+                        const UnilogitTransform& transform, float max, Label& label,
+                        float* exponentials) {
+  const T* x = static_cast<const T*>(data);
+  if (is_plain(stride, count, transform, label)) {
+    sum_exponentials<true>(x, count, max, exponentials);
+    return;
+  }
+  alignas(kCacheLine) float cap_slope[kBlock];
+  const int64_t padded = stage(x, stride, count, transform, label, exponentials, cap_slope);
+  sum_exponentials<true>(exponentials, padded, max, exponentials);
+  if (transform.softcap != 0.0f) multiply(exponentials, cap_slope, padded);
+}
+
+// Stores the pending values one by one.
+template <class Out>
+inline void flush(RowWriter& writer) {
+  Out converted[kUnit];
+  put<false>(converted, load(writer.values), load(writer.values + kWidth));
+  Out* out = static_cast<Out*>(writer.out);
+  for (int64_t i = 0; i < writer.pending; ++i) out[i * writer.stride] = converted[i];
+  writer.out = out + writer.pending * writer.stride;
+  writer.head -= writer.head < writer.pending ? writer.head : writer.pending;
+  writer.pending = 0;
+}
+
+template <class Out, bool kStream>
+inline void write_units(RowWriter& writer, const float* exponentials, int64_t count,
+                        float factor) {
+  const Floats factors = broadcast(factor);
+  Out* out = static_cast<Out*>(writer.out);
+  for (int64_t k = 0; k < count; k += kUnit) {
+    put<kStream>(out + k, load(exponentials + k) * factors,
+                 load(exponentials + k + kWidth) * factors);
+  }
+  writer.out = out + count;
+}
+
+// Whole units go out aligned and straight from the vectors. Values at the row's ends, beside the
+// label or across two blocks are collected first, so that no cache line is written twice.
+template <class Out>
+void write_block(RowWriter& writer, const GradientBlock& block) {
+  int64_t k = 0;
+  while (k < block.count) {
+    const bool label_ahead = block.label >= k && block.label < block.count;
+    const int64_t run = (label_ahead ? block.label : block.count) - k;
+    if (writer.stride == 1 && writer.head == 0 && writer.pending == 0 && run >= kUnit) {
+      const int64_t whole = run / kUnit * kUnit;
+      const float* exponentials = block.exponentials + k;
+      if (writer.stream) {
+        write_units<Out, true>(writer, exponentials, whole, block.factor);
+      } else {
+        write_units<Out, false>(writer, exponentials, whole, block.factor);
+      }
+      k += whole;
+      continue;
+    }
+    const int64_t goal = writer.head > 0 && writer.head < kUnit ? writer.head : kUnit;
+    for (; writer.pending < goal && k < block.count; ++k) {
+      writer.values[writer.pending++] =
+          k == block.label ? block.label_value : block.exponentials[k] * block.factor;
+    }
+    if (writer.pending < goal) break;
+    if (writer.stride == 1 && writer.head == 0 && writer.stream) {
+      Out* out = static_cast<Out*>(writer.out);
+      put<true>(out, load(writer.values), load(writer.values + kWidth));
+      writer.out = out + kUnit;
+      writer.pending = 0;
+    } else {
+      flush<Out>(writer);
+    }
+  }
+  if (block.last) flush<Out>(writer);
+}
+
+// write_block of an earlier row and block_part of the next one, which takes the same memory for its
+// exponentials. Step by step, so that the stores drain behind the arithmetic: stores in a row fill
+// the store queue, and the two times add up.
+template <class T, class Out, bool kStream>
+inline Part write_while_reading(RowWriter& writer, const GradientBlock& block, const T* x,
+                                float* exponentials) {
+  // Columns that complete a unit begun by the block before: reading runs that far ahead.
+  const int64_t begun = writer.head > 0 ? writer.head : writer.pending > 0 ? kUnit : 0;
+  const int64_t ahead = begun - writer.pending;
+  if (ahead > 0) {
+    write_block<Out>(writer, {block.exponentials, ahead, block.factor, -1, 0.0f, false});
+  }
+  return part_of<true>(x, kBlock, exponentials, [&](int64_t k) {
+    const float* source = block.exponentials + ahead + k;
+    if (k + kStep < kBlock) {
+      write_units<Out, kStream>(writer, source, kStep, block.factor);
+    } else {
+      write_block<Out>(writer, {source, kStep - ahead, block.factor, -1, 0.0f, block.last});
+    }
+  });
+}
+
+template <class T, class Out>
+Part write_block_and_part(RowWriter& writer, const GradientBlock& block, const void* data,
+                          int64_t stride, int64_t count, const UnilogitTransform& transform,
+                          Label& label, float* exponentials) {
+  if (is_plain(stride, count, transform, label) && writer.stride == 1 && writer.head <= kUnit &&
+      block.count == kBlock && (block.label < 0 || block.label >= kBlock)) {
+    const T* x = static_cast<const T*>(data);
+    return writer.stream
+               ? write_while_reading<T, Out, true>(writer, block, x, exponentials)
+               : write_while_reading<T, Out, false>(writer, block, x, exponentials);
+  }
+  write_block<Out>(writer, block);
+  return block_part<T>(data, stride, count, transform, label, exponentials);
+}
+
+void stream_copy(const char* source, char* destination, int64_t bytes) {
+  constexpr int64_t kChunk = kUnit * static_cast<int64_t>(sizeof(float));
+  int64_t k = 0;
+  for (; k + kChunk <= bytes; k += kChunk) {
+    const float* from = reinterpret_cast<const float*>(source + k);
+    put<true>(reinterpret_cast<float*>(destination + k), load(from), load(from + kWidth));
+  }
+  std::memcpy(destination + k, source + k, static_cast<std::size_t>(bytes - k));
+}
+
+void exp_array(const float* x, float* result, int64_t count) {
+  for (int64_t k = 0; k < count; k += kWidth) {
+    float lanes[kWidth];
+    store(lanes, exponential(gather(x + k, 1, count - k)));
+    for (int64_t i = 0; i < kWidth && k + i < count; ++i) result[k + i] = lanes[i];
+  }
+}
+
+void tanh_array(const float* x, float* result, float* slope, int64_t count) {
+  for (int64_t k = 0; k < count; k += kWidth) {
+    const Tanh tanh = hyperbolic_tangent(gather(x + k, 1, count - k));
+    float values[kWidth], slopes[kWidth];
+    store(values, tanh.value);
+    store(slopes, tanh.slope);
+    for (int64_t i = 0; i < kWidth && k + i < count; ++i) {
+      result[k + i] = values[i];
+      slope[k + i] = slopes[i];
+    }
+  }
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          {block_part<float>, block_part<bfloat16>, block_part<float16>},
+          {block_exponentials<float>, block_exponentials<bfloat16>, block_exponentials<float16>},
+          {write_block<float>, write_block<bfloat16>, write_block<float16>},
+          {{write_block_and_part<float, float>, write_block_and_part<float, bfloat16>,
+            write_block_and_part<float, float16>},
+           {write_block_and_part<bfloat16, float>, write_block_and_part<bfloat16, bfloat16>,
+            write_block_and_part<bfloat16, float16>},
+           {write_block_and_part<float16, float>, write_block_and_part<float16, bfloat16>,
+            write_block_and_part<float16, float16>}},
+          merge_parts,
+          finish_row,
+          stream_copy,
+          exp_array,
+          tanh_array};
+}

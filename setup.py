@@ -1,0 +1,85 @@
+"""Builds the CPU kernels: a plain shared library, without torch and without Python's C API.
+
+The library is optional. Where it cannot be built the package installs without it, and the eager
+backend does the work (`unilogit doctor` says so).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCE_DIR = Path("csrc/cpu")
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# False alarms inside the AVX-512 headers of GCC 12.
+COMPILE_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+LINK_FLAGS = ["-fopenmp"]
+
+
+class BuildLibrary(build_ext):
+    """Builds `_cpu_kernels.so`, named without Python's ABI tag, or explains why it could not."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The file's path in the package."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None: the library is not a Python module and has no init function."""
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link; a failure leaves the package without the library."""
+        extra = shlex.split(os.environ.get("UNILOGIT_KERNELS_CPU_FLAGS", ""))
+        ext.extra_compile_args = [*COMPILE_FLAGS, *extra]
+        ext.extra_link_args = [*LINK_FLAGS, *extra]
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # a missing compiler shows in a different way on every platform
+            self.warn(
+                f"the CPU kernels were not built ({type(error).__name__}: {error}). The package "
+                "works without them, on the slower eager backend. They need a C++17 compiler with "
+                "OpenMP, such as g++; install one and reinstall to get them."
+            )
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>: the library does not depend on Python's ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The wheel's tag."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+class PlatformDistribution(Distribution):
+    """Has a library even though nothing in it is a Python extension module."""
+
+    def has_ext_modules(self) -> bool:
+        """Always: keeps the package in the platform's directory."""
+        return True
+
+
+def library() -> Extension:
+    """The library as an extension that setuptools may fail to build."""
+    sources: Any = sorted(str(path) for path in SOURCE_DIR.glob("*.cpp"))
+    headers = sorted(str(path) for path in SOURCE_DIR.glob("*.h"))
+    return Extension(
+        "unilogit_kernels.backends._cpu_kernels",
+        sources=sources,
+        depends=headers,
+        language="c++",
+        optional=True,
+    )
+
+
+setup(
+    ext_modules=[library()],
+    distclass=PlatformDistribution,
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,173 @@
+// Exercises every entry point of the library over types, layouts, thread counts and instruction
+// sets, for the sanitizers: prints a checksum, and fails if results depend on the threads.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+using std::int64_t;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::uint64_t checksum(std::uint64_t sum, const void* data, std::size_t bytes) {
+  const auto* p = static_cast<const unsigned char*>(data);
+  for (std::size_t i = 0; i < bytes; ++i) sum = (sum ^ p[i]) * 1099511628211u;
+  return sum;
+}
+
+// A [rows, columns] matrix in memory of exactly its extent, so that any access beyond is caught.
+class Matrix {
+ public:
+  Matrix(int64_t rows, int64_t columns, int64_t row_gap, int64_t column_stride, int32_t type)
+      : size_(type == kUnilogitFloat32 ? 4 : 2), row_stride_(columns * column_stride + row_gap) {
+    const int64_t extent = (rows - 1) * row_stride_ + (columns - 1) * column_stride + 1;
+    bytes_ = static_cast<std::size_t>(extent) * size_;
+    memory_.reset(new unsigned char[bytes_]());
+    view_ = {memory_.get(), rows, columns, row_stride_, column_stride, type};
+  }
+
+  // The bit pattern of a float in the matrix's type; halves are made of small integers.
+  void set(int64_t row, int64_t column, float value) {
+    unsigned char* p =
+        memory_.get() + (row * row_stride_ + column * view_.column_stride) * int64_t(size_);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (view_.type == kUnilogitFloat32) {
+      std::memcpy(p, &bits, 4);
+      return;
+    }
+    std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
+    if (view_.type == kUnilogitFloat16) {
+      const std::uint32_t exponent = bits >> 23 & 0xFF;
+      half = exponent == 0xFF ? static_cast<std::uint16_t>(bits >> 16 & 0x8000) | 0x7C00 |
+                                    ((bits & 0x7FFFFF) != 0 ? 0x200 : 0)
+                              : static_cast<std::uint16_t>(
+                                    (bits >> 16 & 0x8000) |
+                                    (exponent < 113 ? 0 : (exponent - 112) << 10 |
+                                                              (bits >> 13 & 0x3FF)));
+    }
+    std::memcpy(p, &half, 2);
+  }
+
+  const UnilogitMatrix* view() const { return &view_; }
+  std::uint64_t sum(std::uint64_t s) const { return checksum(s, memory_.get(), bytes_); }
+
+ private:
+  std::size_t size_;
+  int64_t row_stride_;
+  std::size_t bytes_;
+  std::unique_ptr<unsigned char[]> memory_;
+  UnilogitMatrix view_;
+};
+
+struct Case {
+  int64_t rows, columns, row_gap, column_stride;
+  int32_t type, out_type;
+  UnilogitTransform transform;
+};
+
+Matrix make_logits(const Case& c) {
+  Matrix logits(c.rows, c.columns, c.row_gap, c.column_stride, c.type);
+  std::uint32_t state = 12345;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    for (int64_t j = 0; j < c.columns; ++j) {
+      state = state * 1664525u + 1013904223u;
+      logits.set(i, j, static_cast<float>(state >> 16) / 4096.0f - 8.0f);
+    }
+  }
+  logits.set(0, c.columns - 1, -kInfinity);
+  if (c.rows > 2) logits.set(2, 0, kInfinity);
+  if (c.rows > 3) logits.set(3, c.columns / 2, std::nanf(""));
+  return logits;
+}
+
+std::uint64_t run(const Case& c, int32_t threads) {
+  const auto n = static_cast<std::size_t>(c.rows);
+  const Matrix logits = make_logits(c);
+  std::vector<int64_t> labels(n);
+  std::vector<float> weight(n), loss(n), state(3 * n, -kInfinity);
+  for (std::size_t i = 0; i < n; ++i) {
+    labels[i] = i % 5 == 4 ? -100 : static_cast<int64_t>(i * 7919) % c.columns;
+    weight[i] = i % 5 == 4 ? 0.0f : 1.0f + static_cast<float>(i);
+    state[n + i] = 0.0f;
+  }
+  std::uint64_t sum = 14695981039346656037u;
+  int32_t status = 0;
+  Matrix out(c.rows, c.columns, c.row_gap, c.column_stride, c.out_type);
+  for (int32_t objective = 0; objective < 4; ++objective) {
+    for (const UnilogitMatrix* target : {out.view(), static_cast<const UnilogitMatrix*>(nullptr)}) {
+      status |= unilogit_log_odds_sweep(logits.view(), labels.data(), weight.data(), objective,
+                                        c.columns, target, loss.data(), &c.transform, threads);
+      sum = checksum(out.sum(sum), loss.data(), 4 * n);
+    }
+  }
+  // Two chunks of columns, folded into one state.
+  const int64_t first = c.columns / 3;
+  for (int part = 0; part < 2; ++part) {
+    UnilogitMatrix chunk = *logits.view();
+    chunk.columns = part == 0 ? first : c.columns - first;
+    if (part == 1) {
+      chunk.data = static_cast<unsigned char*>(chunk.data) +
+                   first * c.column_stride * (c.type == kUnilogitFloat32 ? 4 : 2);
+    }
+    status |= unilogit_log_odds_update(&chunk, labels.data(), part == 0 ? 0 : first, state.data(),
+                                       c.rows, &c.transform, threads);
+  }
+  sum = checksum(sum, state.data(), 12 * n);
+  status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
+                                       weight.data(), out.view(), &c.transform, threads);
+  sum = out.sum(sum);
+  status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
+                                       weight.data(), logits.view(), &c.transform, threads);
+  sum = logits.sum(sum);
+  return status == 0 ? sum : 0;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Case> cases = {
+      {1, 2, 0, 1, 0, 0, {1.0f, 0.0f}},         {7, 33, 3, 1, 1, 1, {1.0f, 0.0f}},
+      {5, 1024, 0, 1, 2, 2, {1.0f, 30.0f}},     {9, 1025, 1, 2, 0, 1, {-0.5f, 0.0f}},
+      {1, 70001, 0, 1, 1, 1, {1.0f, 0.0f}},     {3, 50257, 0, 1, 0, 0, {1.0f, 0.0f}},
+      {33, 4099, 1, 1, 1, 0, {0.7f, 5.0f}},     {7, 12289, 5, 3, 2, 0, {1.0f, 0.0f}},
+      {26, 40960, 0, 1, 0, 0, {1.0f, 0.0f}},    {53, 40961, 0, 1, 1, 1, {1.0f, 0.0f}},
+      {27, 40963, 0, 1, 0, 0, {1.0f, 0.0f}},    {53, 40962, 1, 1, 2, 2, {1.0f, 0.0f}},
+  };
+  int failures = 0;
+  for (const char* name : {"avx512bf16", "avx512", "avx2", "baseline"}) {
+    if (unilogit_select_instruction_set(name) != kUnilogitOk) {
+      std::printf("%-10s not on this processor\n", name);
+      continue;
+    }
+    std::uint64_t total = 0;
+    for (const Case& c : cases) {
+      const std::uint64_t expected = run(c, 1);
+      for (int32_t threads : {2, 5}) {
+        if (expected == 0 || run(c, threads) != expected) {
+          std::printf("%s: [%ld, %ld] differs with %d threads\n", name, long(c.rows),
+                      long(c.columns), threads);
+          ++failures;
+        }
+      }
+      total = checksum(total, &expected, sizeof expected);
+    }
+    std::vector<float> x(1001, -3.0f), y(1001), z(1001);
+    unilogit_exp(x.data(), y.data(), 1001);
+    unilogit_tanh(x.data(), y.data(), z.data(), 1001);
+    std::vector<char> source(200001, 'x'), copy(200001 + 64);
+    char* aligned = copy.data() + (64 - reinterpret_cast<std::uintptr_t>(copy.data()) % 64) % 64;
+    unilogit_stream_copy(source.data(), aligned, 200001, 3);
+    failures += std::memcmp(source.data(), aligned, 200001) != 0;
+    std::printf("%-10s checksum %016lx\n", unilogit_instruction_set(), (unsigned long)total);
+  }
+  return failures == 0 ? 0 : 1;
+}
