@@ -147,6 +147,10 @@ class TestPlan:
     def test_float32_logits_keep_half_as_many_in_a_bfloat16_gradient(self) -> None:
         assert self.plan(8192, 4096, 128_256, weight=True, device="cuda").kept_tokens == 2048
 
+    def test_a_gradient_row_holds_whole_logits(self) -> None:
+        assert self.plan(64, 33, 1000, weight=True, device="cuda").kept_tokens == 0
+        assert self.plan(64, 33, 1000, weight=True, device="cpu").kept_tokens == 33
+
     def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
         plan = self.plan(4096, 64, 1 << 23, weight=False)
         assert plan.order == "vocabulary_chunks"

@@ -32,6 +32,9 @@ TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 MIN_TILE_COLUMNS = 512
 """Below this many columns, a tile is cut along the tokens instead: thin GEMMs are slow."""
 
+ALIGNED_COLUMNS = 64
+"""Tiles are a multiple of this many columns wide, so that their rows start aligned."""
+
 MIN_CHUNK_TOKENS = 16
 """Below this many tokens, token chunks would read the whole weight for too little work."""
 
@@ -204,10 +207,13 @@ def plan_linear(
         return Plan("token_chunks", token_chunk, vocab_size)
     tile_elements = TILE_BYTES.get(device_type, TILE_BYTES["cuda"]) // row_bytes
     kept = 0
-    if visits == 2 and needs.weight:
+    # A row of the gradient must hold a whole number of logits.
+    if visits == 2 and needs.weight and h * dtypes.results.itemsize % logits_bytes == 0:
         kept = min(n, h * dtypes.results.itemsize // logits_bytes)
     tokens = min(n, max(1, tile_elements // MIN_TILE_COLUMNS))
     columns = min((vocab_size + 1) // 2, max(1, tile_elements // tokens))
+    if columns > ALIGNED_COLUMNS:
+        columns -= columns % ALIGNED_COLUMNS
     return Plan("vocabulary_chunks", tokens, columns, kept)
 
 
