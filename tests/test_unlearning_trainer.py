@@ -1,0 +1,269 @@
+"""The Trainer takes the steps that the loss's definition says, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import FORGET, RETAIN, encoded, make_model, one_thread, save_model, write_rows
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+
+from unilogit_kernels import reference
+from unilogit_kernels.testing import assert_within_budget
+from unilogit_kernels.unlearning.data import PairSampler, collate
+from unilogit_kernels.unlearning.evaluation import token_probabilities
+from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
+from unilogit_kernels.unlearning.trainer import (
+    UnlearningArguments,
+    UnlearningTrainer,
+    train_only_top_layers,
+)
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def arguments(folder: Path, **options: Any) -> UnlearningArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return UnlearningArguments(**{**defaults, **options})
+
+
+def make_trainer(model: nn.Module, args: UnlearningArguments) -> UnlearningTrainer:
+    return UnlearningTrainer(model, args, forget=encoded(FORGET), retain=encoded(RETAIN))
+
+
+def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) -> Tensor:
+    """One step of SGD over every pair, with the definitions and the model's own logits.
+
+    Returns the loss, and that of the forget and of the retain rows.
+    """
+    args = trainer.args
+    pairs = list(PairSampler(trainer._pairs, args.retain_per_forget, args.seed))
+    forget = collate([trainer._pairs.forget[f] for f, _ in pairs], 0)
+    retain = collate([trainer._pairs.retain[r] for _, rows in pairs for r in rows], 0)
+
+    def logits_and_labels(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output.logits[:, :-1], batch["labels"][:, 1:]
+
+    logits, labels = logits_and_labels(retain)
+    keep = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    drop = reference.unilogit_loss(*logits_and_labels(forget))
+    loss = args.forget_weight * drop + args.retain_weight * keep
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(lr * parameter.grad)
+    return torch.stack([loss, drop, keep]).detach()
+
+
+@pytest.mark.parametrize("retain_per_forget", [1, 2])
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_a_step_is_the_literal_step(tmp_path: Path, retain_per_forget: int, batches: int) -> None:
+    """Also with gradient accumulation, where batches hold unequal numbers of tokens."""
+    lr, model = 0.5, make_model()
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    trainer = make_trainer(
+        model,
+        arguments(
+            tmp_path,
+            per_device_train_batch_size={1: 3, 2: 2, 3: 1}[batches],
+            gradient_accumulation_steps=batches,
+            retain_per_forget=retain_per_forget,
+            forget_weight=0.7,
+            retain_weight=1.3,
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+        ),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    plain_losses, exact_losses = literal_step(plain, trainer, lr), literal_step(exact, trainer, lr)
+    logged = trainer.state.log_history[0]
+    seen = torch.tensor([logged[name] for name in ("loss", "forget_loss", "retain_loss")])
+    assert_within_budget(seen, exact_losses, plain_losses)
+    start = dict(make_model().named_parameters())
+    for (name, got), expected, literal in zip(
+        model.named_parameters(), exact.parameters(), plain.parameters(), strict=True
+    ):
+        moved = got.detach() - start[name].detach()
+        assert bool(moved.any()), f"{name} did not move"
+        assert_within_budget(
+            got.detach().flatten(), expected.detach().flatten(), literal.detach().flatten(), name
+        )
+
+
+def test_training_stops_at_the_probability(tmp_path: Path) -> None:
+    options = {"num_train_epochs": 200, "learning_rate": 5e-3, "forget_weight": 1.0}
+    model = make_model()
+    examples = encoded(FORGET)
+    start = float(token_probabilities(model, examples, pad_id=0, batch_size=4).mean())
+    args = arguments(tmp_path, **options, stop_at_probability=start / 2, probability_steps=2)
+    trainer = make_trainer(model, args)
+    trainer.train()
+    assert 0 < trainer.state.global_step < trainer.state.max_steps
+    assert trainer.state.global_step % 2 == 0
+    final = float(token_probabilities(model, examples, pad_id=0, batch_size=4).mean())
+    assert final <= start / 2
+    logged = [
+        log["forget_probability"]
+        for log in trainer.state.log_history
+        if "forget_probability" in log
+    ]
+    assert logged[-1] == pytest.approx(final)
+    assert all(value > start / 2 for value in logged[:-1])
+
+
+def test_only_the_top_layers_are_trained() -> None:
+    model = make_model(num_hidden_layers=3)
+    names = train_only_top_layers(model, 2)
+    assert {name.split(".")[2] for name in names} == {"1", "2"}
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == names
+    with pytest.raises(ValueError, match="has 3 layers; cannot train the top 4"):
+        train_only_top_layers(model, 4)
+
+
+def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="retain_per_forget must be at least 1"):
+        arguments(tmp_path, retain_per_forget=0)
+    with pytest.raises(ValueError, match="stop_at_probability must be between 0 and 1"):
+        arguments(tmp_path, stop_at_probability=1.5)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    assert args.n_gpu < 2
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        make_trainer(make_model(), args)
+
+
+def test_outputs_are_refused(tmp_path: Path) -> None:
+    model = make_model()
+    trainer = make_trainer(model, arguments(tmp_path))
+    with pytest.raises(ValueError, match="no logits to return"):
+        trainer.compute_loss(model, {}, return_outputs=True)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        model=str(save_model(tmp_path / "model", attention_dropout=0.1)),
+        forget=write_rows(tmp_path / "forget.jsonl", FORGET),
+        retain=write_rows(tmp_path / "retain.jsonl", RETAIN),
+        output=tmp_path / "output",
+        epochs=4,
+        batch_size=2,
+        learning_rate=1e-3,
+        checkpoint_steps=2,
+    )
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, step: int) -> None:
+    """At every point of an epoch, with dropout, bit for bit."""
+    execute(prepare(settings))
+    again = dataclasses.replace(settings, output=settings.output.with_name("again"))
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(again), [InterruptAt(step)])
+    resumed = prepare(again, resume=True)
+    last = (
+        step // 2 * 2 if step % 2 else step - 2
+    )  # checkpoints come every 2 steps, after on_step_end
+    assert (resumed.checkpoint is None) if last == 0 else resumed.checkpoint is not None
+    if resumed.checkpoint is not None:
+        assert resumed.checkpoint.name == f"checkpoint-{last}"
+    assert execute(resumed)["steps"] == 8
+    expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(settings.model).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(again.output).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+        assert not torch.equal(value, start[name]), name
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(settings: Settings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(settings), [InterruptAt(5)])
+    (settings.output / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    resumed = prepare(settings, resume=True)
+    assert resumed.checkpoint is not None
+    assert resumed.checkpoint.name == "checkpoint-2"
+
+
+def test_an_output_that_is_taken(settings: Settings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(settings), [InterruptAt(3)])
+    with pytest.raises(RunError, match="unfinished run: resume it"):
+        prepare(settings)
+    with pytest.raises(RunError, match=r"other settings: learning_rate \(0.001 -> 1.0\)"):
+        prepare(dataclasses.replace(settings, learning_rate=1.0), resume=True)
+    execute(prepare(settings, resume=True))
+    with pytest.raises(RunError, match="already holds a model"):
+        prepare(settings, resume=True)
+    assert not (settings.output / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "no/such/model"}, "no tokenizer could be loaded from 'no/such/model'"),
+        ({"objective": "forgetting"}, "objective must be one of cross_entropy"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"stop_at_probability": 1.0}, "stop_at_probability must be between 0 and 1"),
+        ({"train_layers": 3}, "the model has 2 layers; cannot train the top 3"),
+        ({"chat_template": True}, "has no chat template"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
+    ],
+)
+def test_settings_that_cannot_be(
+    settings: Settings, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError) as caught:
+        prepare(dataclasses.replace(settings, **change))
+    assert message in str(caught.value)
+    assert not settings.output.exists()
+
+
+def test_what_is_forgotten_is_the_answer_and_not_its_end(settings: Settings) -> None:
+    prepared = prepare(settings)
+    assert all(example.labels[-1] != 2 for example in prepared.forget)
+    assert all(example.labels[-1] == 2 for example in prepared.retain)
+
+
+def test_bfloat16_and_frozen_layers(settings: Settings) -> None:
+    settings = dataclasses.replace(settings, dtype="bfloat16", train_layers=1, epochs=1)
+    execute(prepare(settings))
+    start = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16).state_dict()
+    end = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
+    assert all(value.dtype == torch.bfloat16 for value in end.values())
+    changed = {name for name, value in end.items() if not torch.equal(value, start[name])}
+    assert changed
+    assert all(".layers.1." in name for name in changed)
