@@ -8,11 +8,13 @@ _EXTRA = ("typer", "rich", "click", "transformers", "accelerate", "rouge_score",
 def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
+        from unilogit_kernels.bench.command import bench
         from unilogit_kernels.unlearning.commands import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(_missing(error.name))
+    app.command()(bench)
     app()
 
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,19 +48,22 @@ class Measurement:
         return statistics.median(self.milliseconds)
 
 
-def measure(shape: Shape, *, rounds: int = 7, memory: bool = True) -> list[Measurement]:
+def measure(
+    shape: Shape, *, rounds: int = 7, memory: bool = True, only: Sequence[str] = ()
+) -> list[Measurement]:
     """Run every provider of the shape's entry in turn, `rounds` times.
 
     Args:
         shape: The problem.
         rounds: Counted rounds, after one that is not.
         memory: Whether to measure peak memory too, each provider in a process of its own.
+        only: Names of the providers beside ours, or nothing for all of them.
     """
     problem = Problem(shape)
     steps: dict[str, Step] = {}
     errors: dict[str, tuple[float, float] | None] = {}
     missing: dict[str, str] = {}
-    everybody = providers(shape.entry)
+    everybody = [p for p in providers(shape.entry) if not only or p.name in (OURS, *only)]
     for provider in everybody:
         reason = provider.missing()
         if reason is None:
@@ -76,7 +80,9 @@ def measure(shape: Shape, *, rounds: int = 7, memory: bool = True) -> list[Measu
     for provider in everybody:
         name = provider.name
         loss_error, gradient_error = errors.get(name) or (None, None)
-        measures_memory = memory and provider.loss != "floor" and name in times
+        measures_memory = (
+            memory and provider.loss != "floor" and name in times and "compiled" not in name
+        )
         results.append(
             Measurement(
                 name,

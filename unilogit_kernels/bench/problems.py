@@ -87,24 +87,27 @@ class Problem:
     @cached_property
     def exact(self) -> dict[str, tuple[Tensor, list[Tensor]]]:
         """Mean loss and gradients in float64, by name of the loss."""
-        return {name: self._exact(name) for name in ("unilogit", "cross_entropy")}
-
-    def _exact(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        objective = objectives.REGISTRY[name]()
-        v = self.shape.vocab_size
         operands = [x.detach().double().requires_grad_(x.requires_grad) for x in self.operands]
-        loss = torch.zeros((), dtype=torch.float64, device=self.labels.device)
-        gradients = [torch.zeros_like(x) for x in operands if x.requires_grad]
+        trained = [x for x in operands if x.requires_grad]
+        results = {
+            name: (
+                torch.zeros((), dtype=torch.float64, device=self.labels.device),
+                [torch.zeros_like(x) for x in trained],
+            )
+            for name in ("unilogit", "cross_entropy")
+        }
         for block in self._blocks():
             tokens, *weight = operands
             logits = tokens[block] if not weight else tokens[block] @ weight[0].t()
             d = reference.target_log_odds(logits, self.labels[block])
-            part = objective(d, v).sum() / self.shape.n
-            loss += part.detach()
-            found = torch.autograd.grad(part, [x for x in operands if x.requires_grad])
-            for total, gradient in zip(gradients, found, strict=True):
-                total += gradient
-        return loss, gradients
+            for name, (loss, gradients) in results.items():
+                objective = objectives.REGISTRY[name]()
+                part = objective(d, self.shape.vocab_size).sum() / self.shape.n
+                loss += part.detach()
+                found = torch.autograd.grad(part, trained, retain_graph=True)
+                for total, gradient in zip(gradients, found, strict=True):
+                    total += gradient
+        return results
 
     def _blocks(self) -> Iterator[slice]:
         for start in range(0, self.shape.n, _ORACLE_TOKENS):

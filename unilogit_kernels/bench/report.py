@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(shapes: Iterable[Shape], *, rounds: int, memory: bool, console: Console) -> dict[str, Any]:
+def run(
+    shapes: Iterable[Shape],
+    *,
+    rounds: int,
+    memory: bool,
+    console: Console,
+    only: Sequence[str] = (),
+) -> dict[str, Any]:
     """Measure every shape, printing a table for each, and return everything that was measured."""
     console.print(machine())
     results = []
     for shape in shapes:
-        measurements = measure(shape, rounds=rounds, memory=memory)
+        measurements = measure(shape, rounds=rounds, memory=memory, only=only)
         console.print(table(shape, measurements))
         results.append(
             {
