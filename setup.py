@@ -16,7 +16,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCE_DIR = Path("csrc/cpu")
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-g0"]
+COMPILE_FLAGS += ["-Wall", "-Wextra"]
 # False alarms inside the AVX-512 headers of GCC 12.
 COMPILE_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 LINK_FLAGS = ["-fopenmp"]

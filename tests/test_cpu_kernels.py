@@ -245,7 +245,7 @@ def test_tanh_does_not_cancel(isa: str) -> None:
 # ---- update -----------------------------------------------------------------------------------
 
 # Enough rows each that plain torch's error is not a matter of luck.
-SHAPES = [(16, 2), (17, 7), (16, 63), (16, 1000), (16, 1024), (16, 1025), (16, 4097), (19, 300)]
+SHAPES = [(16, 2), (17, 7), (16, 63), (16, 1000), (16, 2048), (16, 2049), (16, 4097), (19, 300)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -594,7 +594,7 @@ def test_offsets_beyond_32_bits(isa: str) -> None:
 def fuzz_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, str, LogitTransform, str]:
     """A sweep over random shapes, layouts, dtypes and special values."""
     n = draw(st.integers(1, 9))
-    v = draw(st.one_of(st.integers(2, 70), st.integers(1000, 2100)))
+    v = draw(st.one_of(st.integers(2, 70), st.integers(2000, 4200)))
     dtype = draw(st.sampled_from(DTYPES))
     logits, labels, weight = problem(n, v, dtype, seed=draw(st.integers(0, 1000)))
     specials = st.sampled_from([INF, -INF, NAN, 0.0, 60.0, -60.0])

@@ -178,9 +178,10 @@ def settings(tmp_path: Path) -> Settings:
 
 class InterruptAt(TrainerCallback):
     def __init__(self, step: int) -> None:
-        self.step = step
+        self.step, self.seen = step, list[int]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(state.global_step)
         if state.global_step == self.step:
             raise KeyboardInterrupt
 
@@ -199,7 +200,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, step: in
     assert (resumed.checkpoint is None) if last == 0 else resumed.checkpoint is not None
     if resumed.checkpoint is not None:
         assert resumed.checkpoint.name == f"checkpoint-{last}"
-    assert execute(resumed)["steps"] == 8
+    never = InterruptAt(0)
+    assert execute(resumed, [never])["steps"] == 8
+    assert never.seen == list(range(last + 1, 9))
     expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
     start = AutoModelForCausalLM.from_pretrained(settings.model).state_dict()
     for name, value in AutoModelForCausalLM.from_pretrained(again.output).state_dict().items():

@@ -86,9 +86,13 @@ using std::int64_t;
 constexpr int kTypes = 3;
 
 // Columns that share one running maximum. Blocks start at fixed columns, so that results do not
-// depend on the number of threads. 4 KiB of float32: a block stays in the first-level cache
+// depend on the number of threads. 8 KiB of float32: a block stays in the first-level cache
 // between its two reads.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 2048;
+
+// Columns of a gradient that are computed before they are written; a divisor of kBlock. Stores in
+// longer runs fill the store queue and hold up the arithmetic.
+constexpr int64_t kGradientBlock = 1024;
 
 // The largest number of values that any instruction set stores at once.
 constexpr int64_t kMaxUnit = 32;

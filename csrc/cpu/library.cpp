@@ -68,7 +68,7 @@ const Kernels& current_kernels() {
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // Columns that are worth handing out to a thread by themselves.
-constexpr int64_t kGrainColumns = 16 * kBlock;
+constexpr int64_t kGrainColumns = 8 * kBlock;
 
 int64_t element_size(std::int32_t type) { return type == kUnilogitFloat32 ? 4 : 2; }
 
@@ -303,19 +303,21 @@ class Gradient {
   }
 
  private:
-  void write_blocks(int64_t row, int64_t first, int64_t last) {
-    alignas(kCacheLine) float exponentials[kBlock] = {};
+  void write_blocks(int64_t row, int64_t first_block, int64_t last_block) {
+    alignas(kCacheLine) float exponentials[kGradientBlock] = {};
     const float slope = slope_[row];
     const double outer_slope = static_cast<double>(slope) * transform_.scale;
     const auto factor = static_cast<float>(-outer_slope / sum_[row]);
-    RowWriter writer = make_writer(out_, row, first * kBlock, stream_);
-    for (int64_t b = first; b < last; ++b) {
-      const Columns columns = block_columns(logits_.columns, b);
-      GradientBlock block{exponentials, columns.count, 0.0f, -1, 0.0f, b + 1 == last};
+    const int64_t last = std::min(last_block * kBlock, logits_.columns);
+    int64_t first = first_block * kBlock;
+    RowWriter writer = make_writer(out_, row, first, stream_);
+    for (; first < last; first += kGradientBlock) {
+      const int64_t count = std::min(kGradientBlock, last - first);
+      GradientBlock block{exponentials, count, 0.0f, -1, 0.0f, first + count == last};
       if (slope != 0.0f) {
-        Label label{labels_[row] - first_column_ - columns.first, 0.0f, 1.0f};
-        kernels_.block_exponentials[logits_.type](element(logits_, row, columns.first),
-                                                  logits_.column_stride, columns.count, transform_,
+        Label label{labels_[row] - first_column_ - first, 0.0f, 1.0f};
+        kernels_.block_exponentials[logits_.type](element(logits_, row, first),
+                                                  logits_.column_stride, count, transform_,
                                                   max_[row], label, exponentials);
         block.factor = factor;
         block.label = label.offset;

@@ -4,7 +4,7 @@
 
 // Columns between two turns of the unrolled loops; blocks are padded to a multiple of it.
 constexpr int64_t kStep = 4 * kWidth;
-static_assert(kBlock % kStep == 0);
+static_assert(kBlock % kStep == 0 && kGradientBlock % kStep == 0);
 
 // Columns stored at once: two vectors, which are one vector of a 16-bit type.
 constexpr int64_t kUnit = 2 * kWidth;
@@ -50,10 +50,10 @@ inline int64_t stage(const T* x, int64_t stride, int64_t count, const UnilogitTr
   return padded;
 }
 
-// A block that can be read where it lies: whole, contiguous, as it is, and without the label.
+// A block that can be read where it lies: whole steps, contiguous, as it is, without the label.
 inline bool is_plain(int64_t stride, int64_t count, const UnilogitTransform& transform,
                      const Label& label) {
-  return stride == 1 && count == kBlock && transform.scale == 1.0f && transform.softcap == 0.0f &&
+  return stride == 1 && count % kStep == 0 && transform.scale == 1.0f && transform.softcap == 0.0f &&
          (label.offset < 0 || label.offset >= count);
 }
 
@@ -268,7 +268,7 @@ Part write_block_and_part(RowWriter& writer, const GradientBlock& block, const v
                           int64_t stride, int64_t count, const UnilogitTransform& transform,
                           Label& label, float* exponentials) {
   if (is_plain(stride, count, transform, label) && writer.stride == 1 && writer.head <= kUnit &&
-      block.count == kBlock && (block.label < 0 || block.label >= kBlock)) {
+      count == kBlock && block.count == kBlock && (block.label < 0 || block.label >= kBlock)) {
     const T* x = static_cast<const T*>(data);
     return writer.stream
                ? write_while_reading<T, Out, true>(writer, block, x, exponentials)
