@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(unilogit_kernels.__path__, "unilogit_kernels.")
-    if not module.name.endswith("__main__")
+    # The C++ library lies in the package, but is no module of Python.
+    if not module.name.endswith(("__main__", "_cpu_kernels"))
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
