@@ -160,7 +160,6 @@ _PREFERRED = {"cpu": "cpu"}
 """The fused backend of each device type."""
 
 
-@torch.compiler.assume_constant_result
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that a call runs on.
 
@@ -200,6 +199,10 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
         _warn_once(f"the {preferred!r} kernels are not available: {reason}")
         return "eager"
     return preferred
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler to do it.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_exists(name: str) -> None:
