@@ -6,8 +6,14 @@ import pytest
 import torch
 from problems import Problem, check, linear_problem
 
-from unilogit_kernels import chunking, linear_target_log_odds, linear_unilogit_loss, row_state
-from unilogit_kernels.chunking import Plan, plan_linear
+from unilogit_kernels import (
+    compaction,
+    linear_target_log_odds,
+    linear_unilogit_loss,
+    loops,
+    row_state,
+)
+from unilogit_kernels.plan import MEMORY_BUDGET, MIN_TILE_COLUMNS, TILE_BYTES, Plan, plan_linear
 from unilogit_kernels.projection import GemmDtypes, Needs
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
@@ -89,13 +95,13 @@ def test_any_cut_is_within_the_budget(
     n_active = int((problem.labels != -100).sum())
     plans = _plans(n_active, h, v)
     for plan in plans:
-        monkeypatch.setattr(chunking, "plan_linear", lambda *_, plan=plan, **__: plan)
+        monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
         check(problem, backend)
     frozen = [Plan("token_chunks", tokens, v) for tokens in (n_active, 3, 1)]
     if dtype == torch.float16:
         return  # cast chunk by chunk on CPU, so never cut by tokens
     for plan in frozen:
-        monkeypatch.setattr(chunking, "plan_linear", lambda *_, plan=plan, **__: plan)
+        monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
         _check_frozen(problem, backend)
 
 
@@ -120,7 +126,7 @@ def test_weight_gradient_error_does_not_grow_with_chunks(
     errors = []
     for tokens in (256, 4):
         plan = Plan("vocabulary_chunks", tokens, 16)
-        monkeypatch.setattr(chunking, "plan_linear", lambda *_, plan=plan, **__: plan)
+        monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
         _, (_, gradient) = problem.ours(backend)
         _, (_, exact) = problem.plain(torch.float64)
         errors.append((gradient.double() - exact).norm() / exact.norm())
@@ -136,13 +142,13 @@ class TestPlan:
     def test_frozen_weight_goes_by_tokens_within_the_budget(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=False)
         assert plan.order == "token_chunks"
-        assert plan.tokens * plan.columns * 2 <= chunking.MEMORY_BUDGET["cpu"]
+        assert plan.tokens * plan.columns * 2 <= MEMORY_BUDGET["cpu"]
 
     def test_trainable_weight_goes_by_columns_and_keeps_the_logits(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=True)
         assert plan.order == "vocabulary_chunks"
         assert plan.kept_tokens == 1024
-        assert plan.tokens * plan.columns * 2 <= chunking.TILE_BYTES["cpu"]
+        assert plan.tokens * plan.columns * 2 <= TILE_BYTES["cpu"]
 
     def test_float32_logits_keep_half_as_many_in_a_bfloat16_gradient(self) -> None:
         assert self.plan(8192, 4096, 128_256, weight=True, device="cuda").kept_tokens == 2048
@@ -157,20 +163,20 @@ class TestPlan:
 
     def test_many_tokens_are_cut_too(self) -> None:
         plan = self.plan(1 << 20, 64, 1 << 17, weight=True)
-        assert plan.tokens * plan.columns * 2 <= chunking.TILE_BYTES["cpu"]
-        assert plan.columns >= chunking.MIN_TILE_COLUMNS
+        assert plan.tokens * plan.columns * 2 <= TILE_BYTES["cpu"]
+        assert plan.columns >= MIN_TILE_COLUMNS
 
 
 def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Rows whose slope is 0 do not reach a GEMM of the backward."""
     sizes: list[int] = []
-    original = chunking.linear_gradient
+    original = loops.linear_gradient
 
     def spy(head, *args):  # type: ignore[no-untyped-def]
         sizes.append(head.hidden.shape[0])
         return original(head, *args)
 
-    monkeypatch.setattr(chunking, "linear_gradient", spy)
+    monkeypatch.setattr(compaction, "linear_gradient", spy)
     hidden, weight = torch.randn(20, 8), torch.randn(90, 8, requires_grad=True)
     d = linear_target_log_odds(hidden, weight, torch.arange(20), backend=backend)
     d[4:7].sum().backward()
@@ -180,8 +186,6 @@ def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend:
 class TestRowState:
     def test_merge_is_what_one_pass_gives(self) -> None:
         logits, labels = torch.randn(3, 90, dtype=torch.float64) * 30, torch.tensor([0, 40, 89])
-        kernels = chunking.RowProblem
-        del kernels
         from unilogit_kernels.backends import LogitTransform, load
 
         eager, cpu = load("eager"), torch.device("cpu")

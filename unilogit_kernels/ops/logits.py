@@ -1,0 +1,131 @@
+"""The operators on logits: the log-odds, and objectives finished in one visit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import row_state
+from unilogit_kernels.ops.registration import (
+    LIBRARY,
+    ROWS,
+    WEIGHTED,
+    check_twice_differentiable,
+    fake,
+    literal_log_odds,
+    literal_objective,
+    operator,
+    or_empty,
+    row_problem,
+    scalar_of,
+    scaled,
+    shape_of,
+    weighted_objective,
+)
+from unilogit_kernels.rows import logits_gradient, logits_objective, logits_state
+
+# ---- log-odds of logits ------------------------------------------------------------------------
+
+
+@operator(f"log_odds(Tensor logits, {ROWS}) -> (Tensor log_odds, Tensor state)")
+def _log_odds(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
+    problem = row_problem(*rows)
+    state = logits_state(logits, problem)
+    return row_state.log_odds(state, problem.labels, problem.vocab_size), state
+
+
+@fake("log_odds")
+def _(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    n = logits.shape[0]
+    return logits.new_empty(n, dtype=dtype), logits.new_empty(3, n, dtype=dtype)
+
+
+@operator(
+    f"log_odds_backward(Tensor logits, {ROWS}, Tensor state, Tensor slope) -> Tensor logits_grad"
+)
+def _log_odds_backward(logits: Tensor, *args: Any) -> Tensor:
+    *rows, state, slope = args
+    return logits_gradient(logits, row_problem(*rows), state, slope.contiguous())
+
+
+@fake("log_odds_backward")
+def _(logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, *ctx.settings = inputs
+    ctx.save_for_backward(logits, labels, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _log_odds_grad(ctx: Any, slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    logits, labels, state = ctx.saved_tensors
+    rest = (None,) * 5
+    if slope is None:
+        return None, *rest
+    if torch.is_grad_enabled():
+        check_twice_differentiable(ctx.settings[-1])
+        d, valid = literal_log_odds(logits, labels, *ctx.settings)
+        return *torch.autograd.grad(d, logits, slope[valid], create_graph=True), *rest
+    gradient = torch.ops.unilogit_kernels.log_odds_backward(
+        logits, labels, *ctx.settings, state, slope
+    )
+    return gradient, *rest
+
+
+torch.library.register_autograd(
+    "unilogit_kernels::log_odds", _log_odds_grad, setup_context=_log_odds_context, lib=LIBRARY
+)
+
+
+# ---- objectives of logits ----------------------------------------------------------------------
+
+
+@operator(
+    f"objective_loss(Tensor logits, {ROWS}, {WEIGHTED}, bool needs_grad) "
+    "-> (Tensor loss, Tensor logits_grad)"
+)
+def _objective_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    rows, weighted, needs_gradient = row_problem(*args[:5]), weighted_objective(*args[5:9]), args[9]
+    loss, gradient = logits_objective(logits, rows, weighted, needs_gradient=needs_gradient)
+    return loss, or_empty(gradient, logits)
+
+
+@fake("objective_loss")
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return scalar_of(logits), shape_of(args[-1], logits)
+
+
+def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, *ctx.settings = inputs[:6]
+    row_weight, factor, *ctx.objective = inputs[6:10]
+    literal = (logits, labels, row_weight) if ctx.settings[-1] == "eager" else (None,) * 3
+    ctx.dtype = logits.dtype
+    ctx.save_for_backward(*literal, factor, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _objective_grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    logits, labels, row_weight, factor, gradient = ctx.saved_tensors
+    rest = (None,) * 10
+    if upstream is None:
+        return None, *rest
+    if torch.is_grad_enabled():
+        check_twice_differentiable(ctx.settings[-1])
+        loss = literal_objective(logits, labels, row_weight, factor, *ctx.objective, *ctx.settings)
+        return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *rest
+    if ctx.dtype == torch.float16:
+        upstream = upstream * factor
+    return scaled(gradient, upstream, ctx.dtype), *rest
+
+
+torch.library.register_autograd(
+    "unilogit_kernels::objective_loss",
+    _objective_grad,
+    setup_context=_objective_context,
+    lib=LIBRARY,
+)

@@ -1,0 +1,148 @@
+"""How an operator is registered, and what the operators' arguments mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import backends, objectives, reference
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.rows import RowProblem, Weighted
+
+LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""The Python function behind each operator, so that `testing` can watch what it allocates."""
+
+ROWS = "Tensor labels, float scale, float softcap, int vocab_size, str backend"
+WEIGHTED = "Tensor row_weight, Tensor factor, str objective, float[] parameters"
+NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the operator `schema`, for every device."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.split("(")[0]
+        LIBRARY.define(schema)
+
+        def run(*args: Any) -> Any:
+            # A GEMM in here has chosen its dtypes; autocast would change them.
+            with torch.autocast(_device_type(args), enabled=False):
+                return function(*args)
+
+        key = "CompositeExplicitAutograd"
+        LIBRARY.impl(name, run, key)
+        IMPLEMENTATIONS[f"unilogit_kernels::{name}"] = run
+        return function
+
+    return decorate
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as what the operator returns for tensors without data."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(f"unilogit_kernels::{name}", function, lib=LIBRARY)
+        return function
+
+    return decorate
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    return next(a.device.type for a in args if isinstance(a, Tensor))
+
+
+def row_problem(
+    labels: Tensor, scale: float, softcap: float, vocab_size: int, backend: str
+) -> RowProblem:
+    """The arguments `ROWS` as the layers below take them."""
+    return RowProblem(labels, LogitTransform(scale, softcap), vocab_size, backends.load(backend))
+
+
+def weighted_objective(
+    row_weight: Tensor, factor: Tensor, objective: str, parameters: list[float]
+) -> Weighted:
+    """The arguments `WEIGHTED` as the layers below take them."""
+    return Weighted(objectives.REGISTRY[objective](*parameters), row_weight, factor)
+
+
+def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Operators return tensors; an unwanted gradient is an empty one."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def shape_of(gradient_wanted: bool, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a gradient looks like to a fake kernel: empty if it is not wanted."""
+    return torch.empty(
+        like.shape if gradient_wanted else (0,), dtype=dtype or like.dtype, device=like.device
+    )
+
+
+def scalar_of(like: Tensor) -> Tensor:
+    """What a loss looks like to a fake kernel."""
+    return like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`upstream * gradient` in `dtype`, never in place, so that a second backward is equal.
+
+    Where it costs no synchronisation, an upstream gradient of exactly 1 costs nothing: the saved
+    tensor itself is handed on, unless the graph is kept for another backward.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and upstream.device.type == "cpu"
+        and gradient.dtype == dtype
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and upstream.item() == 1.0
+    ):
+        return gradient
+    return (gradient * upstream).to(dtype)
+
+
+# ---- the literal definition, for the eager backend's double backward ---------------------------
+
+
+def check_twice_differentiable(backend: str) -> None:
+    """Raise unless the backend is the one that runs the literal definition."""
+    if backend != "eager":
+        raise RuntimeError(
+            f"backend {backend!r} computes first derivatives only; for a double backward "
+            "(create_graph=True) pass backend='eager'"
+        )
+
+
+def literal_log_odds(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float, vocab_size: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The log-odds of the rows with a label by plain autograd, and which rows these are."""
+    valid = (labels >= 0) & (labels < vocab_size)
+    d = reference.target_log_odds(
+        logits[valid].to(torch.promote_types(logits.dtype, torch.float32)),
+        labels[valid],
+        softcap=softcap or None,
+        logit_scale=scale,
+        vocab_size=vocab_size,
+    )
+    return d, valid
+
+
+def literal_objective(
+    logits: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    factor: Tensor,
+    objective: str,
+    parameters: list[float],
+    *settings: Any,
+) -> Tensor:
+    """The loss of logits by plain autograd."""
+    d, valid = literal_log_odds(logits, labels, *settings)
+    function = weighted_objective(row_weight, factor, objective, parameters).objective
+    values: Tensor = function(d, settings[2])
+    weight = row_weight[valid]
+    return factor * torch.where(weight == 0, 0.0, weight * values).sum()
