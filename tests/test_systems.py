@@ -166,6 +166,18 @@ class TestRegistry:
         with pytest.raises(RuntimeError, match="'cpu' is not available: no such library"):
             unilogit_loss(torch.randn(2, 5), torch.tensor([0, 1]), backend="cpu")
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backend is there")
+    def test_triton_without_a_gpu_raises_the_reason(self) -> None:
+        with pytest.raises(RuntimeError, match=r"'triton' is not available: .* no NVIDIA or AMD"):
+            unilogit_loss(torch.randn(2, 5), torch.tensor([0, 1]), backend="triton")
+
+    def test_gpus_run_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "unavailable_reason", lambda name: None)
+        assert backends.choose(None, "cuda", torch.bfloat16) == "triton"
+        assert backends.choose(None, "cuda", torch.float64) == "eager"
+        with pytest.raises(ValueError, match="'triton' runs on cuda tensors, got cpu"):
+            backends.choose("triton", "cpu", torch.float32)
+
     def test_fallback_is_never_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         backends._warn_once.cache_clear()
         monkeypatch.setattr(

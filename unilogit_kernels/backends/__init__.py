@@ -97,7 +97,7 @@ class SweepKernels(RowKernels, Protocol):
         """
 
 
-BACKENDS = ("eager", "cpu")
+BACKENDS = ("eager", "cpu", "triton")
 """Every backend there is, whether it can run here or not."""
 
 
@@ -113,6 +113,10 @@ def load(name: str) -> RowKernels:
         from unilogit_kernels.backends.cpu import CpuKernels
 
         return CpuKernels()
+    if name == "triton":
+        from unilogit_kernels.backends.triton.launch import TritonKernels
+
+        return TritonKernels()
     from unilogit_kernels.backends.eager import EagerKernels
 
     return EagerKernels()
@@ -124,6 +128,10 @@ def unavailable_reason(name: str) -> str | None:
         from unilogit_kernels.backends import cpu
 
         return cpu.unavailable_reason()
+    if name == "triton":
+        from unilogit_kernels.backends import triton
+
+        return triton.unavailable_reason()
     return None
 
 
@@ -154,10 +162,11 @@ def forced(name: str) -> Iterator[None]:
 _DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-_DEVICES = {"cpu": "cpu"}
-_PREFERRED = {"cpu": "cpu"}
-"""The fused backend of each device type."""
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}
+_PREFERRED = {"cpu": "cpu", "cuda": "triton"}
+"""The fused backend of each device type; to torch, AMD's GPUs are of type "cuda" too."""
 
 
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:

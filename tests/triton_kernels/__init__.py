@@ -1,0 +1,1 @@
+"""The Triton backend, tested on a machine without a GPU."""

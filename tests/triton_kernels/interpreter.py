@@ -1,0 +1,137 @@
+"""Makes Triton's interpreter right about bfloat16; for tests alone.
+
+As it is, it truncates float32 to bfloat16 instead of rounding, and computes with bfloat16 on the
+raw bits, silently. The kernels convert at their loads and stores and compute in float32, so
+conversion is what is mended here; arithmetic on bfloat16 becomes an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import triton.language as tl
+from triton.runtime import interpreter
+
+_Handle = Any
+"""The interpreter's tensor: a numpy array and a triton type; bfloat16 is kept as uint16."""
+
+
+def bfloat16_bits(x: np.ndarray) -> np.ndarray:
+    """Bits of float32 numbers rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    last_kept = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + last_kept) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    chosen = np.where(np.isnan(x), quiet_nan, rounded)
+    bits16: np.ndarray = chosen.astype(np.uint16).reshape(np.shape(x))
+    return bits16
+
+
+def float32_of(bits: np.ndarray) -> np.ndarray:
+    """The float32 numbers whose bfloat16 bits are given."""
+    wide = np.ascontiguousarray(bits, dtype=np.uint16).astype(np.uint32) << np.uint32(16)
+    numbers: np.ndarray = wide.view(np.float32).reshape(np.shape(bits))
+    return numbers
+
+
+def _is_bfloat16(handle: _Handle) -> bool:
+    return bool(handle.dtype.scalar == tl.bfloat16)
+
+
+def install() -> None:
+    """Mend the interpreter. Call it before a module with kernels is imported."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: _Handle, target: Any) -> _Handle:
+        to = target.scalar
+        if _is_bfloat16(source) and to != tl.bfloat16:
+            wide = handle(float32_of(source.data), tl.float32)
+            return wide if to == tl.float32 else cast(self, wide, target)
+        if to == tl.bfloat16 and not _is_bfloat16(source):
+            return handle(bfloat16_bits(source.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, source, target)
+
+    convert = builder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, source: _Handle, target: Any, rounding: Any) -> _Handle:
+        if _is_bfloat16(source) or target.scalar == tl.bfloat16:
+            return self.cast_impl(source, target)
+        return convert(self, source, target, rounding)
+
+    def get_bf16(self: Any, value: float) -> _Handle:
+        return handle(bfloat16_bits(np.array([value], np.float32)), tl.bfloat16)
+
+    def refusing(operation: Callable[..., _Handle]) -> Callable[..., _Handle]:
+        def checked(self: Any, *operands: Any) -> _Handle:
+            tensors = [x for x in operands if isinstance(x, handle)]
+            moves_bits = operands[-1] is np.where
+            if not moves_bits and any(map(_is_bfloat16, tensors)):
+                raise TypeError("arithmetic on bfloat16: convert to float32 at the load")
+            return operation(self, *operands)
+
+        return checked
+
+    implicit = interpreter._implicit_cvt
+
+    def _implicit_cvt(argument: Any) -> Any:
+        # On a GPU a Python float arrives as a float32.
+        if isinstance(argument, float):
+            return tl.tensor(handle(np.array([argument], np.float32), tl.float32), tl.float32)
+        return implicit(argument)
+
+    first_call = interpreter.InterpretedFunction.__call__
+    called: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Each call of a device function patches what it sees of triton.language, which it does not
+        # undo; once is enough, and takes half of the time.
+        if id(self) in called:
+            return self.rewrite()(*args, **kwargs)
+        called.add(id(self))
+        return first_call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = create_fp_to_fp
+    builder.get_bf16 = get_bf16
+    for name in ("unary_op", "binary_op", "ternary_op"):
+        setattr(builder, name, refusing(getattr(builder, name)))
+    interpreter._implicit_cvt = _implicit_cvt
+
+
+SHARES = ("whole rows", "split rows")
+"""How programs may share rows: one for each, or several for one."""
+
+
+@contextmanager
+def small_problems(share: str) -> Iterator[None]:
+    """Let small problems on CPU tensors take every path of the kernels, under `backend="triton"`.
+
+    Body tiles are made small, so that short rows have several of them, and a tail, and ends; and
+    the device that the launches imagine is so small, or so large, that rows are shared as asked.
+    """
+    # Kernels are decorated when this is imported, which must come after `install`.
+    from unilogit_kernels import backends
+    from unilogit_kernels.backends.triton import launch
+    from unilogit_kernels.backends.triton.settings import current_settings
+
+    settings = dataclasses.replace(
+        current_settings(),
+        lanes=16,
+        capped_lanes=16,
+        warps=4,
+        split_warps=1,
+        resident_warps=4,
+        multiprocessors=1 if share == "whole rows" else 16,
+    )
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(launch, "current_settings", lambda: settings)
+        patch.setitem(backends._DEVICES, "triton", "cpu")
+        patch.setattr(backends, "unavailable_reason", lambda name: None)
+        yield

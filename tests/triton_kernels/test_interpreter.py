@@ -1,0 +1,42 @@
+"""The shared suite on Triton's kernels, interpreted: what they compute, apart from any compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+SELECTION = {
+    "flags": ("test_accuracy.py::test_logits", "not float16"),
+    "shapes and hard rows": (
+        "test_accuracy.py::test_odd_sizes test_accuracy.py::test_hard_rows "
+        "test_accuracy.py::test_extreme_log_odds test_accuracy.py::test_empty_parts_merge",
+        "not float16 and not 5000",
+    ),
+    "chunks, layouts and weights": (
+        "test_accuracy.py::test_linear test_tensors.py::test_logits_of_any_strides test_calls.py",
+        "not float16 and ((test_linear and softcap and unilogit and not forward) or "
+        "any_strides or (token_weights and logits) or (poison and nan) or all_ignored)",
+    ),
+}
+"""Tests and a filter. The interpreter is slow; compiled, the kernels run the whole suite."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", SELECTION)
+def test_shared_suite(part: str) -> None:
+    tests, matching = SELECTION[part]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", matching, *tests.split()],
+        cwd=TESTS,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout

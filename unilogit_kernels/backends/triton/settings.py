@@ -1,0 +1,139 @@
+"""How the kernels are launched: one table, keyed by architecture and dtype.
+
+None of it has been measured on a GPU yet (docs/gpu.md); each number follows from sizes that the
+vendors publish, and from what the compiler makes of it (`python -m benchmarks.static`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Launch settings of an architecture.
+
+    Attributes:
+        warp_threads: Threads of a warp (a wavefront on AMD).
+        resident_warps: Warps that a multiprocessor runs at a time under `options`.
+        lanes: Elements that a thread holds at once. More of them put more loads in flight and
+            rescale the running sum more rarely; they live in registers.
+        capped_lanes: The same where a softcap needs registers for its tanh.
+        warps: Warps of a program that owns a whole row, or a part of one: few, so that rows end
+            and begin independently of each other.
+        split_warps: Warps of a program where few rows are split into many parts: as few as there
+            are, so that a single row of 128k columns gives every multiprocessor something to do.
+        multiprocessors: Of the largest product; used where no device can be asked.
+        cache_bytes: The same for the last cache that all multiprocessors share.
+        options: Compiler options.
+    """
+
+    warp_threads: int
+    resident_warps: int
+    lanes: int
+    capped_lanes: int
+    warps: int
+    split_warps: int
+    multiprocessors: int
+    cache_bytes: int
+    options: dict[str, Any]
+
+
+# 64 registers a thread let 1024 of the 65,536 / 64 threads live on a multiprocessor, which is half
+# of what sm_80, 90 and 100 can hold and two thirds on sm_86, 89 and 120; with 64 bytes in flight
+# each that is 64 KiB, above the 20 KiB that an H100's bandwidth times latency asks for.
+_NVIDIA: dict[str, Any] = {
+    "warp_threads": 32,
+    "resident_warps": 32,
+    "lanes": 32,
+    "capped_lanes": 16,
+    "warps": 4,
+    "split_warps": 2,
+    "options": {"maxnreg": 64},
+}
+# Wavefronts of 64 threads: half as many for as many threads. The compiler of AMD's targets balances
+# registers itself.
+_CDNA: dict[str, Any] = {
+    "warp_threads": 64,
+    "resident_warps": 16,
+    "lanes": 32,
+    "capped_lanes": 16,
+    "warps": 2,
+    "split_warps": 1,
+    "options": {},
+}
+_RDNA: dict[str, Any] = {**_CDNA, "warp_threads": 32, "resident_warps": 32, "warps": 4}
+
+TABLE: dict[str, Settings] = {
+    "cuda:80": Settings(**_NVIDIA, multiprocessors=108, cache_bytes=40 << 20),  # A100
+    "cuda:86": Settings(**_NVIDIA, multiprocessors=84, cache_bytes=6 << 20),  # RTX 3090, A40
+    "cuda:89": Settings(**_NVIDIA, multiprocessors=142, cache_bytes=96 << 20),  # L40S
+    "cuda:90": Settings(**_NVIDIA, multiprocessors=132, cache_bytes=50 << 20),  # H100
+    "cuda:100": Settings(**_NVIDIA, multiprocessors=148, cache_bytes=126 << 20),  # B200
+    "cuda:103": Settings(**_NVIDIA, multiprocessors=148, cache_bytes=126 << 20),  # B300
+    "cuda:120": Settings(**_NVIDIA, multiprocessors=170, cache_bytes=96 << 20),  # RTX 5090
+    "hip:gfx90a": Settings(**_CDNA, multiprocessors=104, cache_bytes=8 << 20),  # MI250X, a die
+    "hip:gfx942": Settings(**_CDNA, multiprocessors=304, cache_bytes=256 << 20),  # MI300X
+    "hip:gfx950": Settings(**_CDNA, multiprocessors=256, cache_bytes=256 << 20),  # MI355X
+    "hip:gfx1100": Settings(**_RDNA, multiprocessors=96, cache_bytes=96 << 20),  # RX 7900 XTX
+    "hip:gfx1201": Settings(**_RDNA, multiprocessors=64, cache_bytes=64 << 20),  # RX 9070 XT
+}
+"""What is known of each architecture; others take the settings of their nearest relative."""
+
+_INTERPRETED = "cuda:90"
+
+
+@functools.cache
+def _settings_of(name: str) -> Settings:
+    if name in TABLE:
+        return TABLE[name]
+    backend, _, architecture = name.partition(":")
+    if backend == "cuda":
+        older = [known for known in TABLE if known.startswith("cuda:")]
+        not_newer = [known for known in older if int(known[5:]) <= int(architecture)]
+        return TABLE[not_newer[-1] if not_newer else older[0]]
+    return TABLE["hip:gfx942" if architecture.startswith("gfx9") else "hip:gfx1100"]
+
+
+def current_settings() -> Settings:
+    """The settings of the device that triton launches on now."""
+    if triton.knobs.runtime.interpret:
+        return TABLE[_INTERPRETED]
+    target = triton.runtime.driver.active.get_current_target()
+    return _settings_of(f"{target.backend}:{target.arch}")
+
+
+@functools.cache
+def _sizes(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def sizes(tensor: Tensor, settings: Settings) -> tuple[int, int]:
+    """Multiprocessors, and bytes of the last cache: the device's own numbers where there is one."""
+    if not tensor.is_cuda:
+        return settings.multiprocessors, settings.cache_bytes
+    multiprocessors, cache_bytes = _sizes(tensor.device)
+    # On AMD torch reports the L2, behind which some products have a larger last cache.
+    return multiprocessors, max(cache_bytes, settings.cache_bytes if torch.version.hip else 0)
+
+
+def sweep_warps(row_bytes: int, multiprocessors: int, cache_bytes: int, settings: Settings) -> int:
+    """Warps of a program that visits its row twice.
+
+    The fewer rows are in flight, the more of them stay in the cache between the two visits; so
+    programs are as large as it takes to keep all rows in flight within three quarters of it.
+    """
+    warps = 4
+    while warps < settings.resident_warps:
+        in_flight = multiprocessors * (settings.resident_warps // warps)
+        if 4 * in_flight * row_bytes <= 3 * cache_bytes:
+            break
+        warps *= 2
+    return warps
