@@ -34,9 +34,13 @@ def merge_parts(parts: Tensor) -> Tensor:
     """Merge states stacked along the first dimension, `[k, 3, n]` -> `[3, n]`, in a fixed order."""
     row_max = parts[:, ROW_MAX].amax(0)
     # +inf minus +inf gives NaN on purpose: overflow is never laundered.
-    shift = torch.where(row_max == float("-inf"), 0.0, row_max)
-    row_sum = (parts[:, ROW_SUM] * torch.exp(parts[:, ROW_MAX] - shift)).sum(0)
+    row_sum = (parts[:, ROW_SUM] * torch.exp(parts[:, ROW_MAX] - finite_shift(row_max))).sum(0)
     return torch.stack((row_max, row_sum, parts[:, TARGET].amax(0)))
+
+
+def finite_shift(row_max: Tensor) -> Tensor:
+    """What is subtracted from a row before `exp`: its maximum, or 0 if every logit is -inf."""
+    return torch.where(row_max == float("-inf"), 0.0, row_max)
 
 
 def log_odds(state: Tensor, labels: Tensor, vocab_size: int) -> Tensor:

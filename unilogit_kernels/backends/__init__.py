@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class LogitTransform(NamedTuple):
 
     scale: float = 1.0
     softcap: float = 0.0
+
+    def at_temperature(self, temperature: float) -> LogitTransform:
+        """The transform whose result is `z / temperature`.
+
+        No kernel needs a temperature of its own:
+        `softcap * tanh(scale * x / softcap) / T` is the transform of `scale / T` and `softcap / T`.
+        """
+        return LogitTransform(self.scale / temperature, self.softcap / temperature)
 
 
 class RowKernels(Protocol):
@@ -97,6 +105,62 @@ class SweepKernels(RowKernels, Protocol):
         """
 
 
+@runtime_checkable
+class DivergenceKernels(Protocol):
+    """A backend that can also compare two rows over the same columns: KL(P_a || P_b) per token.
+
+    `a` is the distribution that weights the sum, `b` the other one; which of them is the model that
+    learns is the caller's business. Both are `[n, v]` with any strides and may differ in dtype
+    (float32, bfloat16 or float16 each). Labels are as for `RowKernels`; a label of -1 is in no
+    column, so that both rests are the whole rows.
+    """
+
+    name: str
+
+    def divergence_update(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """Fold these columns into `state` (`[7, n]`, see `pair_state`), in place; one read each."""
+
+    def divergence_gradient(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        coefficients: Tensor,
+        student: Literal["a", "b"],
+        out: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """Write the gradient rows of the student's logits into `out`; one read each, one write.
+
+        With `s_j = a_j - a_max`, `t_j = b_j - b_max` from the complete `state` (a maximum of -inf
+        is taken as 0) and row i's `alpha, beta, gamma, at_label` (`coefficients`, `[4, n]`, rows
+        contiguous):
+
+            out_j = (exp(s_j) (alpha + beta (s_j - t_j)) + gamma exp(t_j)) dz/dx   for j != y
+            out_y = at_label dz/dx
+
+        where dz/dx is the derivative of the transform of the row that `student` names. The first
+        term is 0 where `exp(s_j)` is 0. Both terms are rounded before they are added (no fused
+        multiply-add over that sum), so that equal rows with `alpha = -gamma` give exactly 0.
+
+        `out` is `[n, v]`, any strides, any float dtype of the three; it may be the student's logits
+        themselves. A row whose four coefficients are exactly 0 becomes exactly 0, whatever its
+        logits hold.
+        """
+
+
 BACKENDS = ("eager", "cpu", "triton")
 """Every backend there is, whether it can run here or not."""
 
@@ -120,6 +184,22 @@ def load(name: str) -> RowKernels:
     from unilogit_kernels.backends.eager import EagerKernels
 
     return EagerKernels()
+
+
+def load_divergence(name: str) -> DivergenceKernels:
+    """The two-row kernels of a backend; eager's, with one warning, where it has none yet.
+
+    Raises:
+        ImportError: As `load`.
+        RuntimeError: As `load`.
+    """
+    kernels = load(name)
+    if isinstance(kernels, DivergenceKernels):
+        return kernels
+    _warn_once(f"the {name!r} kernels do not compare two models' rows")
+    eager = load("eager")
+    assert isinstance(eager, DivergenceKernels)
+    return eager
 
 
 def unavailable_reason(name: str) -> str | None:

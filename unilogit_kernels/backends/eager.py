@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels import row_state
+from unilogit_kernels import pair_state, row_state
 from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.row_state import finite_shift
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits processed at a time: temporaries of 4 MiB in float32, which stay in a CPU's cache."""
@@ -47,8 +49,24 @@ def _softcap_slope(logits: Tensor, transform: LogitTransform, dtype: torch.dtype
     return e / (1 + e).square_().div_(4)
 
 
+def _rest_and_target(
+    logits: Tensor,
+    column: Tensor,
+    inside: Tensor,
+    transform: LogitTransform,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of these columns: `z` less its maximum, -inf at the label; the maximum; the label's logit."""
+    z = _transformed(logits, transform, dtype)
+    at_label = z.gather(1, column)
+    z.scatter_(1, column, torch.where(inside, float("-inf"), at_label))
+    row_max = z.amax(1)
+    z.sub_(finite_shift(row_max)[:, None])
+    return z, row_max, torch.where(inside, at_label, float("-inf"))[:, 0]
+
+
 class EagerKernels:
-    """`RowKernels` in torch operations, in blocks of rows that bound the temporaries."""
+    """`RowKernels` and `DivergenceKernels` in torch, in blocks of rows that bound temporaries."""
 
     name = "eager"
 
@@ -65,15 +83,11 @@ class EagerKernels:
         if v == 0:
             return
         for rows in _row_blocks(logits):
-            z = _transformed(logits[rows], transform, state.dtype)
             column, inside = _label_columns(labels[rows], first_column, v)
-            at_label = z.gather(1, column)
-            z.scatter_(1, column, torch.where(inside, float("-inf"), at_label))
-            row_max = z.amax(1)
-            shift = torch.where(row_max == float("-inf"), 0.0, row_max)
-            row_sum = z.sub_(shift[:, None]).exp_().sum(1)
-            target = torch.where(inside, at_label, float("-inf"))[:, 0]
-            part = torch.stack((row_max, row_sum, target))
+            z, row_max, target = _rest_and_target(
+                logits[rows], column, inside, transform, state.dtype
+            )
+            part = torch.stack((row_max, z.exp_().sum(1), target))
             state[:, rows] = row_state.merge(state[:, rows], part)
 
     def log_odds_gradient(
@@ -102,3 +116,62 @@ class EagerKernels:
             row.scatter_(1, column, torch.where(inside, 1.0, row.gather(1, column)))
             row.mul_(factor)
             out[rows] = row.masked_fill_(row_slope == 0, 0.0)
+
+    def divergence_update(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_update`."""
+        v = a.shape[1]
+        if v == 0:
+            return
+        for rows in _row_blocks(a):
+            where = _label_columns(labels[rows], first_column, v)
+            s, a_max, a_target = _rest_and_target(a[rows], *where, a_transform, state.dtype)
+            t, b_max, b_target = _rest_and_target(b[rows], *where, b_transform, state.dtype)
+            p = s.exp()
+            a_dot = s.sub_(t).mul_(p).masked_fill_(p == 0, 0.0).sum(1)
+            b_sum = t.exp_().sum(1)
+            part = torch.stack((a_max, p.sum(1), a_dot, b_max, b_sum, a_target, b_target))
+            state[:, rows] = pair_state.merge(state[:, rows], part)
+
+    def divergence_gradient(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        coefficients: Tensor,
+        student: Literal["a", "b"],
+        out: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_gradient`."""
+        v = a.shape[1]
+        if v == 0:
+            return
+        logits, transform = (a, a_transform) if student == "a" else (b, b_transform)
+        a_shift = finite_shift(state[pair_state.A_MAX])
+        b_shift = finite_shift(state[pair_state.B_MAX])
+        for rows in _row_blocks(a):
+            alpha, beta, gamma, at_label = coefficients[:, rows, None]
+            s = _transformed(a[rows], a_transform, state.dtype).sub_(a_shift[rows, None])
+            t = _transformed(b[rows], b_transform, state.dtype).sub_(b_shift[rows, None])
+            p = s.exp()
+            row = s.sub_(t).mul_(beta).add_(alpha).mul_(p).masked_fill_(p == 0, 0.0)
+            row.add_(t.exp_().mul_(gamma))
+            column, inside = _label_columns(labels[rows], first_column, v)
+            row.scatter_(1, column, torch.where(inside, at_label, row.gather(1, column)))
+            if transform.softcap:
+                row.mul_(_softcap_slope(logits[rows], transform, state.dtype))
+            row.mul_(transform.scale)
+            unused = (coefficients[:, rows] == 0).all(0)
+            out[rows] = row.masked_fill_(unused[:, None], 0.0)
