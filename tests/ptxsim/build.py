@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -43,27 +44,64 @@ def cache_directory() -> Path:
 def runtime() -> ctypes.CDLL:
     """The runtime library, loaded so that kernels find its symbols."""
     sources = sorted(_RUNTIME.glob("*.cpp"))
-    key = _digest(*(path.read_text() for path in sorted(_RUNTIME.iterdir())), *_RUNTIME_FLAGS)
-    library = cache_directory() / f"runtime-{key}.so"
-    _compile(library, [*_RUNTIME_FLAGS, *map(str, sources)])
+    arguments = [*_RUNTIME_FLAGS, *map(str, sources)]
+    library = compile_cached("runtime", arguments, sorted(_RUNTIME.iterdir()))
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def load_kernels(source: str) -> ctypes.CDLL:
     """Compile a translated module and load it."""
     runtime()
-    headers = (path.read_text() for path in sorted(_RUNTIME.glob("*.h")))
-    library = cache_directory() / f"kernels-{_digest(source, *headers, *_KERNEL_FLAGS)}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        text = library.with_suffix(".cpp")
-        text.write_text(source)
-        _compile(library, [*_KERNEL_FLAGS, f"-I{_RUNTIME}", str(text)])
+    folder = cache_directory()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".cpp", dir=folder) as text:
+        text.write(source)
+        text.flush()
+        arguments = [*_KERNEL_FLAGS, f"-I{_RUNTIME}"]
+        inputs = sorted(_RUNTIME.glob("*.h"))
+        library = compile_cached("kernels", arguments, inputs, source=Path(text.name))
     return ctypes.CDLL(str(library))
 
 
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join((*texts, _compiler_version())).encode()).hexdigest()[:20]
+def compile_cached(
+    name: str,
+    arguments: Sequence[str],
+    inputs: Sequence[Path],
+    *,
+    source: Path | None = None,
+    suffix: str = ".so",
+) -> Path:
+    """Run g++, unless the same was compiled before.
+
+    Args:
+        name: First part of the name of the result.
+        arguments: Of g++, without the output.
+        inputs: Files that the result depends on, beside `source`.
+        source: A file to compile whose name does not matter.
+        suffix: Last part of the name of the result.
+
+    Returns:
+        The result.
+
+    Raises:
+        PtxError: g++ is missing or fails.
+    """
+    files = [*inputs, *([source] if source else [])]
+    texts = (*arguments, *(path.read_text() for path in files), _compiler_version())
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
+    result = cache_directory() / f"{name}-{digest}{suffix}"
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    # Others may be compiling the same: what is there under its own name is complete.
+    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+        output = Path(folder) / result.name
+        command = [_compiler(), *arguments, *([str(source)] if source else []), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PtxError(f"g++ failed on {name}:\n{done.stderr[:_MOST_MESSAGE]}")
+        output.replace(result)
+    return result
 
 
 @cache
@@ -78,17 +116,3 @@ def _compiler() -> str:
 def _compiler_version() -> str:
     result = subprocess.run([_compiler(), "-dumpfullversion"], capture_output=True, text=True)
     return result.stdout.strip()
-
-
-def _compile(library: Path, arguments: list[str]) -> None:
-    """Compile unless the library is there. Others may be doing the same at the same time."""
-    if library.exists():
-        return
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        output = Path(folder) / "library.so"
-        command = [_compiler(), *arguments, "-o", str(output)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise PtxError(f"g++ failed on {library.stem}:\n{result.stderr[:_MOST_MESSAGE]}")
-        output.replace(library)

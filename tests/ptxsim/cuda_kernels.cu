@@ -1,5 +1,5 @@
-// Kernels that nvcc compiles to PTX for the executor's own tests. BUG picks one of five bugs.
-#include <cuda_bf16.h>
+// Kernels for the executor's own tests, compiled by nvcc to PTX, and by g++ through cuda_cpu.h. BUG
+// picks one of five bugs.
 
 #ifndef BUG
 #define BUG 0
@@ -12,6 +12,25 @@ constexpr int kReuseWithoutBarrier = 2;
 constexpr int kRaceInPlace = 3;
 constexpr int kOneTooMany = 4;
 constexpr int kDivergentBarrier = 5;
+
+using bfloat16 = unsigned short;
+
+__device__ float to_float(bfloat16 bits) {
+    return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+
+__device__ bfloat16 to_bfloat16(float value) {
+    bfloat16 bits;
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    const unsigned word = __float_as_uint(value);
+    bits = static_cast<bfloat16>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+#endif
+    return bits;
+}
+
+__device__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 template <class Combine>
 __device__ float reduce_block(float* partial, float value, float neutral, Combine combine) {
@@ -32,29 +51,29 @@ __device__ float reduce_block(float* partial, float value, float neutral, Combin
 }  // namespace
 
 // One block a row: the loss in float32, its gradient written over the logits.
-extern "C" __global__ void cross_entropy(__nv_bfloat16* __restrict__ logits,
+extern "C" __global__ void cross_entropy(bfloat16* __restrict__ logits,
                                          const long long* __restrict__ labels,
                                          float* __restrict__ losses, int v, int stride) {
     __shared__ float partial[32];
-    __nv_bfloat16* row = logits + static_cast<size_t>(blockIdx.x) * stride;
-    float largest = -INFINITY, total = 0;
+    bfloat16* row = logits + static_cast<size_t>(blockIdx.x) * stride;
+    float largest = -infinity(), total = 0;
     for (int i = threadIdx.x; i < v; i += blockDim.x) {
-        largest = fmaxf(largest, __bfloat162float(row[i]));
+        largest = fmaxf(largest, to_float(row[i]));
     }
-    largest = reduce_block(partial, largest, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
+    largest = reduce_block(partial, largest, -infinity(), [](float a, float b) { return fmaxf(a, b); });
     for (int i = threadIdx.x; i < v; i += blockDim.x) {
-        total += expf(__bfloat162float(row[i]) - largest);
+        total += expf(to_float(row[i]) - largest);
     }
     total = reduce_block(partial, total, 0.f, [](float a, float b) { return a + b; });
     const int label = static_cast<int>(labels[blockIdx.x]);
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = largest + logf(total) - __bfloat162float(row[label]);
+        losses[blockIdx.x] = largest + logf(total) - to_float(row[label]);
     }
     if (BUG != kRaceInPlace) __syncthreads();  // thread 0 reads what another one overwrites
     const int end = BUG == kOneTooMany ? v + 1 : v;
     for (int i = threadIdx.x; i < end; i += blockDim.x) {
-        const float probability = expf(__bfloat162float(row[i]) - largest) / total;
-        row[i] = __float2bfloat16(probability - (i == label ? 1.f : 0.f));
+        const float probability = expf(to_float(row[i]) - largest) / total;
+        row[i] = to_bfloat16(probability - (i == label ? 1.f : 0.f));
     }
     if (BUG == kDivergentBarrier) {
         if (threadIdx.x < 64) {
@@ -68,7 +87,11 @@ extern "C" __global__ void cross_entropy(__nv_bfloat16* __restrict__ logits,
 
 // Dynamic shared memory, a grid and blocks of two dimensions.
 extern "C" __global__ void matmul(const float* a, const float* b, float* c, int m, int n, int k) {
+#if defined(__CUDACC__)
     extern __shared__ float tiles[];
+#else
+    __shared__ float tiles[512];
+#endif
     float* left = tiles;
     float* right = tiles + 256;
     const int x = threadIdx.x, y = threadIdx.y;
@@ -98,6 +121,7 @@ extern "C" __global__ void histogram(const int* x, unsigned* bins, int n) {
 }
 
 // An array that is indexed at run time lives in local memory; float4 is loaded in one piece.
+#if defined(__CUDACC__)
 extern "C" __global__ void rotate(const float4* x, float* out, int by) {
     float local[4];
     const float4 value = x[threadIdx.x];
@@ -107,3 +131,4 @@ extern "C" __global__ void rotate(const float4* x, float* out, int by) {
     local[3] = value.w;
     for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = local[(i + by) & 3];
 }
+#endif

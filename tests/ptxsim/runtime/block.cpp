@@ -1,6 +1,5 @@
 #include "block.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -57,27 +56,35 @@ void Block::barrier(u32 id, u32 expected, const char* at, int line) {
     bar.line = line;
     bar.arrived++;
     bar.expected = expected;
-    bar.waiting[current_] = true;
+    bar.waiting[warp_index()] |= 1u << lane();
     me.state = Thread::State::waiting;
     me.waits_at = at;
     me.line = line;
+    // Two addresses in turn: nobody comes to the opening after next before all have left this one,
+    // and what others do after the opening must not seem to have happened before it.
+    void* const order = &bar.order[bar.openings % 2];
+    release(order);
     open_if_complete(bar);
     me.fiber.switch_out();
+    acquire(order);
 }
 
 void Block::open_if_complete(Barrier& bar) {
     if (!bar.arrived || bar.arrived < (bar.expected ? bar.expected : live_)) return;
     for (u32 t = 0; t < count_; t++) {
-        if (bar.waiting[t]) threads_[t].state = Thread::State::runnable;
+        if (bar.waiting[t / kLanes] >> t % kLanes & 1) {
+            threads_[t].state = Thread::State::runnable;
+        }
     }
-    std::fill(bar.waiting.begin(), bar.waiting.end(), false);
+    for (u32& lanes : bar.waiting) lanes = 0;
     bar.arrived = bar.expected = 0;
+    bar.openings++;
     epoch++;
 }
 
 // ---- meetings of a warp
 
-void Block::meet(u32 members, const char* at, int line) {
+Warp::Meeting& Block::arrive(u32 members, const char* at, int line) {
     Warp& warp = warps_[warp_index()];
     Thread& me = threads_[current_];
     const u32 bit = 1u << lane();
@@ -87,20 +94,48 @@ void Block::meet(u32 members, const char* at, int line) {
     me.state = Thread::State::waiting;
     me.waits_at = at;
     me.line = line;
-    const auto same = [&](const Warp::Meeting& meeting) { return meeting.members == members; };
-    auto found = std::find_if(warp.meetings.begin(), warp.meetings.end(), same);
-    if (found == warp.meetings.end()) {
-        warp.meetings.push_back({members, 0});
-        found = warp.meetings.end() - 1;
+    u32 i = 0;
+    while (i < warp.meeting_count && warp.meetings[i].members != members) i++;
+    if (i == warp.meeting_count) {
+        u32 room = 0;
+        while (warp.rooms[room].inside) room++;
+        warp.rooms[room].deposits.lanes = 0;
+        warp.meetings[warp.meeting_count++] = {members, 0, room};
     }
-    found->arrived |= bit;
+    Warp::Meeting& meeting = warp.meetings[i];
+    meeting.arrived |= bit;
+    warp.rooms[meeting.room].inside++;
+    return meeting;
+}
+
+void Block::wait(const Warp::Meeting& meeting) {
+    Warp::Room& room = warps_[warp_index()].rooms[meeting.room];
     release_complete_meetings(warp_index());
-    me.fiber.switch_out();
+    threads_[current_].fiber.switch_out();
+    room.inside--;
+}
+
+void Block::meet(u32 members, const char* at, int line) {
+    const Warp::Meeting& meeting = arrive(members, at, line);
+    Warp::Room* const room = &warps_[warp_index()].rooms[meeting.room];
+    release(room);
+    wait(meeting);
+    acquire(room);
+}
+
+const Deposits& Block::exchange(u32 members, const u64* words, int count, const char* at,
+                                int line) {
+    const Warp::Meeting& meeting = arrive(members, at, line);
+    Deposits& deposits = warps_[warp_index()].rooms[meeting.room].deposits;
+    for (int i = 0; i < count; i++) deposits.words[lane()][i] = words[i];
+    deposits.lanes |= 1u << lane();
+    wait(meeting);
+    return deposits;
 }
 
 void Block::release_complete_meetings(u32 warp_number) {
     Warp& warp = warps_[warp_number];
-    for (size_t i = 0; i < warp.meetings.size();) {
+    for (u32 i = 0; i < warp.meeting_count;) {
         const Warp::Meeting meeting = warp.meetings[i];
         const u32 needed = meeting.members & warp.live;
         if ((meeting.arrived & needed) != needed) {
@@ -112,17 +147,8 @@ void Block::release_complete_meetings(u32 warp_number) {
                 threads_[warp_number * kLanes + l].state = Thread::State::runnable;
             }
         }
-        warp.meetings[i] = warp.meetings.back();
-        warp.meetings.pop_back();
+        warp.meetings[i] = warp.meetings[--warp.meeting_count];
     }
-}
-
-Deposits& Block::exchange(u32 members, const u64* words, int count, const char* at, int line) {
-    // Two buffers suffice: nobody begins the exchange after next before all have left this one.
-    Deposits& deposits = warps_[warp_index()].deposits[threads_[current_].exchanges++ % 2];
-    std::copy(words, words + count, deposits[lane()]);
-    meet(members, at, line);
-    return deposits;
 }
 
 // ---- scheduling
@@ -130,11 +156,11 @@ Deposits& Block::exchange(u32 members, const u64* words, int count, const char* 
 void Block::thread_main() {
     block.body_(block.parameters_);
     block.finish_thread();
-    std::abort();  // a finished thread is never resumed
 }
 
 void Block::finish_thread() {
     Thread& me = threads_[current_];
+    release(this);
     me.state = Thread::State::finished;
     live_--;
     warps_[warp_index()].live &= ~(1u << lane());
@@ -154,18 +180,14 @@ void Block::start(const LaunchRequest& request) {
     if (threads_.size() < count_) threads_.resize(count_);
     warps_.resize((count_ + kLanes - 1) / kLanes);
     for (Warp& warp : warps_) {
-        warp.live = 0;
-        warp.meetings.clear();
+        warp.live = warp.meeting_count = 0;
+        for (Warp::Room& room : warp.rooms) room.inside = 0;
     }
-    for (Barrier& bar : barriers_) {
-        bar = Barrier();
-        bar.waiting.assign(count_, false);
-    }
+    for (Barrier& bar : barriers_) bar = Barrier();
     for (u32 t = 0; t < count_; t++) {
         Thread& thread = threads_[t];
         thread.fiber.prepare(thread_main);
         thread.state = Thread::State::runnable;
-        thread.exchanges = 0;
         warps_[t / kLanes].live |= 1u << t % kLanes;
     }
 }
@@ -199,6 +221,7 @@ bool Block::run(const LaunchRequest& request, u32 linear_index) {
         threads_[current_].fiber.switch_in();
         from = current_;  // in sequence: a thread runs until it waits, then the one after it
     }
+    acquire(this);
     return !failed_;
 }
 

@@ -10,6 +10,7 @@
 namespace ptx {
 
 constexpr u32 kLanes = 32;
+constexpr u32 kMostThreads = 1024;
 constexpr int kExchangeWords = 12;  // mma.sync deposits the most: 4 + 4 operands, and some room
 
 // Basic blocks that a thread may go through without waiting for others. A thread that spins on a
@@ -26,28 +27,42 @@ struct Thread {
     State state = State::finished;
     const char* waits_at = "";  // what it waits for, and the source line
     int line = 0;
-    u32 exchanges = 0;  // consecutive exchanges of a warp use two buffers in turn
 };
 
-using Deposits = u64[kLanes][kExchangeWords];
+// What the lanes of a warp have laid down in an exchange.
+struct Deposits {
+    u32 lanes = 0;  // who took part: a member that had returned did not
+    u64 words[kLanes][kExchangeWords];
 
+    const u64* operator[](u32 lane) const { return words[lane]; }
+};
+
+// Plain arrays: ThreadSanitizer would take what containers call for accesses of the threads.
 struct Warp {
     // Lanes with the same member mask that have arrived at a collective.
     struct Meeting {
-        u32 members, arrived;
+        u32 members, arrived, room;
+    };
+    // Where a meeting takes place: taken until the last lane has left.
+    struct Room {
+        u32 inside = 0;
+        Deposits deposits;
     };
     u32 live = 0;  // lanes that have not returned
-    std::vector<Meeting> meetings;
-    Deposits deposits[2];
+    u32 meeting_count = 0;
+    Meeting meetings[kLanes];
+    Room rooms[kLanes];  // each lane is in one at most
 };
 
 struct Barrier {
     u32 arrived = 0;
     u32 expected = 0;  // 0: every live thread
     u32 first = 0;     // the thread that arrived first
+    u32 openings = 0;
     const char* at = "";
     int line = 0;
-    std::vector<bool> waiting;
+    u32 waiting[kMostThreads / kLanes] = {0};  // bit sets, one for each warp
+    char order[2];  // addresses that stand for an opening, even or odd, in happens-before
 };
 
 class Block {
@@ -67,10 +82,10 @@ public:
 
     // bar.sync: wait for `expected` threads, or for all that live.
     void barrier(u32 id, u32 expected, const char* at, int line);
-    // Wait for the lanes in `members`.
+    // bar.warp.sync: wait for the lanes in `members`.
     void meet(u32 members, const char* at, int line);
-    // Lay down `count` words, and see what each lane in `members` laid down.
-    Deposits& exchange(u32 members, const u64* words, int count, const char* at, int line);
+    // Lay down `count` words, and see what each lane in `members` laid down; to be read at once.
+    const Deposits& exchange(u32 members, const u64* words, int count, const char* at, int line);
     // Stop the launch with this message, extended by who and where. Does not return.
     [[noreturn]] void fail(const std::string& what, int line);
 
@@ -86,6 +101,8 @@ private:
     [[noreturn]] void stop(const std::string& message);
     void finish_thread();
     void open_if_complete(Barrier& barrier);
+    Warp::Meeting& arrive(u32 members, const char* at, int line);
+    void wait(const Warp::Meeting& meeting);
     void release_complete_meetings(u32 warp);
     void start(const LaunchRequest& request);
     int next_thread(u32 start) const;

@@ -40,6 +40,9 @@ namespace ptx {
 namespace {
 constexpr int kSavedRegisters = 6;
 void* scheduler_top = nullptr;
+SanitizerState scheduler_state;
+SchedulerStack scheduler_stack;
+Fiber* running = nullptr;
 }  // namespace
 
 Fiber::~Fiber() {
@@ -57,16 +60,35 @@ void Fiber::prepare(void (*entry)()) {
         }
         stack_ = static_cast<char*>(pages);
     }
-    // `entry` finds its stack as after a call: a return address on a multiple of 16, minus 8.
+    entry_ = entry;
+    renew(state_);
+    // start() finds its stack as after a call: a return address on a multiple of 16, minus 8.
     void** top = reinterpret_cast<void**>(stack_ + kStackBytes - 64);
     *--top = nullptr;
-    *--top = reinterpret_cast<void*>(entry);
+    *--top = reinterpret_cast<void*>(start);
     for (int i = 0; i < kSavedRegisters; i++) *--top = nullptr;
     top_ = top;
 }
 
-void Fiber::switch_in() { ptx_switch_stack(&scheduler_top, top_); }
-void Fiber::switch_out() { ptx_switch_stack(&top_, scheduler_top); }
+void Fiber::start() {
+    end_switch(running->state_, &scheduler_stack);
+    running->entry_();
+    std::abort();  // a finished thread is never resumed
+}
+
+void Fiber::switch_in() {
+    running = this;
+    note_scheduler(scheduler_state);
+    begin_switch(scheduler_state, state_, stack_, kStackBytes);
+    ptx_switch_stack(&scheduler_top, top_);
+    end_switch(scheduler_state, nullptr);
+}
+
+void Fiber::switch_out() {
+    begin_switch(state_, scheduler_state, scheduler_stack.bottom, scheduler_stack.bytes);
+    ptx_switch_stack(&top_, scheduler_top);
+    end_switch(state_, &scheduler_stack);
+}
 
 bool Fiber::owns(const void* address) const {
     return address >= stack_ && address < stack_ + kStackBytes;

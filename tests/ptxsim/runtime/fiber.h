@@ -3,12 +3,15 @@
 
 #include <cstddef>
 
+#include "sanitizers.h"
+
 namespace ptx {
 
 class Fiber {
 public:
     Fiber() = default;
-    Fiber(Fiber&& other) noexcept : stack_(other.stack_), top_(other.top_) {
+    Fiber(Fiber&& other) noexcept
+        : stack_(other.stack_), top_(other.top_), entry_(other.entry_), state_(other.state_) {
         other.stack_ = nullptr;
     }
     Fiber(const Fiber&) = delete;
@@ -25,8 +28,12 @@ public:
 
 private:
     static constexpr std::size_t kStackBytes = 256 * 1024;
+    [[noreturn]] static void start();
+
     char* stack_ = nullptr;
     void* top_ = nullptr;
+    void (*entry_)() = nullptr;
+    SanitizerState state_;
 };
 
 }  // namespace ptx

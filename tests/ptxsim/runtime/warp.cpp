@@ -25,14 +25,14 @@ Shuffled shuffle(Shuffle mode, u32 value, u32 lane, u32 clamp, u32 members, int 
     }
     if (!in_range) from = me;
     if (!(members >> from & 1)) block.fail("shfl.sync reads a lane outside its member mask", line);
+    if (!(deposits.lanes >> from & 1)) block.fail("shfl.sync reads a lane that returned", line);
     return {static_cast<u32>(deposits[from][0]), in_range};
 }
 
 u32 vote(Vote mode, bool predicate, u32 members, int line) {
     const u64 word = predicate;
     const Deposits& deposits = block.exchange(members, &word, 1, "vote.sync", line);
-    // Lanes that have returned do not vote.
-    const u32 voters = members & block.live_lanes();
+    const u32 voters = deposits.lanes;
     u32 ballot = 0;
     for (u32 l = 0; l < kLanes; l++) {
         if (voters >> l & 1) ballot |= static_cast<u32>(deposits[l][0]) << l;
@@ -70,10 +70,10 @@ template <class Operation>
 u32 fold(Operation operation, u32 value, u32 members, int line) {
     const u64 word = value;
     const Deposits& deposits = block.exchange(members, &word, 1, "redux.sync", line);
-    u32 lane = __builtin_ctz(members);
+    u32 lane = __builtin_ctz(deposits.lanes);
     u32 result = static_cast<u32>(deposits[lane][0]);
     while (++lane < kLanes) {
-        if (members >> lane & 1) {
+        if (deposits.lanes >> lane & 1) {
             result = combine(operation, result, static_cast<u32>(deposits[lane][0]));
         }
     }
