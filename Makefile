@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= runs
 
-.PHONY: demo test check sanitize bench docs-check clean
+.PHONY: demo test check sanitize bench bench-report docs-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
@@ -18,6 +18,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --timeout 0 --benchmark-columns=median,min,max,rounds
+
+bench-report: $(INSTALLED)
 	$(BIN)/unilogit bench --device cpu --json benchmarks/results/cpu.json
 
 sanitize: $(INSTALLED)
