@@ -99,8 +99,8 @@ constexpr int64_t kMaxUnit = 32;
 
 constexpr int64_t kCacheLine = 64;
 
-// Sum of exp(z - max) over some columns, without the label's. Empty: -inf and 0. NaN where a
-// logit was NaN or +inf.
+// Sum of exp(z - max) over some columns, without the label's. Empty: -inf and 0. The sum is NaN
+// where a logit was NaN or +inf; a merge makes the maximum NaN too.
 struct Part {
   float max;
   float sum;

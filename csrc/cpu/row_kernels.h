@@ -143,8 +143,7 @@ inline Part part_of(const T* x, int64_t padded, float* exponentials,
                     const BeforeStep& before_step = {}) {
   const float max = block_max(x, padded);
   const float shift = max == -kInfinity ? 0.0f : max;
-  const float sum = sum_exponentials<kStore>(x, padded, shift, exponentials, before_step);
-  return {is_nan(sum) ? kNan : max, sum};
+  return {max, sum_exponentials<kStore>(x, padded, shift, exponentials, before_step)};
 }
 
 template <class T>
