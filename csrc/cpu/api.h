@@ -68,9 +68,37 @@ std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const std::in
                                      std::int64_t vocab_size, const UnilogitMatrix* out,
                                      float* loss, const UnilogitTransform* transform, std::int32_t threads);
 
+// The student's logits, whose gradient is written, are those of row a.
+constexpr std::int32_t kUnilogitStudentIsA = 0;
+
+// Folds the columns of two models' logits into `state` (seven rows, as in pair_state.py).
+std::int32_t unilogit_divergence_update(const UnilogitMatrix* a, const UnilogitMatrix* b,
+                                        const std::int64_t* labels, std::int64_t first_column,
+                                        float* state, std::int64_t state_stride,
+                                        const UnilogitTransform* a_transform,
+                                        const UnilogitTransform* b_transform,
+                                        std::int32_t threads);
+
+// The student's gradient rows from a complete state and coefficients alpha, beta, gamma, at_label:
+//   (exp(a - a_max) (alpha + beta ((a - a_max) - (b - b_max))) + gamma exp(b - b_max)) * dz/dx,
+// at_label * dz/dx at the label. `out` may be the student's logits.
+std::int32_t unilogit_divergence_gradient(const UnilogitMatrix* a, const UnilogitMatrix* b,
+                                          const std::int64_t* labels, std::int64_t first_column,
+                                          const float* state, std::int64_t state_stride,
+                                          const float* coefficients,
+                                          std::int64_t coefficients_stride, std::int32_t student,
+                                          const UnilogitMatrix* out,
+                                          const UnilogitTransform* a_transform,
+                                          const UnilogitTransform* b_transform,
+                                          std::int32_t threads);
+
 // One read and one non-temporal write of every byte: the floor that the kernels are timed against.
 void unilogit_stream_copy(const void* source, void* destination, std::int64_t bytes,
                           std::int32_t threads);
+
+// Has the system back new memory with pages, all threads at once, where it can do so ahead of the
+// first write; the memory's contents stay as they are.
+void unilogit_populate(void* memory, std::int64_t bytes, std::int32_t threads);
 
 // The vector functions by themselves, for tests over all arguments.
 void unilogit_exp(const float* x, float* result, std::int64_t count);
@@ -104,6 +132,24 @@ constexpr int64_t kCacheLine = 64;
 struct Part {
   float max;
   float sum;
+};
+
+// The same of two rows, and their dot product, the sum of exp(a - a_max) ((a - a_max) - (b - b_max)).
+struct PairPart {
+  float a_max;
+  float a_sum;
+  float a_dot;
+  float b_max;
+  float b_sum;
+};
+
+// What a gradient row of a pair is made of; the student's scale is in the factors already.
+struct PairFactors {
+  float a_shift;
+  float b_shift;
+  float alpha;
+  float beta;
+  float gamma;
 };
 
 // The label's entry: `offset` counts from the first column of a block and may lie outside of it;
@@ -169,6 +215,16 @@ struct Kernels {
   Part (*merge)(const Part* parts, int64_t count, float* weights);
   RowResult (*finish_row)(const Part& rest, float target, bool label_exists,
                           const ObjectiveTerms& terms);
+  // A block as float32, its label's column -inf, padded with -inf to whole steps: their number.
+  // `cap_slope` (kBlock floats) is written only where there is a cap.
+  int64_t (*stage[kTypes])(const void* x, int64_t stride, int64_t count,
+                           const UnilogitTransform& transform, Label& label, float* z,
+                           float* cap_slope);
+  PairPart (*pair_part)(const float* a, const float* b, int64_t padded);
+  PairPart (*merge_pairs)(const PairPart* parts, int64_t count);
+  // `cap_slope`, the student's, may be null.
+  void (*pair_gradient)(const float* a, const float* b, int64_t padded, const PairFactors& factors,
+                        const float* cap_slope, float* values);
   void (*stream_copy)(const char* source, char* destination, int64_t bytes);
   void (*exp)(const float* x, float* result, int64_t count);
   void (*tanh)(const float* x, float* result, float* slope, int64_t count);

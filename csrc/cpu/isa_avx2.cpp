@@ -8,6 +8,7 @@ namespace avx2 {
 #include "lanes_avx2.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "pair_kernels.h"
 }  // namespace avx2
 
 const Kernels kAvx2Kernels = avx2::make_kernels("avx2");

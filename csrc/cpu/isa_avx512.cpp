@@ -8,6 +8,7 @@ namespace avx512 {
 #include "lanes_avx512.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "pair_kernels.h"
 }  // namespace avx512
 
 const Kernels kAvx512Kernels = avx512::make_kernels("avx512");

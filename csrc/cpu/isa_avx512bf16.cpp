@@ -9,6 +9,7 @@ namespace avx512bf16 {
 #include "lanes_avx512.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "pair_kernels.h"
 }  // namespace avx512bf16
 
 const Kernels kAvx512Bf16Kernels = avx512bf16::make_kernels("avx512bf16");

@@ -5,6 +5,7 @@ namespace baseline {
 #include "lanes_portable.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "pair_kernels.h"
 }  // namespace baseline
 
 const Kernels kBaselineKernels = baseline::make_kernels("baseline");

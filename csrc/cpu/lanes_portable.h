@@ -48,7 +48,15 @@ inline Floats load(const float16* p) {
 inline void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
 
 // Fused where the target has it; the callers are accurate either way.
-inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__FP_FAST_FMAF)
+  Floats result;
+  for (int i = 0; i < kWidth; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return result;
+#else
+  return a * b + c;
+#endif
+}
 
 // a > b ? a : b, hence b where either is NaN.
 inline Floats max_or_second(Floats a, Floats b) {

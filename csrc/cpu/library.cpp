@@ -4,13 +4,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <vector>
 
-#include "parallel.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "rows.h"
 
 namespace unilogit {
 namespace {
@@ -53,6 +55,8 @@ const Kernels* find_kernels(const char* name) {
 
 std::atomic<const Kernels*> selected_kernels{nullptr};
 
+}  // namespace
+
 const Kernels& current_kernels() {
   const Kernels* kernels = selected_kernels.load(std::memory_order_acquire);
   if (kernels == nullptr) {
@@ -62,137 +66,7 @@ const Kernels& current_kernels() {
   return *kernels;
 }
 
-// ---- rows, blocks and scratch memory -----------------------------------------------------------
-
-// Outputs from this size on bypass the cache: they would not be there when they are read.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
-// Columns that are worth handing out to a thread by themselves.
-constexpr int64_t kGrainColumns = 8 * kBlock;
-
-int64_t element_size(std::int32_t type) { return type == kUnilogitFloat32 ? 4 : 2; }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-char* element(const UnilogitMatrix& m, int64_t row, int64_t column) {
-  return static_cast<char*>(m.data) +
-         (row * m.row_stride + column * m.column_stride) * element_size(m.type);
-}
-
-// The columns of block `b` of a row.
-struct Columns {
-  int64_t first;
-  int64_t count;
-};
-
-Columns block_columns(int64_t columns, int64_t b) {
-  return {b * kBlock, std::min(kBlock, columns - b * kBlock)};
-}
-
-// Memory that outlives a call, so that its pages are faulted in once. One for each calling thread.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-
-  // `bytes` aligned to a cache line, or null. Earlier contents are lost.
-  void* reserve(int64_t bytes) {
-    if (bytes > capacity_) {
-      std::free(data_);
-      const int64_t rounded = divide_up(bytes, kCacheLine) * kCacheLine;
-      data_ = std::aligned_alloc(kCacheLine, static_cast<std::size_t>(rounded));
-      capacity_ = data_ == nullptr ? 0 : rounded;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
-thread_local Scratch scratch;
-
-// What one row needs while it is worked on: parts and factors of its blocks, and exponentials.
-struct RowScratch {
-  Part* parts;
-  float* factors;
-  float* exponentials;  // null where no gradient is asked for
-};
-
-// Lays out `count` RowScratch of rows with `blocks` blocks each.
-class RowScratches {
- public:
-  RowScratches(int64_t count, int64_t blocks, bool with_exponentials)
-      : exponentials_bytes_(with_exponentials ? blocks * kBlock * int64_t{sizeof(float)} : 0),
-        parts_bytes_(divide_up(blocks * int64_t{sizeof(Part)}, kCacheLine) * kCacheLine),
-        stride_(exponentials_bytes_ + 2 * parts_bytes_),
-        base_(static_cast<char*>(scratch.reserve(std::max(count * stride_, kCacheLine)))) {}
-
-  bool ok() const { return base_ != nullptr; }
-
-  RowScratch operator[](int64_t k) const {
-    char* base = base_ + k * stride_;
-    return {reinterpret_cast<Part*>(base + exponentials_bytes_),
-            reinterpret_cast<float*>(base + exponentials_bytes_ + parts_bytes_),
-            exponentials_bytes_ == 0 ? nullptr : reinterpret_cast<float*>(base)};
-  }
-
- private:
-  int64_t exponentials_bytes_;
-  int64_t parts_bytes_;
-  int64_t stride_;
-  char* base_;
-};
-
-RowWriter make_writer(const UnilogitMatrix& out, int64_t row, int64_t column, bool stream) {
-  RowWriter writer;
-  writer.out = element(out, row, column);
-  writer.stride = out.column_stride;
-  writer.stream = stream && out.column_stride == 1;
-  const auto address = reinterpret_cast<std::uintptr_t>(writer.out);
-  const auto misaligned = static_cast<int64_t>(address % static_cast<std::uintptr_t>(kCacheLine));
-  writer.head = writer.stream && misaligned != 0
-                    ? (kCacheLine - misaligned) / element_size(out.type)
-                    : 0;
-  return writer;
-}
-
-bool worth_streaming(const UnilogitMatrix& out) {
-  return out.rows * out.columns * element_size(out.type) >= kStreamBytes;
-}
-
-// Threads that have enough to do: waking one costs about as much as a grain of columns.
-int useful_threads(const UnilogitMatrix& logits, int threads) {
-  const int64_t grains = divide_up(logits.rows * logits.columns, kGrainColumns);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, grains)));
-}
-
-// Zeros for a whole row, or for some of its blocks.
-void write_zeros(const Kernels& kernels, const UnilogitMatrix& out, int64_t row, bool stream) {
-  alignas(kCacheLine) static const float zeros[kBlock] = {};
-  RowWriter writer = make_writer(out, row, 0, stream);
-  const int64_t blocks = divide_up(out.columns, kBlock);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t count = block_columns(out.columns, b).count;
-    kernels.write_block[out.type](writer, {zeros, count, 0.0f, -1, 0.0f, b + 1 == blocks});
-  }
-}
-
-// Rows are cut into segments of blocks where there are too few rows to keep the threads busy.
-struct Segments {
-  int64_t blocks;    // of a row
-  int64_t segments;  // of a row
-  int64_t grain;     // items that a thread takes at once
-
-  Segments(int64_t rows, int64_t columns, int threads) : blocks(divide_up(columns, kBlock)) {
-    constexpr int64_t kItemsPerThread = 8;  // keeps the threads even within 1/8 at worst
-    const int64_t wanted = divide_up(kItemsPerThread * threads, std::max<int64_t>(rows, 1));
-    segments = threads == 1 ? 1 : std::min(blocks, wanted);
-    grain = std::max<int64_t>(1, kGrainColumns / std::max<int64_t>(1, columns / segments));
-  }
-
-  int64_t first_block(int64_t segment) const { return blocks * segment / segments; }
-};
+namespace {
 
 // ---- update ------------------------------------------------------------------------------------
 
@@ -211,33 +85,12 @@ class Update {
         transform_(transform) {}
 
   std::int32_t run(int threads) {
-    const Segments cut(logits_.rows, logits_.columns, threads);
-    const int64_t blocks = cut.blocks;
-    if (cut.segments == 1) {
-      const RowScratches rows(threads, blocks + 1, false);
-      if (!rows.ok()) return kUnilogitOutOfMemory;
-      ItemQueue queue(logits_.rows, cut.grain);
-      run_team(threads, [&](int thread) {
-        Part* parts = rows[thread].parts;
-        ItemQueue::Cursor cursor;
-        int64_t row;
-        while (queue.next(cursor, row)) {
-          compute_parts(row, 0, blocks, parts);
-          merge_into_state(row, parts, blocks);
-        }
-      });
-      return kUnilogitOk;
-    }
-    const RowScratches rows(logits_.rows, blocks + 1, false);
-    if (!rows.ok()) return kUnilogitOutOfMemory;
-    parallel_for(threads, logits_.rows * cut.segments, 1, [&](int64_t item) {
-      const int64_t row = item / cut.segments, segment = item % cut.segments;
-      compute_parts(row, cut.first_block(segment), cut.first_block(segment + 1), rows[row].parts);
-    });
-    parallel_for(threads, logits_.rows, divide_up(kGrainColumns, blocks), [&](int64_t row) {
-      merge_into_state(row, rows[row].parts, blocks);
-    });
-    return kUnilogitOk;
+    return fold_rows<Part>(
+        logits_, threads,
+        [&](int64_t row, int64_t first, int64_t last, Part* parts) {
+          compute_parts(row, first, last, parts);
+        },
+        [&](int64_t row, Part* parts, int64_t blocks) { merge_into_state(row, parts, blocks); });
   }
 
  private:
@@ -294,10 +147,8 @@ class Gradient {
         stream_(out.data != logits.data && worth_streaming(out)) {}
 
   std::int32_t run(int threads) {
-    const Segments cut(logits_.rows, logits_.columns, threads);
-    parallel_for(threads, logits_.rows * cut.segments, cut.grain, [&](int64_t item) {
-      const int64_t segment = item % cut.segments;
-      write_blocks(item / cut.segments, cut.first_block(segment), cut.first_block(segment + 1));
+    for_row_segments(logits_, threads, [&](int64_t row, int64_t first, int64_t last) {
+      write_blocks(row, first, last);
     });
     return kUnilogitOk;
   }
@@ -340,6 +191,38 @@ class Gradient {
 };
 
 // ---- sweep -------------------------------------------------------------------------------------
+
+// What one row needs while it is worked on: parts and factors of its blocks, and exponentials.
+struct RowScratch {
+  Part* parts;
+  float* factors;
+  float* exponentials;  // null where no gradient is asked for
+};
+
+// Lays out `count` RowScratch of rows with `blocks` blocks each.
+class RowScratches {
+ public:
+  RowScratches(int64_t count, int64_t blocks, bool with_exponentials)
+      : exponentials_bytes_(with_exponentials ? blocks * kBlock * int64_t{sizeof(float)} : 0),
+        parts_bytes_(divide_up(blocks * int64_t{sizeof(Part)}, kCacheLine) * kCacheLine),
+        stride_(exponentials_bytes_ + 2 * parts_bytes_),
+        base_(static_cast<char*>(scratch.reserve(std::max(count * stride_, kCacheLine)))) {}
+
+  bool ok() const { return base_ != nullptr; }
+
+  RowScratch operator[](int64_t k) const {
+    char* base = base_ + k * stride_;
+    return {reinterpret_cast<Part*>(base + exponentials_bytes_),
+            reinterpret_cast<float*>(base + exponentials_bytes_ + parts_bytes_),
+            exponentials_bytes_ == 0 ? nullptr : reinterpret_cast<float*>(base)};
+  }
+
+ private:
+  int64_t exponentials_bytes_;
+  int64_t parts_bytes_;
+  int64_t stride_;
+  char* base_;
+};
 
 ObjectiveTerms make_terms(std::int32_t objective, int64_t vocab_size) {
   const auto v = static_cast<double>(vocab_size);
@@ -581,6 +464,19 @@ void unilogit_stream_copy(const void* source, void* destination, int64_t bytes,
     kernels.stream_copy(static_cast<const char*>(source) + first,
                         static_cast<char*>(destination) + first, std::min(kPiece, bytes - first));
   });
+}
+
+void unilogit_populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,
+                       [[maybe_unused]] std::int32_t threads) {
+#if defined(__linux__)
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, newer than many headers
+  constexpr int64_t kPiece = int64_t{2} << 20;  // a huge page, which two threads must not share
+  parallel_for(std::max(threads, 1), divide_up(bytes, kPiece), 1, [&](int64_t piece) {
+    const int64_t first = piece * kPiece;
+    madvise(static_cast<char*>(memory) + first,
+            static_cast<std::size_t>(std::min(kPiece, bytes - first)), kPopulateWrite);
+  });
+#endif
 }
 
 void unilogit_exp(const float* x, float* result, int64_t count) {

@@ -27,9 +27,15 @@ inline int64_t stage(const T* x, int64_t stride, int64_t count, const UnilogitTr
   const bool capped = transform.softcap != 0.0f;
   const Floats scale = broadcast(transform.scale);
   const Floats cap = broadcast(transform.softcap);
-  for (int64_t k = 0; k < count; k += kWidth) {
-    Floats value = gather(x + k * stride, stride, count - k);
-    if (transform.scale != 1.0f) value = value * scale;
+  int64_t k = 0;
+  if (stride == 1 && !capped) {
+    for (; k + kUnit <= count; k += kUnit) {
+      store(z + k, load(x + k) * scale);
+      store(z + k + kWidth, load(x + k + kWidth) * scale);
+    }
+  }
+  for (; k < count; k += kWidth) {
+    Floats value = gather(x + k * stride, stride, count - k) * scale;
     if (capped) {
       const Tanh tanh = hyperbolic_tangent(value / cap);
       value = cap * tanh.value;
@@ -38,9 +44,9 @@ inline int64_t stage(const T* x, int64_t stride, int64_t count, const UnilogitTr
     store(z + k, value);
   }
   const int64_t padded = (count + kStep - 1) / kStep * kStep;
-  for (int64_t k = count; k < padded; ++k) z[k] = -kInfinity;
+  for (k = count; k < padded; ++k) z[k] = -kInfinity;
   if (capped) {
-    for (int64_t k = count; k < padded; ++k) cap_slope[k] = 0.0f;
+    for (k = count; k < padded; ++k) cap_slope[k] = 0.0f;
   }
   if (label.offset >= 0 && label.offset < count) {
     label.logit = z[label.offset];
@@ -142,8 +148,7 @@ template <bool kStore, class T, class BeforeStep = Nothing>
 inline Part part_of(const T* x, int64_t padded, float* exponentials,
                     const BeforeStep& before_step = {}) {
   const float max = block_max(x, padded);
-  const float shift = max == -kInfinity ? 0.0f : max;
-  return {max, sum_exponentials<kStore>(x, padded, shift, exponentials, before_step)};
+  return {max, sum_exponentials<kStore>(x, padded, finite_shift(max), exponentials, before_step)};
 }
 
 template <class T>
@@ -306,22 +311,4 @@ void tanh_array(const float* x, float* result, float* slope, int64_t count) {
       slope[k + i] = slopes[i];
     }
   }
-}
-
-constexpr Kernels make_kernels(const char* name) {
-  return {name,
-          {block_part<float>, block_part<bfloat16>, block_part<float16>},
-          {block_exponentials<float>, block_exponentials<bfloat16>, block_exponentials<float16>},
-          {write_block<float>, write_block<bfloat16>, write_block<float16>},
-          {{write_block_and_part<float, float>, write_block_and_part<float, bfloat16>,
-            write_block_and_part<float, float16>},
-           {write_block_and_part<bfloat16, float>, write_block_and_part<bfloat16, bfloat16>,
-            write_block_and_part<bfloat16, float16>},
-           {write_block_and_part<float16, float>, write_block_and_part<float16, bfloat16>,
-            write_block_and_part<float16, float16>}},
-          merge_parts,
-          finish_row,
-          stream_copy,
-          exp_array,
-          tanh_array};
 }

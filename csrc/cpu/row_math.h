@@ -78,12 +78,15 @@ inline Tanh hyperbolic_tangent(Floats x) {
 
 inline bool is_nan(float x) { return x != x; }
 
+// What is taken off before an exponential: the maximum, or 0 where there is nothing but -inf.
+inline float finite_shift(float max) { return max == -kInfinity ? 0.0f : max; }
+
 // The one merge of parts of a row; a fold in the order given. An empty part (max = -inf, sum = 0)
 // contributes nothing, NaN spreads. `weights`, unless null, receives exp(parts[k].max - max).
 inline Part merge_parts(const Part* parts, int64_t count, float* weights) {
   float max = -kInfinity;
   for (int64_t k = 0; k < count; ++k) max = parts[k].max > max ? parts[k].max : max;
-  const float shift = max == -kInfinity ? 0.0f : max;
+  const float shift = finite_shift(max);
   double sum = 0.0;
   for (int64_t k = 0; k < count; k += kWidth) {
     const int64_t lanes = count - k < kWidth ? count - k : kWidth;

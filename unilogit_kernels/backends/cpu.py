@@ -11,6 +11,7 @@ import functools
 import os
 from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ OBJECTIVE_IDS = {
 
 _TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUT_OF_MEMORY, _UNSUPPORTED = 1, 2
+_STUDENT_IDS = {"a": 0, "b": 1}
 
 
 class _Matrix(ctypes.Structure):
@@ -74,7 +76,17 @@ _SIGNATURES = {
         c_int32,
         [_MATRIX, _ARRAY, _ARRAY, c_int32, c_int64, _MATRIX, _ARRAY, _TRANSFORM, c_int32],
     ),
+    "unilogit_divergence_update": (
+        c_int32,
+        [_MATRIX, _MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _TRANSFORM, _TRANSFORM, c_int32],
+    ),
+    "unilogit_divergence_gradient": (
+        c_int32,
+        [_MATRIX, _MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, c_int64, c_int32]
+        + [_MATRIX, _TRANSFORM, _TRANSFORM, c_int32],
+    ),
     "unilogit_stream_copy": (None, [_ARRAY, _ARRAY, c_int64, c_int32]),
+    "unilogit_populate": (None, [_ARRAY, c_int64, c_int32]),
     "unilogit_exp": (None, [_ARRAY, _ARRAY, c_int64]),
     "unilogit_tanh": (None, [_ARRAY, _ARRAY, _ARRAY, c_int64]),
 }
@@ -167,7 +179,7 @@ def _check(status: int) -> None:
 
 
 class CpuKernels:
-    """`RowKernels` in C++, and the sweep that does statistics and gradient of whole rows at once.
+    """`RowKernels`, the sweep that finishes whole rows at once, and `DivergenceKernels`, in C++.
 
     Attributes:
         name: Name of the backend.
@@ -262,6 +274,64 @@ class CpuKernels:
         _check(status)
         return loss
 
+    def divergence_update(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
+        status = load_library().unilogit_divergence_update(
+            byref(_matrix(a, "a")),
+            byref(_matrix(b, "b")),
+            labels.data_ptr(),
+            first_column,
+            state.data_ptr(),
+            state.stride(0),
+            byref(_Transform(*a_transform)),
+            byref(_Transform(*b_transform)),
+            torch.get_num_threads(),
+        )
+        _check(status)
+
+    def divergence_gradient(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        coefficients: Tensor,
+        student: Literal["a", "b"],
+        out: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_gradient`.
+
+        Rows of `state` and `coefficients` must be contiguous.
+        """
+        status = load_library().unilogit_divergence_gradient(
+            byref(_matrix(a, "a")),
+            byref(_matrix(b, "b")),
+            labels.data_ptr(),
+            first_column,
+            state.data_ptr(),
+            state.stride(0),
+            coefficients.data_ptr(),
+            coefficients.stride(0),
+            _STUDENT_IDS[student],
+            byref(_matrix(out, "out")),
+            byref(_Transform(*a_transform)),
+            byref(_Transform(*b_transform)),
+            torch.get_num_threads(),
+        )
+        _check(status)
+
 
 def stream_copy(source: Tensor, destination: Tensor) -> None:
     """Copy with one read and one non-temporal write per byte: the floor for times of kernels.
@@ -273,3 +343,18 @@ def stream_copy(source: Tensor, destination: Tensor) -> None:
     load_library().unilogit_stream_copy(
         source.data_ptr(), destination.data_ptr(), source.nbytes, torch.get_num_threads()
     )
+
+
+def populate(address: int, size: int) -> None:
+    """Let the system back new memory with pages, on all threads at once, before it is written.
+
+    Threads that meet at the same page wait for each other, and each page costs a fault; this way
+    the pages are zeroed side by side. Does nothing without the library, or on another system than
+    Linux 5.14 or later.
+
+    Args:
+        address: Start of a private mapping, at a multiple of the page size.
+        size: Its bytes.
+    """
+    if is_available():
+        load_library().unilogit_populate(address, size, torch.get_num_threads())
