@@ -123,7 +123,8 @@ def test_state_of_odd_sizes(kernels: DivergenceKernels, dtype: torch.dtype, n: i
 def test_state_of_two_dtypes(
     kernels: DivergenceKernels, dtype: torch.dtype, b_dtype: torch.dtype
 ) -> None:
-    check_state(kernels, *rows(4, 333, dtype, b_dtype))
+    # Enough rows that plain torch's largest error is not small by luck.
+    check_state(kernels, *rows(64, 333, dtype, b_dtype))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -60,10 +61,9 @@ class _Block:
         self._advise("MADV_FREE")
 
     def _advise(self, advice: str) -> None:
-        try:
+        # Where the system does not take the advice, nothing is lost.
+        with suppress(AttributeError, OSError):
             self._pages.madvise(getattr(mmap, advice), self._start, self.size)
-        except (AttributeError, OSError):
-            pass  # advice: where the system does not take it, nothing is lost
 
 
 # Appending, removing and popping are atomic; a finalizer may run inside any of these functions.
@@ -116,7 +116,9 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     block = _take(size) or _Block(size)
     storage = torch.frombuffer(block.view(bytes_wanted), dtype=torch.uint8).untyped_storage()
     # Unlike a view, an ordinary tensor, and torch's dispatcher sees it come into being.
-    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+    tensor = torch.empty(0, dtype=dtype)
+    tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+    return tensor
 
 
 def _take(size: int) -> _Block | None:

@@ -82,8 +82,10 @@ _SIGNATURES = {
     ),
     "unilogit_divergence_gradient": (
         c_int32,
-        [_MATRIX, _MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, c_int64, c_int32]
-        + [_MATRIX, _TRANSFORM, _TRANSFORM, c_int32],
+        [
+            *(_MATRIX, _MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, c_int64, c_int32),
+            *(_MATRIX, _TRANSFORM, _TRANSFORM, c_int32),
+        ],
     ),
     "unilogit_stream_copy": (None, [_ARRAY, _ARRAY, c_int64, c_int32]),
     "unilogit_populate": (None, [_ARRAY, c_int64, c_int32]),
