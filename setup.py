@@ -2,12 +2,19 @@
 
 The library is optional. Where it cannot be built the package installs without it, and the eager
 backend does the work (`unilogit doctor` says so).
+
+The sources of the CUDA kernels are packaged. Where nvcc is installed, a wheel gets them compiled
+too; where not, NVRTC compiles them when they are first used. An installation in place is left to
+NVRTC.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +31,43 @@ COMPILE_FLAGS += ["-Wall", "-Wextra"]
 COMPILE_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 LINK_FLAGS = ["-fopenmp"]
 
+CUDA_DIR = Path("csrc/cuda")
+CUDA_PACKAGE = Path("unilogit_kernels/backends/cuda")
+CUDA_ARCHITECTURES = "75 80 86 89 90 100 120"
+PTX_ARCHITECTURE = "90"
+"""What GPUs run for which there is no binary: those of a generation between, and newer ones."""
+
 
 class BuildLibrary(build_ext):
     """Builds `_cpu_kernels.so`, named without Python's ABI tag, or explains why it could not."""
+
+    def run(self) -> None:
+        """Build the library; into a wheel, the CUDA sources and perhaps their binary as well."""
+        super().run()
+        if not self.inplace:
+            package = Path(self.build_lib) / CUDA_PACKAGE
+            self.copy_tree(str(CUDA_DIR), str(package / "csrc"))
+            self.build_fatbin(package)
+
+    def build_fatbin(self, package: Path) -> None:
+        """Compile the CUDA kernels for every architecture; a failure leaves that to NVRTC."""
+        nvcc = os.environ.get("UNILOGIT_KERNELS_NVCC", shutil.which("nvcc") or "")
+        if not nvcc:
+            return
+        sources = runpy.run_path(str(CUDA_PACKAGE / "sources.py"))
+        name = sources["FATBIN_PATTERN"].format(digest=sources["digest"]())
+        architectures = os.environ.get("UNILOGIT_KERNELS_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES)
+        codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures.split()]
+        codes.append(f"arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}")
+        command = [nvcc, "--fatbin", f"-std={sources['STANDARD']}", "--threads=0"]
+        command += ["--compress-mode=size", *(f"--generate-code={code}" for code in codes)]
+        command += [str(CUDA_DIR / "kernels.cu"), "-o", str(package / name)]
+        self.announce(" ".join(command), level=2)
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.warn(f"the CUDA kernels were not compiled ({error}): NVRTC will, at first use")
+            (package / name).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         """The file's path in the package."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
+from cuda_kernels import devices
 
 from unilogit_kernels import available_backends
 from unilogit_kernels.backends import cpu
@@ -21,14 +23,22 @@ if INTERPRETED:
     interpreter.install()
 
 
-def _variants() -> list[str]:
-    """The backends that run on a CPU; the C++ one once for each instruction set that is here."""
+def _variants() -> list[Any]:
+    """The backends that run on a CPU; the C++ one once for each instruction set that is here.
+
+    The CUDA kernels run as the PTX that nvcc makes of them, on an executor that checks each access.
+    """
     if INTERPRETED:
         return [f"triton-{share}" for share in interpreter.SHARES]
-    if not cpu.is_available():
-        return ["eager", "cpu"]
-    best = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
-    return ["eager", *(f"cpu-{name}" for name in cpu.INSTRUCTION_SETS[best:])]
+    names: list[Any] = ["eager"]
+    if cpu.is_available():
+        best = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
+        names += (f"cpu-{name}" for name in cpu.INSTRUCTION_SETS[best:])
+    else:
+        names.append("cpu")
+    without_nvcc = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
+    names += (pytest.param(f"cuda-{share}", marks=without_nvcc) for share in devices.SHARES)
+    return names
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +53,9 @@ def _instruction_set(name: str) -> Iterator[None]:
     cpu.select_instruction_set(os.environ.get(cpu.INSTRUCTION_SET_VARIABLE, ""))
 
 
-def _variant(variant: str) -> AbstractContextManager[None]:
+def _variant(name: str, variant: str) -> AbstractContextManager[Any]:
+    if name == "cuda":
+        return devices.small_problems(variant)
     return interpreter.small_problems(variant) if INTERPRETED else _instruction_set(variant)
 
 
@@ -51,7 +63,7 @@ def _variant(variant: str) -> AbstractContextManager[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn. One that cannot run here fails its tests: a skip would hide it."""
     name, _, variant = str(request.param).partition("-")
-    with _variant(variant) if variant else nullcontext():
+    with _variant(name, variant) if variant else nullcontext():
         reason = available_backends()[name]
         assert reason is None, f"backend {name!r} is not available here: {reason}"
         yield name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from unilogit_kernels.backends.cuda import sources as cuda_sources
+
 ROOT = Path(__file__).resolve().parent.parent
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "UNILOGIT_KERNELS_NVCC": ""}
 SMOKE = """
 import torch, unilogit_kernels as uk
 from unilogit_kernels.backends import cpu
+from unilogit_kernels.backends.cuda import sources
+assert sources.directory().parent == sources.Path(sources.__file__).parent, sources.directory()
 x = torch.randn(4, 1000, requires_grad=True)
 uk.unilogit_loss(x, torch.arange(4), backend="cpu").backward()
 print(uk.__file__, cpu.library_path())
@@ -25,7 +31,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist, which is built from the tree: so both are complete."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "UNILOGIT_KERNELS_CUDA_ARCHITECTURES": "90"}  # one is quick
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(list(out.glob("*.tar.gz"))) == 1
     (built,) = out.glob("*.whl")
@@ -39,6 +46,11 @@ def test_tag_and_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "unilogit_kernels/py.typed" in names
     assert "unilogit_kernels/backends/_cpu_kernels.so" in names
+    for header in cuda_sources.HEADERS:
+        assert f"unilogit_kernels/backends/cuda/csrc/{header}" in names
+    fatbin = cuda_sources.FATBIN_PATTERN.format(digest=cuda_sources.digest())
+    has_nvcc = shutil.which("nvcc") is not None
+    assert (f"unilogit_kernels/backends/cuda/{fatbin}" in names) == has_nvcc
     roots = {name.split("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"unilogit_kernels"}
 
@@ -66,7 +78,7 @@ def test_installs_where_nothing_can_be_compiled(tmp_path: Path) -> None:
         text=True,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"},
+        env={**os.environ, **NO_COMPILER},
     )
     assert result.returncode == 0, result.stderr
     assert "the CPU kernels were not built" in result.stdout + result.stderr

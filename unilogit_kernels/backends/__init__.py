@@ -161,7 +161,7 @@ class DivergenceKernels(Protocol):
         """
 
 
-BACKENDS = ("eager", "cpu", "triton")
+BACKENDS = ("eager", "cpu", "triton", "cuda")
 """Every backend there is, whether it can run here or not."""
 
 
@@ -181,6 +181,10 @@ def load(name: str) -> RowKernels:
         from unilogit_kernels.backends.triton.launch import TritonKernels
 
         return TritonKernels()
+    if name == "cuda":
+        from unilogit_kernels.backends.cuda.launch import CudaKernels
+
+        return CudaKernels()
     from unilogit_kernels.backends.eager import EagerKernels
 
     return EagerKernels()
@@ -212,6 +216,10 @@ def unavailable_reason(name: str) -> str | None:
         from unilogit_kernels.backends import triton
 
         return triton.unavailable_reason()
+    if name == "cuda":
+        from unilogit_kernels.backends import cuda
+
+        return cuda.unavailable_reason()
     return None
 
 
@@ -243,17 +251,19 @@ _DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-_DEVICES = {"cpu": "cpu", "triton": "cuda"}
-_PREFERRED = {"cpu": "cpu", "cuda": "triton"}
-"""The fused backend of each device type; to torch, AMD's GPUs are of type "cuda" too."""
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""The fused backends of each device type, best first; to torch, AMD's GPUs are of type "cuda"."""
 
 
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that a call runs on.
 
-    float64 always runs on the eager backend. Otherwise the device's fused backend is the default;
-    where it cannot run, the eager backend takes over and one warning says why.
+    float64 always runs on the eager backend. Otherwise the device's best fused backend is the
+    default; where it cannot run, the next one takes over, the eager backend at last, and one
+    warning says why.
 
     Raises:
         ValueError: The requested backend does not exist, or does not run on this device.
@@ -277,17 +287,19 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
                 f"got {dtype}; backend='eager' takes every float dtype"
             )
         return requested
-    preferred = _PREFERRED.get(device_type)
     if dtype == torch.float64:
         return "eager"
-    if preferred is None:
-        _warn_once(f"no fused kernels for device type {device_type!r}")
-        return "eager"
-    reason = unavailable_reason(preferred)
-    if reason is not None:
-        _warn_once(f"the {preferred!r} kernels are not available: {reason}")
-        return "eager"
-    return preferred
+    missing: list[str] = []
+    for name in _PREFERRED.get(device_type, ()):
+        reason = unavailable_reason(name)
+        if reason is None:
+            if missing:
+                _warn_once(name, "; ".join(missing))
+            return name
+        missing.append(f"the {name!r} kernels are not available: {reason}")
+    what = "; ".join(missing) or f"no fused kernels for device type {device_type!r}"
+    _warn_once("eager", what)
+    return "eager"
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole compiler to do it.
@@ -300,9 +312,10 @@ def _check_exists(name: str) -> None:
 
 
 @cache
-def _warn_once(what: str) -> None:
+def _warn_once(name: str, what: str) -> None:
+    slower = "slower " if name == "eager" else ""
     warnings.warn(
-        f"unilogit_kernels runs its slower eager backend, since {what}. "
-        "Pass backend='eager' to choose it knowingly.",
+        f"unilogit_kernels runs its {slower}{name} backend, since {what}. "
+        f"Pass backend={name!r} to choose it knowingly.",
         stacklevel=4,
     )

@@ -1,0 +1,21 @@
+// Every kernel there is, for the fatbin that is built where nvcc is installed.
+#include "kernels.h"
+
+#define UNILOGIT_PAIR(LOGITS, OUT)                                                                \
+  LOG_ODDS_GRADIENT(LOGITS, OUT, plain)                                                           \
+  LOG_ODDS_GRADIENT(LOGITS, OUT, capped)                                                          \
+  LOG_ODDS_SWEEP(LOGITS, OUT, plain)                                                              \
+  LOG_ODDS_SWEEP(LOGITS, OUT, capped)
+
+#define UNILOGIT_TYPE(TYPE)                                                                       \
+  LOG_ODDS_UPDATE(TYPE, plain)                                                                    \
+  LOG_ODDS_UPDATE(TYPE, capped)                                                                   \
+  UNILOGIT_PAIR(TYPE, Float32)                                                                    \
+  UNILOGIT_PAIR(TYPE, Bfloat16)                                                                   \
+  UNILOGIT_PAIR(TYPE, Float16)                                                                    \
+  SCALE(TYPE)
+
+MERGE_PARTS()
+UNILOGIT_TYPE(Float32)
+UNILOGIT_TYPE(Bfloat16)
+UNILOGIT_TYPE(Float16)

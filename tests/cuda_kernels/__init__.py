@@ -1,0 +1,1 @@
+"""The CUDA row kernels on a CPU."""
