@@ -34,8 +34,9 @@ def bench(
     head: Annotated[str, typer.Option(help="trained, frozen, or all.")] = "all",
     shape: Annotated[str, typer.Option(help="Only shapes whose title contains this.")] = "",
     size: Annotated[
-        str, typer.Option(help="One shape of your own, N,V or N,H,V, in place of a suite.")
-    ] = "",
+        list[str] | None,
+        typer.Option(help="A shape of your own, N,V or N,H,V, in place of a suite; repeatable."),
+    ] = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(help="forward (no gradients), backward or both (default); repeatable."),
@@ -84,7 +85,8 @@ def bench(
         found = find_device(device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
-    everything = _own_shapes(size) if size else [s for n in suites for s in SUITES[n](device)]
+    everything = [own for each in size or () for own in _own_shapes(each)]
+    everything = everything or [s for name in suites for s in SUITES[name](device)]
     shapes = [
         each
         for each in everything

@@ -31,8 +31,9 @@ def _peak(m: Measurement) -> float | None:
 _QUANTITIES = (
     _Quantity("time, ms", lambda m: m.median if m.milliseconds else None),
     _Quantity("peak memory beyond inputs and gradients, MiB", _peak),
+    # Of the gradients; of the loss where that is all there is.
     _Quantity(
-        "relative error against float64 (gradients; loss if forward alone)",
+        "relative error against float64",
         lambda m: m.loss_error if m.mode == "forward" else m.gradient_error,
     ),
 )
@@ -85,8 +86,8 @@ def _styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     )
     bounds = {m.provider for result in results for m in result.measurements if m.loss == "floor"}
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    # Strong colours before their pale twins.
-    ordered = [*colours[0::2], *colours[1::2]]
+    # Strong colours before their pale twins; greys are ours.
+    ordered = [*colours[0:14:2], *colours[16::2], *colours[1:14:2], *colours[17::2]]
     styles: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(names):
         styles[name] = {
