@@ -30,6 +30,7 @@ from unilogit_kernels.bench.plots import swept_axis, write_plots
 from unilogit_kernels.bench.problems import Problem, Shape
 from unilogit_kernels.bench.providers import OURS, Job, Provider, providers
 from unilogit_kernels.bench.suites import SUITES
+from unilogit_kernels.memory import allocate
 
 T = TypeVar("T")
 
@@ -300,6 +301,19 @@ def test_peak_memory_sees_what_a_step_holds() -> None:
 
     few, many = (peak_mib(shape, Cpu(), "both", holding(k)) for k in (1, 5))
     assert many - few == pytest.approx(4 * problem_bytes, rel=0.1)
+
+
+def test_memory_kept_from_the_first_step_hides_no_peak() -> None:
+    shape = Shape(64, 100_000, "float32")
+
+    def prepare(problem: Problem) -> Job:
+        def backward(_: Tensor | None) -> None:
+            allocate((shape.n, shape.vocab_size), torch.float32, torch.device("cpu")).fill_(1)
+
+        return Job(lambda: None, backward)
+
+    peak = peak_mib(shape, Cpu(), "both", Provider("x", "logits", "unilogit", prepare))
+    assert peak == pytest.approx(0, abs=0.3 * shape.gradient_bytes / 2**20)
 
 
 def test_peak_of_a_fresh_process() -> None:

@@ -20,6 +20,7 @@ import torch
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import Problem, Shape
 from unilogit_kernels.bench.providers import MODES, Provider, providers
+from unilogit_kernels.memory import release
 
 _TIMEOUT_S = 600
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -50,7 +51,7 @@ def peak_mib(shape: Shape, device: Device, mode: str, provider: Provider) -> flo
 
     step(problem if provider.compiles else problem.sliver(2))
     if device.type == "cpu":
-        _trim()
+        _give_back()
     before = device.start_peak()
     step(problem)
     gradients = 0 if mode == "forward" else shape.gradient_bytes
@@ -83,7 +84,9 @@ def peak_of_fresh_process(shape: Shape, device: str, mode: str, provider: str) -
     return float(result.stdout.split()[-1])
 
 
-def _trim() -> None:
+def _give_back() -> None:
+    """Return what is free to the system: memory that a first step left behind would hide a peak."""
+    release()
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).malloc_trim(0)
 
