@@ -12,7 +12,7 @@ import torch
 from cuda_kernels import devices
 
 from unilogit_kernels import available_backends
-from unilogit_kernels.backends import cpu
+from unilogit_kernels.backends import DivergenceKernels, cpu, load
 
 # Whether Triton's kernels are interpreted is decided once, when they are imported: they have the
 # suite for themselves, in a process that `triton_kernels/test_interpreter.py` starts.
@@ -67,6 +67,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         reason = available_backends()[name]
         assert reason is None, f"backend {name!r} is not available here: {reason}"
         yield name
+
+
+@pytest.fixture
+def two_row_backend(backend: str) -> str:
+    """Each backend that has the two-row kernels: it joins by implementing the protocol."""
+    if not isinstance(load(backend), DivergenceKernels):
+        pytest.skip(f"backend {backend!r} has no two-row kernels")
+    return backend
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -26,12 +26,8 @@ Student = Literal["a", "b"]
 
 
 @pytest.fixture
-def kernels(backend: str) -> DivergenceKernels:
-    """A backend joins these tests by implementing the protocol."""
-    found = backends.load(backend)
-    if not isinstance(found, DivergenceKernels):
-        pytest.skip(f"backend {backend!r} has no two-row kernels")
-    return found
+def kernels(two_row_backend: str) -> DivergenceKernels:
+    return backends.load_divergence(two_row_backend)
 
 
 def transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Fused, memory-flat unlearning losses for large-vocabulary language models."""
 
 from unilogit_kernels.backends import available_backends
+from unilogit_kernels.divergence import Mask, Shift, Uniform, kl_loss, linear_kl_loss
 from unilogit_kernels.functional import (
     linear_objective_loss,
     linear_target_log_odds,
@@ -16,8 +17,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearUnilogitLoss",
+    "Mask",
+    "Shift",
+    "Uniform",
     "UnilogitLoss",
     "available_backends",
+    "kl_loss",
+    "linear_kl_loss",
     "linear_objective_loss",
     "linear_target_log_odds",
     "linear_unilogit_loss",

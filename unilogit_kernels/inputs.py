@@ -73,7 +73,7 @@ def describe_logits(
         IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
-    _check_float("logits", logits)
+    check_float("logits", logits)
     if logits.dim() < 1:
         raise ValueError("logits must have shape [..., V], got a scalar")
     return _describe(
@@ -115,28 +115,7 @@ def describe_linear(
         IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
-    _check_float("hidden", hidden)
-    _check_float("weight", weight)
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must have shape [..., H] and weight [V, H] with the same H, "
-            f"got hidden {list(hidden.shape)} and weight {list(weight.shape)}"
-        )
-    operands = [("weight", weight)]
-    if bias is not None:
-        _check_float("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
-            )
-        operands.append(("bias", bias))
-    for name, tensor in operands:
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name} must have hidden's dtype {hidden.dtype} outside torch.autocast, "
-                f"got {tensor.dtype}"
-            )
-        _check_device(name, tensor, "hidden", hidden)
+    check_head(hidden, weight, bias)
     return _describe(
         ("hidden", hidden),
         labels,
@@ -151,6 +130,38 @@ def describe_linear(
         vocab_size=vocab_size,
         backend=backend,
     )
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+    """Check an lm_head and the hidden states that enter it; `prefix` is part of their names.
+
+    Raises:
+        TypeError: A dtype is wrong, or dtypes are mixed.
+        ValueError: A shape or device is wrong.
+    """
+    names = [f"{prefix}{name}" for name in ("hidden", "weight", "bias")]
+    check_float(names[0], hidden)
+    check_float(names[1], weight)
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] with the same H, "
+            f"got {names[0]} {list(hidden.shape)} and {names[1]} {list(weight.shape)}"
+        )
+    operands = [(names[1], weight)]
+    if bias is not None:
+        check_float(names[2], bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{names[2]} must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
+            )
+        operands.append((names[2], bias))
+    for name, tensor in operands:
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have {names[0]}'s dtype {hidden.dtype} outside torch.autocast, "
+                f"got {tensor.dtype}"
+            )
+        check_device(name, tensor, names[0], hidden)
 
 
 def cast_for_autocast(operand: Tensor) -> Tensor:
@@ -192,11 +203,11 @@ def _describe(
             f"labels must have {name}'s leading shape {list(shape)}, got {list(labels.shape)} "
             f"for {name} {list(tensor.shape)}"
         )
-    _check_device("labels", labels, name, tensor)
+    check_device("labels", labels, name, tensor)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     vocab_size = _check_vocab_size(vocab_size, columns, columns_of)
-    transform = _check_transform(softcap, logit_scale)
+    transform = check_transform(softcap, logit_scale)
     chosen = backends.choose(backend, tensor.device.type, tensor.dtype)
     labels = labels.reshape(-1).to(torch.int64).contiguous()
     valid = labels != ignore_index
@@ -218,7 +229,8 @@ def _describe(
     )
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def check_float(name: str, tensor: Tensor) -> None:
+    """Check that an operand is a local tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if type(tensor).__name__ == "DTensor":
@@ -233,7 +245,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two operands are on one device."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}"
@@ -251,11 +264,14 @@ def _check_vocab_size(vocab_size: int | None, columns: int, columns_of: str) -> 
     return vocab_size
 
 
-def _check_transform(softcap: float | None, logit_scale: float | None) -> LogitTransform:
+def check_transform(
+    softcap: float | None, logit_scale: float | None, *, prefix: str = ""
+) -> LogitTransform:
+    """Check what a model does to its logits; `prefix` is part of the options' names."""
     if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
+        raise ValueError(f"{prefix}softcap must be a positive finite number or None, got {softcap}")
     if logit_scale is not None and (logit_scale == 0.0 or not math.isfinite(logit_scale)):
-        raise ValueError(f"logit_scale must be a non-zero finite number, got {logit_scale}")
+        raise ValueError(f"{prefix}logit_scale must be a non-zero finite number, got {logit_scale}")
     return LogitTransform(
         1.0 if logit_scale is None else float(logit_scale),
         0.0 if softcap is None else float(softcap),
@@ -275,7 +291,7 @@ def _check_token_weights(
             f"token_weights must have the labels' shape {list(shape)}, "
             f"got {list(token_weights.shape)}"
         )
-    _check_device("token_weights", token_weights, name, tensor)
+    check_device("token_weights", token_weights, name, tensor)
     if token_weights.requires_grad:
         raise ValueError(
             "token_weights requires grad, but no gradient flows to it: pass "

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unilogit_kernels.divergence import Rewrite
 
 
 def transform_logits(
@@ -170,3 +174,61 @@ def weighted_objective_sum(
         vocab_size=vocab_size,
     )
     return (row_weight[counted] * objective(log_odds)).sum()
+
+
+def rewrite_teacher(logits: Tensor, labels: Tensor, rewrite: Rewrite) -> Tensor:
+    """A teacher's logits with the label's entry rewritten, step by step as the papers do.
+
+    Args:
+        logits: `[n, V]`.
+        labels: int64 `[n]` in `[0, V)`.
+        rewrite: A `divergence.Rewrite`.
+
+    Returns:
+        `[n, V]`, detached.
+    """
+    is_label = F.one_hot(labels, logits.shape[-1]).bool()
+    if rewrite.name == "shift":
+        return (logits - is_label.to(logits.dtype) * rewrite.parameters()[0]).detach()
+    if rewrite.name == "uniform":
+        return unilogit_target(logits, labels)
+    if rewrite.name == "mask":
+        return logits.masked_fill(is_label, float("-inf")).detach()
+    return logits.detach()
+
+
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    rewrite: Rewrite | None = None,
+    direction: str = "forward",
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL between a student and a teacher over the whole vocabulary, from two softmaxes.
+
+    Args:
+        logits: The student's, `[n, V]`, any float dtype; all arithmetic is in that dtype.
+        ref_logits: The teacher's, `[n, V]`; no gradient flows to it.
+        labels: int64 `[n]` in `[0, V)`, for a rewrite.
+        rewrite: See `rewrite_teacher`; None for none.
+        direction: `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
+        temperature: Divides both models' logits. It divides a shift too, while a uniform target
+            has probability `1/V` after it.
+
+    Returns:
+        `[n]` in nats.
+    """
+    teacher = ref_logits.detach() / temperature
+    if rewrite is not None and labels is not None:
+        teacher = rewrite_teacher(teacher, labels, rewrite.at_temperature(temperature))
+    log_teacher = torch.log_softmax(teacher, dim=-1)
+    log_student = torch.log_softmax(logits / temperature, dim=-1)
+    if direction == "forward":
+        # A token of probability 0 contributes 0, also where the teacher masks it.
+        possible = log_teacher > float("-inf")
+        return torch.where(possible, log_teacher.exp() * (log_teacher - log_student), 0.0).sum(-1)
+    if direction == "reverse":
+        return (log_student.exp() * (log_student - log_teacher)).sum(-1)
+    raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")

@@ -1,0 +1,345 @@
+"""The operators on two models' rows: schemas, fake kernels, autograd. No maths.
+
+No operator has a gradient for the teacher. Those on logits recompute nothing but the gradient rows
+in their backward; `linear_divergence_loss` finishes its gradients in the forward, where both
+models' logits are at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import backends, reference
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.divergence.calls import (
+    HeadInputs,
+    linear_gradients,
+    linear_loss,
+    linear_values,
+)
+from unilogit_kernels.divergence.closed_form import REWRITES, Direction, Divergence
+from unilogit_kernels.divergence.pairs import PairProblem, logits_gradient, logits_state
+from unilogit_kernels.ops.registration import (
+    LIBRARY,
+    NEEDS,
+    check_twice_differentiable,
+    fake,
+    operator,
+    or_empty,
+    scalar_of,
+    scaled,
+    shape_of,
+)
+from unilogit_kernels.projection import GemmDtypes, Needs
+
+PAIR = (
+    "Tensor? labels, float scale, float softcap, float ref_scale, float ref_softcap, "
+    "int vocab_size, str direction, str rewrite, float[] parameters, str backend"
+)
+"""What describes a pair of rows. Temperature is part of the scales and caps."""
+
+_PAIR_ARGUMENTS = 10
+_HEADS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
+)
+_HEAD_ARGUMENTS = 6
+
+
+def _divergence(direction: Direction, rewrite: str, parameters: list[float]) -> Divergence:
+    return Divergence(direction, REWRITES[rewrite](*parameters))
+
+
+def _pair_problem(
+    like: Tensor,
+    labels: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    vocab_size: int,
+    direction: Direction,
+    rewrite: str,
+    parameters: list[float],
+    backend: str,
+) -> PairProblem:
+    """The arguments `PAIR` as the layers below take them; `like` has the rows."""
+    labelled = labels is not None
+    if labels is None:
+        labels = like.new_full((like.shape[0],), -1, dtype=torch.int64)
+    return PairProblem(
+        labels,
+        labelled,
+        LogitTransform(scale, softcap),
+        LogitTransform(ref_scale, ref_softcap),
+        vocab_size,
+        _divergence(direction, rewrite, parameters),
+        backends.load_divergence(backend),
+    )
+
+
+def _literal_values(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    vocab_size: int,
+    direction: Direction,
+    rewrite: str,
+    parameters: list[float],
+    backend: str,
+) -> Tensor:
+    """KL `[n]` by plain autograd; 0 for rows without a label."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = REWRITES[rewrite](*parameters)
+
+    def transformed(x: Tensor, scale: float, softcap: float) -> Tensor:
+        return reference.transform_logits(
+            x.to(dtype), logit_scale=scale, softcap=softcap or None, vocab_size=vocab_size
+        )
+
+    student = transformed(logits, scale, softcap)
+    teacher = transformed(ref_logits, ref_scale, ref_softcap)
+    if labels is None:
+        return reference.kl_divergence(student, teacher, direction=direction)
+    valid = (labels >= 0) & (labels < vocab_size)
+    values = reference.kl_divergence(
+        student[valid], teacher[valid], labels[valid], rewrite=found, direction=direction
+    )
+    return student.new_zeros(labels.shape[0]).masked_scatter(valid, values)
+
+
+# ---- logits ------------------------------------------------------------------------------------
+
+
+@operator(f"divergence(Tensor logits, Tensor ref_logits, {PAIR}) -> (Tensor values, Tensor state)")
+def _values(logits: Tensor, ref_logits: Tensor, *pair: Any) -> tuple[Tensor, Tensor]:
+    problem = _pair_problem(logits, *pair)
+    state = logits_state(logits, ref_logits, problem)
+    return problem.values(state), state
+
+
+@fake("divergence")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _values_of(logits)
+
+
+def _values_of(like: Tensor) -> tuple[Tensor, Tensor]:
+    """What values and states look like to a fake kernel."""
+    n, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
+    return like.new_empty(n, dtype=dtype), like.new_empty(7, n, dtype=dtype)
+
+
+@operator(
+    f"divergence_backward(Tensor logits, Tensor ref_logits, {PAIR}, Tensor state, Tensor upstream) "
+    "-> Tensor logits_grad"
+)
+def _backward(logits: Tensor, ref_logits: Tensor, *args: Any) -> Tensor:
+    *pair, state, upstream = args
+    return logits_gradient(logits, ref_logits, _pair_problem(logits, *pair), state, upstream)
+
+
+@fake("divergence_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, ref_logits, labels, *ctx.settings = inputs
+    ctx.save_for_backward(logits, ref_logits, labels, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    logits, ref_logits, labels, state = ctx.saved_tensors
+    rest = (None,) * (1 + _PAIR_ARGUMENTS)
+    if upstream is None:
+        return None, *rest
+    if torch.is_grad_enabled():
+        check_twice_differentiable(ctx.settings[-1])
+        values = _literal_values(logits, ref_logits, labels, *ctx.settings)
+        return *torch.autograd.grad(values, logits, upstream, create_graph=True), *rest
+    gradient = torch.ops.unilogit_kernels.divergence_backward(
+        logits, ref_logits, labels, *ctx.settings, state, upstream
+    )
+    return gradient, *rest
+
+
+torch.library.register_autograd(
+    "unilogit_kernels::divergence", _grad, setup_context=_context, lib=LIBRARY
+)
+
+
+# ---- fused linear, one value per token ---------------------------------------------------------
+
+
+def _heads(args: tuple[Any, ...]) -> tuple[HeadInputs, HeadInputs]:
+    return HeadInputs(*args[:3]), HeadInputs(*args[3:_HEAD_ARGUMENTS])
+
+
+@operator(f"linear_divergence({_HEADS}, Tensor active, {PAIR}) -> (Tensor values, Tensor state)")
+def _linear_values(*args: Any) -> tuple[Tensor, Tensor]:
+    active, *pair = args[_HEAD_ARGUMENTS:]
+    return linear_values(*_heads(args), active, _pair_problem(args[0], *pair))
+
+
+@fake("linear_divergence")
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _values_of(hidden)
+
+
+@operator(
+    f"linear_divergence_backward({_HEADS}, {PAIR}, Tensor state, Tensor upstream, {NEEDS}) "
+    "-> (Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
+)
+def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = args[:2]
+    *pair, state, upstream, need_hidden, need_weight, need_bias = args[_HEAD_ARGUMENTS:]
+    needs = Needs(need_hidden, need_weight, need_bias)
+    problem = _pair_problem(hidden, *pair)
+    gradients = linear_gradients(*_heads(args), problem, needs, state, upstream)
+    return (
+        or_empty(gradients.hidden, hidden).to(hidden.dtype),
+        or_empty(gradients.weight, weight).to(weight.dtype),
+        or_empty(gradients.bias, weight).to(weight.dtype),
+    )
+
+
+@fake("linear_divergence_backward")
+def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = args[-3:]
+    return (
+        shape_of(need_hidden, hidden),
+        shape_of(need_weight, weight),
+        shape_of(need_bias, weight[:, 0]),
+    )
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    labels, *ctx.settings = inputs[_HEAD_ARGUMENTS + 1 :]
+    ctx.save_for_backward(*inputs[:_HEAD_ARGUMENTS], labels, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    *heads, labels, state = ctx.saved_tensors
+    rest = (None,) * (3 + 1 + _PAIR_ARGUMENTS)
+    if upstream is None:
+        return None, None, None, *rest
+    needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        check_twice_differentiable(ctx.settings[-1])
+        values = _literal_linear_values(heads, labels, ctx.settings)
+        return *_grad_of_some(heads[:3], needs, values, upstream), *rest
+    gradients = torch.ops.unilogit_kernels.linear_divergence_backward(
+        *heads, labels, *ctx.settings, state, upstream.contiguous(), *needs
+    )
+    return *[g if need else None for g, need in zip(gradients, needs, strict=True)], *rest
+
+
+def _literal_linear_values(
+    heads: list[Tensor | None], labels: Tensor | None, settings: list[Any]
+) -> Tensor:
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
+    assert hidden is not None
+    assert weight is not None
+    assert ref_hidden is not None
+    assert ref_weight is not None
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    ref_logits = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+    return _literal_values(logits, ref_logits, labels, *settings)
+
+
+def _grad_of_some(
+    inputs: list[Tensor | None], needs: tuple[bool, ...], output: Tensor, upstream: Tensor
+) -> list[Tensor | None]:
+    """Differentiable gradients of `output` for the inputs that want one, None for the others."""
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(output, wanted, upstream, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+torch.library.register_autograd(
+    "unilogit_kernels::linear_divergence",
+    _linear_grad,
+    setup_context=_linear_context,
+    lib=LIBRARY,
+)
+
+
+# ---- fused linear, reduced ---------------------------------------------------------------------
+
+
+@operator(
+    f"linear_divergence_loss({_HEADS}, {PAIR}, Tensor row_weight, Tensor factor, {NEEDS}) "
+    "-> (Tensor loss, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
+)
+def _linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight = args[:2]
+    *pair, row_weight, factor, need_hidden, need_weight, need_bias = args[_HEAD_ARGUMENTS:]
+    needs = Needs(need_hidden, need_weight, need_bias)
+    problem = _pair_problem(hidden, *pair)
+    loss, gradients = linear_loss(*_heads(args), problem, needs, row_weight, factor)
+    return (
+        loss,
+        or_empty(gradients.hidden, hidden),
+        or_empty(gradients.weight, weight),
+        or_empty(gradients.bias, weight),
+    )
+
+
+@fake("linear_divergence_loss")
+def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = args[-3:]
+    dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
+    return (
+        scalar_of(hidden),
+        shape_of(need_hidden, hidden, dtypes.results),
+        shape_of(need_weight, weight, dtypes.results),
+        shape_of(need_bias, weight[:, 0], dtypes.exact),
+    )
+
+
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    heads, (labels, *settings) = inputs[:_HEAD_ARGUMENTS], inputs[_HEAD_ARGUMENTS:]
+    ctx.settings = settings[: _PAIR_ARGUMENTS - 1]
+    row_weight, factor = settings[_PAIR_ARGUMENTS - 1 : _PAIR_ARGUMENTS + 1]
+    literal = (*heads, labels, row_weight, factor)
+    if ctx.settings[-1] != "eager":
+        literal = (None,) * len(literal)
+    ctx.dtype = heads[0].dtype
+    ctx.save_for_backward(*literal, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    *literal, d_hidden, d_weight, d_bias = ctx.saved_tensors
+    rest = (None,) * (3 + _PAIR_ARGUMENTS + 2 + 3)
+    if upstream is None:
+        return None, None, None, *rest
+    needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        check_twice_differentiable(ctx.settings[-1])
+        *heads, labels, row_weight, factor = literal
+        values = _literal_linear_values(heads, labels, ctx.settings)
+        loss = factor * torch.where(row_weight == 0, 0.0, row_weight * values).sum()
+        return *_grad_of_some(heads[:3], needs, loss, upstream), *rest
+    results = [
+        scaled(gradient, upstream, ctx.dtype) if need else None
+        for gradient, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)
+    ]
+    return *results, *rest
+
+
+torch.library.register_autograd(
+    "unilogit_kernels::linear_divergence_loss",
+    _loss_grad,
+    setup_context=_loss_context,
+    lib=LIBRARY,
+)
