@@ -125,6 +125,9 @@ constexpr int64_t kGradientBlock = 1024;
 // The largest number of values that any instruction set stores at once.
 constexpr int64_t kMaxUnit = 32;
 
+// Blocks of a multiple of so many columns can be read where they lie, at every instruction set.
+constexpr int64_t kWholeStep = 2 * kMaxUnit;
+
 constexpr int64_t kCacheLine = 64;
 
 // Sum of exp(z - max) over some columns, without the label's. Empty: -inf and 0. The sum is NaN
@@ -220,11 +223,13 @@ struct Kernels {
   int64_t (*stage[kTypes])(const void* x, int64_t stride, int64_t count,
                            const UnilogitTransform& transform, Label& label, float* z,
                            float* cap_slope);
-  PairPart (*pair_part)(const float* a, const float* b, int64_t padded);
-  PairPart (*merge_pairs)(const PairPart* parts, int64_t count);
+  // Blocks of whole steps, without a label; [type of a][type of b].
+  PairPart (*pair_part[kTypes][kTypes])(const void* a, const void* b, int64_t count);
   // `cap_slope`, the student's, may be null.
-  void (*pair_gradient)(const float* a, const float* b, int64_t padded, const PairFactors& factors,
-                        const float* cap_slope, float* values);
+  void (*pair_gradient[kTypes][kTypes])(const void* a, const void* b, int64_t count,
+                                        const PairFactors& factors, const float* cap_slope,
+                                        float* values);
+  PairPart (*merge_pairs)(const PairPart* parts, int64_t count);
   void (*stream_copy)(const char* source, char* destination, int64_t bytes);
   void (*exp)(const float* x, float* result, int64_t count);
   void (*tanh)(const float* x, float* result, float* slope, int64_t count);

@@ -12,19 +12,30 @@ struct Side {
   const UnilogitTransform& transform;
 };
 
-// A block of one row in float32, without the label's column.
-struct StagedBlock {
+// A block of one row, without the label's column: where it lies if it can be read there, else a copy
+// in float32.
+struct Block {
   alignas(kCacheLine) float z[kBlock];
   alignas(kCacheLine) float cap_slope[kBlock];
   Label label;
+  const void* data;
+  std::int32_t type;
   int64_t padded;
 
   void read(const Kernels& kernels, const Side& side, int64_t row, int64_t first, int64_t count,
             int64_t label_offset) {
     const UnilogitMatrix& m = side.logits;
     label = {label_offset, 0.0f, 1.0f};
-    padded = kernels.stage[m.type](element(m, row, first), m.column_stride, count, side.transform,
-                                   label, z, cap_slope);
+    data = element(m, row, first);
+    type = m.type;
+    padded = count;
+    if (m.column_stride == 1 && count % kWholeStep == 0 && side.transform.scale == 1.0f &&
+        side.transform.softcap == 0.0f && (label_offset < 0 || label_offset >= count)) {
+      return;
+    }
+    padded = kernels.stage[type](data, m.column_stride, count, side.transform, label, z, cap_slope);
+    data = z;
+    type = kUnilogitFloat32;
   }
 };
 
@@ -38,13 +49,14 @@ void keep_larger(float& target, float logit) {
 std::int32_t update(const Kernels& kernels, const Side& a, const Side& b, const int64_t* labels,
                     int64_t first_column, float* state, int64_t stride, int threads) {
   const auto compute = [&](int64_t row, int64_t first, int64_t last, PairPart* parts) {
-    StagedBlock a_block, b_block;
+    Block a_block, b_block;
     for (int64_t k = first; k < last; ++k) {
       const Columns columns = block_columns(a.logits.columns, k);
       const int64_t offset = labels[row] - first_column - columns.first;
       a_block.read(kernels, a, row, columns.first, columns.count, offset);
       b_block.read(kernels, b, row, columns.first, columns.count, offset);
-      parts[k] = kernels.pair_part(a_block.z, b_block.z, a_block.padded);
+      parts[k] = kernels.pair_part[a_block.type][b_block.type](
+          a_block.data, b_block.data, a_block.padded);
       // Only the block that holds the label gets here, hence one thread.
       if (offset >= 0 && offset < columns.count) {
         keep_larger(state[kATarget * stride + row], a_block.label.logit);
@@ -91,7 +103,7 @@ void gradient(const Kernels& kernels, const Side& a, const Side& b, const int64_
   const double scale = student.transform.scale;
   for_row_segments(a.logits, threads, [&](int64_t row, int64_t first_block, int64_t last_block) {
     alignas(kCacheLine) float values[kGradientBlock] = {};
-    StagedBlock a_block, b_block;
+    Block a_block, b_block;
     const bool zero = coefficients.all_zero(row);
     const auto scaled = [&](int64_t which) {
       return static_cast<float>(scale * coefficients.at(which, row));
@@ -101,7 +113,7 @@ void gradient(const Kernels& kernels, const Side& a, const Side& b, const int64_
       return max == -std::numeric_limits<float>::infinity() ? 0.0f : max;
     };
     const PairFactors factors{shift(kAMax), shift(kBMax), scaled(0), scaled(1), scaled(2)};
-    const StagedBlock& student_block = student_is_a ? a_block : b_block;
+    const Block& student_block = student_is_a ? a_block : b_block;
     const bool capped = student.transform.softcap != 0.0f;
     const int64_t last = std::min(last_block * kBlock, out.columns);
     int64_t first = first_block * kBlock;
@@ -113,8 +125,9 @@ void gradient(const Kernels& kernels, const Side& a, const Side& b, const int64_
         const int64_t offset = labels[row] - first_column - first;
         a_block.read(kernels, a, row, first, count, offset);
         b_block.read(kernels, b, row, first, count, offset);
-        kernels.pair_gradient(a_block.z, b_block.z, a_block.padded, factors,
-                              capped ? student_block.cap_slope : nullptr, values);
+        kernels.pair_gradient[a_block.type][b_block.type](
+            a_block.data, b_block.data, a_block.padded, factors,
+            capped ? student_block.cap_slope : nullptr, values);
         block.label = offset;
         block.label_value = scaled(3) * student_block.label.cap_slope;
       }

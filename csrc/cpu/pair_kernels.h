@@ -1,6 +1,9 @@
 // Two rows at once, block by block, for KL(P_a || P_b). Included after row_kernels.h, inside the
-// instruction set's namespace. Blocks are staged: both rows as float32, without the label's column.
+// instruction set's namespace. A block is read where it lies, or staged as float32 where it holds
+// the label, is incomplete, strided, scaled or capped.
 #pragma once
+
+static_assert(kWholeStep % kStep == 0);
 
 inline Floats zero_where_not_positive(Floats condition, Floats a) {
   return select_less(broadcast(0.0f), condition, a, broadcast(0.0f));
@@ -8,7 +11,10 @@ inline Floats zero_where_not_positive(Floats condition, Floats a) {
 
 // Statistics of a block, both maxima taken off: a term without weight (exp(a - a_max) == 0) adds
 // nothing to the dot product, whatever b holds. NaN or +inf in a row makes its sum NaN.
-PairPart pair_part(const float* a, const float* b, int64_t padded) {
+template <class A, class B>
+PairPart pair_part(const void* a_data, const void* b_data, int64_t padded) {
+  const A* a = static_cast<const A*>(a_data);
+  const B* b = static_cast<const B*>(b_data);
   // Short chains of additions, as in sum_exponentials.
   constexpr int64_t kChain = 16 * kStep;
   constexpr int kLanes = 2;
@@ -22,6 +28,10 @@ PairPart pair_part(const float* a, const float* b, int64_t padded) {
     Floats a_sum[kLanes], dot[kLanes], b_sum[kLanes];
     for (int i = 0; i < kLanes; ++i) a_sum[i] = dot[i] = b_sum[i] = zero;
     for (int64_t k = first; k < last; k += kLanes * kWidth) {
+      if (k % kStep == 0) {
+        prefetch(a + k);
+        prefetch(b + k);
+      }
       for (int i = 0; i < kLanes; ++i) {
         const Floats s = load(a + k + i * kWidth) - a_shift;
         const Floats t = load(b + k + i * kWidth) - b_shift;
@@ -75,8 +85,8 @@ PairPart merge_pairs(const PairPart* parts, int64_t count) {
 
 // Both terms are rounded before they are added (the library is compiled without contraction), so
 // that equal rows with alpha = -gamma give exactly 0.
-template <bool kWithDot, bool kWithOther>
-inline void pair_values(const float* a, const float* b, int64_t padded, const PairFactors& factors,
+template <bool kWithDot, bool kWithOther, class A, class B>
+inline void pair_values(const A* a, const B* b, int64_t padded, const PairFactors& factors,
                         const float* cap_slope, float* values) {
   const Floats a_shift = broadcast(factors.a_shift), b_shift = broadcast(factors.b_shift);
   const Floats alpha = broadcast(factors.alpha), beta = broadcast(factors.beta);
@@ -98,8 +108,11 @@ inline void pair_values(const float* a, const float* b, int64_t padded, const Pa
   }
 }
 
-void pair_gradient(const float* a, const float* b, int64_t padded, const PairFactors& factors,
-                   const float* cap_slope, float* values) {
+template <class A, class B>
+void pair_gradient(const void* a_data, const void* b_data, int64_t padded,
+                   const PairFactors& factors, const float* cap_slope, float* values) {
+  const A* a = static_cast<const A*>(a_data);
+  const B* b = static_cast<const B*>(b_data);
   // A term whose factor is exactly 0 is left out, so that its row's infinities do not matter.
   if (factors.beta == 0.0f) {
     pair_values<false, true>(a, b, padded, factors, cap_slope, values);
@@ -131,9 +144,13 @@ constexpr Kernels make_kernels(const char* name) {
           merge_parts,
           finish_row,
           {stage_block<float>, stage_block<bfloat16>, stage_block<float16>},
-          pair_part,
+          {{pair_part<float, float>, pair_part<float, bfloat16>, pair_part<float, float16>},
+           {pair_part<bfloat16, float>, pair_part<bfloat16, bfloat16>, pair_part<bfloat16, float16>},
+           {pair_part<float16, float>, pair_part<float16, bfloat16>, pair_part<float16, float16>}},
+          {{pair_gradient<float, float>, pair_gradient<float, bfloat16>, pair_gradient<float, float16>},
+           {pair_gradient<bfloat16, float>, pair_gradient<bfloat16, bfloat16>, pair_gradient<bfloat16, float16>},
+           {pair_gradient<float16, float>, pair_gradient<float16, bfloat16>, pair_gradient<float16, float16>}},
           merge_pairs,
-          pair_gradient,
           stream_copy,
           exp_array,
           tanh_array};

@@ -125,9 +125,45 @@ std::uint64_t run(const Case& c, int32_t threads) {
   status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
                                        weight.data(), out.view(), &c.transform, threads);
   sum = out.sum(sum);
-  status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
-                                       weight.data(), logits.view(), &c.transform, threads);
+  // Two rows: the logits against another model's, of the other type and in another layout.
+  const Matrix other = make_logits({c.rows, c.columns, 3, 1, c.out_type, c.out_type, {1.0f, 0.0f}});
+  const UnilogitTransform plain = {1.0f, 0.0f};
+  std::vector<float> pair_state(7 * n, -kInfinity), coefficients(4 * n);
+  for (std::size_t i = 0; i < n; ++i) {
+    for (const std::size_t row : {1, 2, 4}) pair_state[row * n + i] = 0.0f;
+    for (std::size_t k = 0; k < 4; ++k) {
+      coefficients[k * n + i] = i % 5 == 4 ? 0.0f : 0.25f * static_cast<float>(k * i + 1);
+    }
+  }
+  for (int part = 0; part < 2; ++part) {
+    const auto columns_of = [&](const UnilogitMatrix& whole) {
+      UnilogitMatrix chunk = whole;
+      chunk.columns = part == 0 ? first : c.columns - first;
+      if (part == 1) {
+        chunk.data = static_cast<unsigned char*>(chunk.data) +
+                     first * whole.column_stride * (whole.type == kUnilogitFloat32 ? 4 : 2);
+      }
+      return chunk;
+    };
+    const UnilogitMatrix a = columns_of(*logits.view()), b = columns_of(*other.view());
+    status |= unilogit_divergence_update(&a, &b, labels.data(), part == 0 ? 0 : first,
+                                         pair_state.data(), c.rows, &c.transform, &plain, threads);
+  }
+  sum = checksum(sum, pair_state.data(), 28 * n);
+  for (int32_t student : {0, 1}) {
+    status |= unilogit_divergence_gradient(logits.view(), other.view(), labels.data(), 0,
+                                           pair_state.data(), c.rows, coefficients.data(), c.rows,
+                                           student, out.view(), &c.transform, &plain, threads);
+    sum = out.sum(sum);
+  }
+  status |= unilogit_divergence_gradient(logits.view(), other.view(), labels.data(), 0,
+                                         pair_state.data(), c.rows, coefficients.data(), c.rows, 0,
+                                         logits.view(), &c.transform, &plain, threads);
   sum = logits.sum(sum);
+  const Matrix again = make_logits(c);
+  status |= unilogit_log_odds_gradient(again.view(), labels.data(), 0, state.data(), c.rows,
+                                       weight.data(), again.view(), &c.transform, threads);
+  sum = again.sum(sum);
   return status == 0 ? sum : 0;
 }
 
@@ -166,6 +202,7 @@ int main() {
     std::vector<char> source(200001, 'x'), copy(200001 + 64);
     char* aligned = copy.data() + (64 - reinterpret_cast<std::uintptr_t>(copy.data()) % 64) % 64;
     unilogit_stream_copy(source.data(), aligned, 200001, 3);
+    unilogit_populate(aligned, 4096, 2);  // not at a page: advice that the system refuses
     failures += std::memcmp(source.data(), aligned, 200001) != 0;
     std::printf("%-10s checksum %016lx\n", unilogit_instruction_set(), (unsigned long)total);
   }
