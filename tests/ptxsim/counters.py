@@ -16,6 +16,9 @@ class Counters:
     Attributes:
         global_bytes_loaded: Bytes that the threads asked for, duplicates included.
         global_bytes_stored: The same for stores. An atomic counts as both.
+        distinct_bytes_loaded: The same, but a byte that several lanes of a warp ask for in one
+            access counts once, as hardware serves it. (All threads of a program load a scalar.)
+        distinct_bytes_stored: The same for stores.
         sectors_loaded: Distinct 32-byte sectors of each warp's access, summed over the accesses:
             what leaves the first-level cache if nothing stays in it.
         sectors_stored: The same for stores.
@@ -26,6 +29,8 @@ class Counters:
 
     global_bytes_loaded: int
     global_bytes_stored: int
+    distinct_bytes_loaded: int
+    distinct_bytes_stored: int
     sectors_loaded: int
     sectors_stored: int
     instructions: Mapping[InstructionClass, int]
@@ -35,6 +40,11 @@ class Counters:
     def global_bytes(self) -> int:
         """Bytes loaded and stored."""
         return self.global_bytes_loaded + self.global_bytes_stored
+
+    @property
+    def distinct_bytes(self) -> int:
+        """Bytes loaded and stored, each once for each warp's access."""
+        return self.distinct_bytes_loaded + self.distinct_bytes_stored
 
     @property
     def total_instructions(self) -> int:

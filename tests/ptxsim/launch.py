@@ -21,6 +21,9 @@ from ptxsim.parser import parse
 from ptxsim.translate import TranslatedKernel, translate
 
 ORDERS = ("sequential", "reversed", "random")
+MOST_THREADS = 1024
+"""Of a block, on every GPU."""
+
 Dimensions = tuple[int, int, int]
 
 
@@ -88,7 +91,14 @@ class _Region(ctypes.Structure):
 class _Traffic(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
-        for name in ("bytes_loaded", "bytes_stored", "sectors_loaded", "sectors_stored")
+        for name in (
+            "bytes_loaded",
+            "bytes_stored",
+            "distinct_loaded",
+            "distinct_stored",
+            "sectors_loaded",
+            "sectors_stored",
+        )
     )
 
 
@@ -180,6 +190,9 @@ class PtxModule:
         library = runtime()
         if len(blocks) > library.ptx_most_blocks():
             raise PtxError(f"{name}: {len(blocks)} blocks are more than the executor can number")
+        threads = block[0] * block[1] * block[2]
+        if threads > MOST_THREADS:
+            raise PtxError(f"{name}: a block of {threads} threads; at most {MOST_THREADS}")
         shared = self._static_shared_bytes + shared_bytes
         request = _Request(
             body=ctypes.cast(getattr(self._library, f"kernel_{identifier(name)}"), ctypes.c_void_p),
@@ -260,6 +273,8 @@ def _counters(kernel: TranslatedKernel, traffic: _Traffic, visits: list[int]) ->
     return Counters(
         global_bytes_loaded=traffic.bytes_loaded,
         global_bytes_stored=traffic.bytes_stored,
+        distinct_bytes_loaded=traffic.distinct_loaded,
+        distinct_bytes_stored=traffic.distinct_stored,
         sectors_loaded=traffic.sectors_loaded,
         sectors_stored=traffic.sectors_stored,
         instructions={kind: instructions[kind] for kind in InstructionClass},

@@ -68,8 +68,24 @@ def test_sectors_of_a_warp(stride: int, offset: int, sectors: int) -> None:
     body = ADDRESS_OF_THREAD.format(stride=stride) + "  ld.global.b32 %r3, [%rd3];"
     counters = snippets.run(body, [aligned[first:], store_apart], threads=2 * WARP).counters
     assert counters.global_bytes_loaded == 2 * WARP * 4
+    assert counters.distinct_bytes_loaded == 2 * (WARP * 4 if stride else 4)
     assert counters.sectors_loaded == 2 * sectors
-    assert counters.sectors_stored == 0
+    assert counters.sectors_stored == counters.distinct_bytes_stored == 0
+
+
+def test_lanes_that_share_bytes() -> None:
+    """Two neighbours load the same eight bytes, and all of them the same four."""
+    body = """
+  and.b32 %r2, %r0, 30;
+  mul.wide.u32 %rd2, %r2, 4;
+  add.s64 %rd3, %rd0, %rd2;
+  ld.global.b64 %rd4, [%rd3];
+  ld.global.b32 %r3, [%rd0];
+"""
+    x = torch.zeros(64)
+    counters = snippets.run(body, [x[-x.data_ptr() % SECTOR // 4 :]]).counters
+    assert counters.global_bytes_loaded == WARP * (8 + 4)
+    assert counters.distinct_bytes == counters.distinct_bytes_loaded == WARP // 2 * 8 + 4
 
 
 def test_each_execution_is_an_access() -> None:

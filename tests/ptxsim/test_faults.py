@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptxsim import KernelFaultError, Schedule, UnsupportedPtxError, faulty_kernels, snippets
+from ptxsim import (
+    KernelFaultError,
+    PtxError,
+    Schedule,
+    UnsupportedPtxError,
+    faulty_kernels,
+    snippets,
+)
 from ptxsim.triton_device import triton_device
 
 SLACK = 4096
@@ -220,6 +227,47 @@ done:
 def test_member_masks(mask: str, match: str) -> None:
     with pytest.raises(KernelFaultError, match=match):
         snippets.run(f"  shfl.sync.bfly.b32 %r2, %r0, 1, 31, {mask};", [])
+
+
+def test_lanes_that_return_have_voted() -> None:
+    """Whoever reads a ballot late still sees the votes of those that are gone by then."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """
+  vote.sync.ballot.b32 %r2, 1, -1;
+  mul.wide.u32 %rd2, %r0, 4;
+  add.s64 %rd3, %rd0, %rd2;
+  st.global.b32 [%rd3], %r2;
+"""
+    for order in ("sequential", "random"):
+        snippets.run(body, [out], schedule=Schedule(order))
+        assert out.tolist() == [-1] * WARP
+
+
+def test_exchanges_of_part_of_a_warp() -> None:
+    """Half of the lanes have one exchange more behind them when all meet."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """
+  mov.b32 %r2, %r0;
+  setp.lt.u32 %p1, %r0, 16;
+  @%p1 shfl.sync.bfly.b32 %r2, %r0, 1, 31, 0xffff;
+  shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1;
+  mul.wide.u32 %rd2, %r0, 4;
+  add.s64 %rd3, %rd0, %rd2;
+  st.global.b32 [%rd3], %r3;
+"""
+    snippets.run(body, [out])
+    assert out.tolist() == [*range(16, 32), *(i ^ 1 for i in range(16))]
+
+
+def test_shuffles_from_lanes_that_returned() -> None:
+    body = "  setp.eq.u32 %p1, %r0, 1;\n  @%p1 ret;\n  shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;"
+    with pytest.raises(KernelFaultError, match="a lane that returned"):
+        snippets.run(body, [])
+
+
+def test_blocks_have_at_most_1024_threads() -> None:
+    with pytest.raises(PtxError, match="1056 threads"):
+        snippets.run("", [], threads=1056)
 
 
 def test_loops_end() -> None:

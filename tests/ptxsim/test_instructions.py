@@ -179,6 +179,17 @@ def test_variables_of_the_module() -> None:
     assert out.item() == 37
 
 
+def test_cache_policies_change_nothing() -> None:
+    body = """
+  createpolicy.fractional.L2::evict_last.b64 %rd1, 1.0;
+  ld.global.L1::evict_last.L2::cache_hint.b32 {%r2}, [%rd0+4], %rd1;
+  st.global.L1::evict_first.L2::cache_hint.b32 [%rd0], {%r2}, %rd1;
+"""
+    x = torch.tensor([1, 2], dtype=torch.int32)
+    snippets.run(body, [x], threads=1)
+    assert x.tolist() == [2, 2]
+
+
 def test_generic_addresses() -> None:
     """Shared memory through a generic address is checked as shared memory."""
     body = """

@@ -26,7 +26,7 @@ from triton.backends.driver import DriverBase
 from ptxsim.arguments import ArgumentBlock, ReadOnly, merge_overlapping, region_of
 from ptxsim.counters import Launch, collect
 from ptxsim.errors import UnsupportedPtxError
-from ptxsim.launch import PtxModule, Region, Schedule
+from ptxsim.launch import MOST_THREADS, PtxModule, Region, Schedule
 
 _SCALAR_FORMATS = {
     "i1": "b",
@@ -46,7 +46,6 @@ _SCALAR_FORMATS = {
 }
 _SCRATCH_POINTERS = 2  # Triton appends one for scratch memory and one for profiling: both unused
 _WARP = 32
-_MOST_THREADS = 1024
 _SHARED_LIMITS = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 120: 101376}
 _LARGEST_SHARED = 232448  # sm_90, 100 and 103
 _FIRST_DEVICE = 1000
@@ -157,7 +156,7 @@ class _Utilities:
     ) -> tuple[PtxModule, PtxModule, int, int, int]:
         """Module, function, registers, spills, most threads."""
         module = PtxModule(ptx.decode() if isinstance(ptx, bytes) else ptx)
-        return module, module, 0, 0, _MOST_THREADS
+        return module, module, 0, 0, MOST_THREADS
 
     def unload_module(self, module: PtxModule) -> None:
         """Nothing to give back."""

@@ -142,7 +142,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
         return name
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing is autotuned here")
+        raise NotImplementedError("nothing can be tuned without running it")
 
     def get_empty_cache_for_benchmark(self) -> torch.Tensor:
         return torch.empty(1)
@@ -250,6 +250,7 @@ def _nvidia(launch: Launch) -> Resources:
     )
 
 
+@functools.lru_cache(64)
 def _assemble(ptx: str, architecture: int) -> tuple[int, int]:
     """Registers and spilled bytes by `ptxas -v`, with the flags that triton itself gives it."""
     from triton.backends.nvidia import compiler

@@ -29,8 +29,14 @@ def _vector_type(instruction: Instruction, registers: list[str]) -> str:
     return f"ptx::Vector<{HOST_TYPES[instruction.type]}, {len(registers)}>"
 
 
+def _operands(instruction: Instruction) -> tuple[str, ...]:
+    """Without the cache policy: it decides how long data stays in the L2, not what is loaded."""
+    last = -1 if instruction.has("L2::cache_hint") else None
+    return instruction.operands[:last]
+
+
 def _load(context: KernelContext, instruction: Instruction) -> str:
-    destination, source = instruction.operands
+    destination, source = _operands(instruction)
     registers, space = vector(destination), _space(instruction)
     if space == "param":
         return _load_parameter(context, instruction, registers, source)
@@ -45,7 +51,7 @@ def _load(context: KernelContext, instruction: Instruction) -> str:
 
 
 def _store(context: KernelContext, instruction: Instruction) -> str:
-    destination, source = instruction.operands
+    destination, source = _operands(instruction)
     registers, space = vector(source), _space(instruction)
     if space == "param":
         return ";"  # the argument of a call, which is refused when it is reached
@@ -104,7 +110,7 @@ def _is_in_space(context: KernelContext, instruction: Instruction) -> str:
 
 
 def _async_copy(context: KernelContext, instruction: Instruction) -> str:
-    operands = instruction.operands
+    operands = _operands(instruction)
     if not instruction.has("async"):
         raise unsupported(instruction)
     if instruction.has("commit_group"):

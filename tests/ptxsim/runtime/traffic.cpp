@@ -1,5 +1,7 @@
 #include "traffic.h"
 
+#include <algorithm>
+
 #include "block.h"
 
 namespace ptx {
@@ -36,17 +38,32 @@ void TrafficCounter::start_block() {
     used_ = 0;
 }
 
-bool TrafficCounter::first_touch(u64 sector, Site site, bool stores) {
+TrafficCounter::Entry& TrafficCounter::entry_of(u64 access, u64 sector) {
     if (2 * used_ >= table_.size()) grow();
-    const u64 access = access_key(site, stores);
     for (u64 i = mix(access, sector);; i++) {
         Entry& entry = table_[i & (table_.size() - 1)];
         if (entry.block_number != block_number_) {
-            entry = {access, sector, block_number_};
+            entry = {access, sector, block_number_, 0};
             used_++;
-            return true;
+            return entry;
         }
-        if (entry.access == access && entry.sector == sector) return false;
+        if (entry.access == access && entry.sector == sector) return entry;
+    }
+}
+
+void TrafficCounter::touch(u64 address, u32 bytes, Site site, bool stores, u64& sectors,
+                           u64& distinct_bytes) {
+    const u64 access = access_key(site, stores);
+    const u64 end = address + bytes;
+    for (u64 sector = address / kSectorBytes; sector * kSectorBytes < end; sector++) {
+        const u64 begin_of_sector = sector * kSectorBytes;
+        const u64 first = std::max(address, begin_of_sector) - begin_of_sector;
+        const u64 last = std::min(end, begin_of_sector + kSectorBytes) - begin_of_sector;
+        const u32 touched = static_cast<u32>((u64(1) << last) - (u64(1) << first));
+        Entry& entry = entry_of(access, sector);
+        sectors += entry.bytes == 0;
+        distinct_bytes += __builtin_popcount(touched & ~entry.bytes);
+        entry.bytes |= touched;
     }
 }
 
@@ -63,16 +80,12 @@ void TrafficCounter::grow() {
 
 void TrafficCounter::load(u64 address, u32 bytes, Site site) {
     traffic_->bytes_loaded += bytes;
-    for (u64 s = address / kSectorBytes; s <= (address + bytes - 1) / kSectorBytes; s++) {
-        traffic_->sectors_loaded += first_touch(s, site, false);
-    }
+    touch(address, bytes, site, false, traffic_->sectors_loaded, traffic_->distinct_loaded);
 }
 
 void TrafficCounter::store(u64 address, u32 bytes, Site site) {
     traffic_->bytes_stored += bytes;
-    for (u64 s = address / kSectorBytes; s <= (address + bytes - 1) / kSectorBytes; s++) {
-        traffic_->sectors_stored += first_touch(s, site, true);
-    }
+    touch(address, bytes, site, true, traffic_->sectors_stored, traffic_->distinct_stored);
 }
 
 }  // namespace ptx

@@ -26,14 +26,17 @@ public:
     void store(u64 address, u32 bytes, Site site);
 
 private:
-    // Whether this sector is the first of its kind in its warp's access.
-    bool first_touch(u64 sector, Site site, bool stores);
-    void grow();
-
+    // Count what no other lane of the warp's access has touched.
+    void touch(u64 address, u32 bytes, Site site, bool stores, u64& sectors, u64& distinct_bytes);
     struct Entry {
         u64 access = 0, sector = 0;
         u32 block_number = 0;  // entries of earlier blocks count as empty
+        u32 bytes = 0;         // of the sector, as a bit set
     };
+    // The entry of a sector in a warp's access; a new one has no bytes.
+    Entry& entry_of(u64 access, u64 sector);
+    void grow();
+
     std::vector<Entry> table_;  // open addressing, a power of two long
     u64 used_ = 0;
     u32 block_number_ = 0;
