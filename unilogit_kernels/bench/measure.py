@@ -25,14 +25,14 @@ FAST_SECONDS = 2.0
 SLOW_SECONDS, SLOW_ROUNDS = 5.0, 3
 """A step that takes longer is repeated less often, and its first run counts: what warms up is a
 small part of it. All others run once before they count."""
-TOO_SLOW_SECONDS = 60.0
-"""A peer whose step would take longer, judged by steps on fewer tokens, does not run."""
+PROBES = ((64, 10.0), (8, 30.0))
+"""A peer first steps on these parts of the tokens, and does not run if that takes so many seconds.
+Its whole step takes up to as many times longer, but less where it has a cost that is fixed."""
+NO_PEAK_SECONDS = 60.0
+"""The peak of a peer whose step takes longer is not measured."""
 SHAPE_SECONDS = 240.0
 """After so long no further round starts, as long as everybody has had one and ours `SLOW_ROUNDS`.
 """
-_PROBES = ((64, 4.0), (8, 1.0))
-"""Parts of the tokens that are tried first, and how much too slow they may seem. Small parts
-overrate a fixed cost."""
 _SPARE = 0.9
 """Share of the free memory that a step may be expected to take."""
 
@@ -130,13 +130,19 @@ class _Runner:
             self.most_rounds = min(self.most_rounds, SLOW_ROUNDS)
 
 
-def measure(shape: Shape, device: Device, options: Options) -> list[Measurement]:
+def measure(
+    shape: Shape,
+    device: Device,
+    options: Options,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Measurement]:
     """Run every provider of the shape's entry in turn.
 
     Args:
         shape: The problem.
         device: Where.
         options: How.
+        progress: Told what has been done, as steps can take long.
 
     Returns:
         One measurement for each provider, ours first. All have `missing` if the problem itself does
@@ -155,8 +161,9 @@ def measure(shape: Shape, device: Device, options: Options) -> list[Measurement]
         return found
     # What was compiled for other shapes would count against the limit of recompilations.
     torch.compiler.reset()
-    _measure_times(shape, device, options, everybody, found)
+    _measure_times(shape, device, options, everybody, found, progress)
     gc.collect()
+    progress("times are measured; now peaks of memory")
     for provider, measurement in zip(everybody, found, strict=True):
         wanted = {"all": provider.loss != "floor", "ours": provider.is_ours, "none": False}
         if measurement.missing is None and wanted[options.memory]:
@@ -170,6 +177,7 @@ def _measure_times(
     options: Options,
     everybody: list[Provider],
     found: list[Measurement],
+    progress: Callable[[str], None],
 ) -> None:
     start = time.perf_counter()
     problem = Problem(shape, device.type)
@@ -179,6 +187,9 @@ def _measure_times(
         job = take_first_step(provider, problem, oracle, device, measurement)
         if job is not None:
             runners.append(_Runner(provider, measurement, _timer(job, options.mode, device)))
+            progress(f"{provider.name}: first step {measurement.first_call_s:.2f} s")
+        else:
+            progress(f"{provider.name}: {measurement.missing}")
     for runner in runners:
         first = runner.measurement.first_call_s or 0.0
         if options.mode == "both" and first > SLOW_SECONDS and not runner.provider.compiles:
@@ -203,7 +214,7 @@ def _too_slow(provider: Provider, problem: Problem) -> str | None:
     if provider.is_ours or provider.loss == "floor" or provider.compiles:
         return None
     n = problem.shape.n
-    for part, allowance in _PROBES:
+    for part, most_seconds in PROBES:
         tokens = n // part
         if tokens < 2:
             continue
@@ -211,7 +222,7 @@ def _too_slow(provider: Provider, problem: Problem) -> str | None:
         start = time.perf_counter()
         job.backward(job.forward())
         seconds = time.perf_counter() - start
-        if seconds * n / tokens > allowance * TOO_SLOW_SECONDS:
+        if seconds > most_seconds:
             return f"too slow: {seconds:.1f} s a step for {tokens} of the {n} tokens"
     return None
 
@@ -302,6 +313,9 @@ def _too_large(needed: int, device: Device) -> str | None:
 def _measure_peak(
     shape: Shape, device: Device, mode: str, provider: Provider, measurement: Measurement
 ) -> None:
+    if (measurement.first_call_s or 0) > NO_PEAK_SECONDS and not provider.is_ours:
+        measurement.memory_missing = "too slow"
+        return
     try:
         if device.peaks_need_a_process:
             measurement.peak_mib = peak_of_fresh_process(shape, device.type, mode, provider.name)

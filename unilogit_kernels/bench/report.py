@@ -125,7 +125,13 @@ def run(
     todo = [(s, o) for s in shapes for o in options if (s, o.mode) not in done]
     for index, (shape, chosen) in enumerate(todo, 1):
         start = time.perf_counter()
-        measurements = measure(shape, device, chosen)
+        console.print(f"{shape.title}, {_MODE_NAMES[chosen.mode]}:", highlight=False)
+
+        def progress(line: str, start: float = start) -> None:
+            seconds = time.perf_counter() - start
+            console.print(f"  {seconds:4.0f} s  {line}", style="dim", highlight=False, markup=False)
+
+        measurements = measure(shape, device, chosen, progress)
         result = Result(shape, chosen.mode, time.perf_counter() - start, measurements)
         report.results.append(result)
         console.print(table(result))
