@@ -118,11 +118,10 @@ def small_problems(share: str) -> Iterator[None]:
     """
     # Kernels are decorated when this is imported, which must come after `install`.
     from unilogit_kernels import backends
-    from unilogit_kernels.backends.triton import launch
-    from unilogit_kernels.backends.triton.settings import current_settings
+    from unilogit_kernels.backends.triton import settings
 
-    settings = dataclasses.replace(
-        current_settings(),
+    small = dataclasses.replace(
+        settings.current_settings(),
         lanes=16,
         capped_lanes=16,
         warps=4,
@@ -131,7 +130,7 @@ def small_problems(share: str) -> Iterator[None]:
         multiprocessors=1 if share == "whole rows" else 16,
     )
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(launch, "current_settings", lambda: settings)
+        patch.setattr(settings, "current_settings", lambda: small)
         patch.setitem(backends._DEVICES, "triton", "cpu")
         patch.setattr(backends, "unavailable_reason", lambda name: None)
         yield

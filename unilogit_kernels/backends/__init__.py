@@ -106,6 +106,17 @@ class SweepKernels(RowKernels, Protocol):
 
 
 @runtime_checkable
+class ScaleKernels(Protocol):
+    """A backend that scales where only the device knows the factor, without asking for it."""
+
+    def scale_(self, values: Tensor, factor: Tensor) -> None:
+        """`values *= factor` in place, rounded once; nothing is moved where it is exactly 1.
+
+        `values` is contiguous; `factor` is one float on the same device.
+        """
+
+
+@runtime_checkable
 class DivergenceKernels(Protocol):
     """A backend that can also compare two rows over the same columns: KL(P_a || P_b) per token.
 

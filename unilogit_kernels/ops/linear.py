@@ -185,7 +185,7 @@ def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[
         loss = literal_objective(logits, labels, row_weight, factor, *ctx.objective, *ctx.settings)
         return *_grad_of_some((hidden, weight, bias), needs, loss, upstream), *rest
     results = [
-        scaled(gradient, upstream, ctx.dtype) if need else None
+        scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
         for gradient, need in zip(gradients, needs, strict=True)
     ]
     return *results, *rest

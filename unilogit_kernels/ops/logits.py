@@ -120,7 +120,7 @@ def _objective_grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor |
         return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *rest
     if ctx.dtype == torch.float16:
         upstream = upstream * factor
-    return scaled(gradient, upstream, ctx.dtype), *rest
+    return scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]), *rest
 
 
 torch.library.register_autograd(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import backends, objectives, reference
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends import LogitTransform, ScaleKernels
 from unilogit_kernels.rows import RowProblem, Weighted
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
@@ -87,20 +87,23 @@ def scalar_of(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """`upstream * gradient` in `dtype`, never in place, so that a second backward is equal.
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`upstream * gradient` in `dtype`, at no cost where the upstream gradient is exactly 1.
 
-    Where it costs no synchronisation, an upstream gradient of exactly 1 costs nothing: the saved
-    tensor itself is handed on, unless the graph is kept for another backward.
+    The saved gradient is handed on itself, scaled in place where the backend can, but only if this
+    backward frees the graph: a graph that is kept will want it again, as it was.
     """
     if (
         not torch.compiler.is_compiling()
-        and upstream.device.type == "cpu"
         and gradient.dtype == dtype
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and upstream.item() == 1.0
     ):
-        return gradient
+        kernels = backends.load(backend)
+        if isinstance(kernels, ScaleKernels):
+            kernels.scale_(gradient, upstream)
+            return gradient
+        if upstream.device.type == "cpu" and upstream.item() == 1.0:
+            return gradient
     return (gradient * upstream).to(dtype)
 
 

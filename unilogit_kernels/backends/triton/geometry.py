@@ -1,0 +1,190 @@
+"""How a launch is laid out: where matrices begin, how rows are walked over, by how many programs.
+
+Functions here take tensors as they are, on any device: whether the backend may run on it is the
+registry's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.triton import settings
+from unilogit_kernels.backends.triton.kernels.row_maths import Logits
+from unilogit_kernels.backends.triton.kernels.row_walk import ACCESS_BYTES, Walk
+from unilogit_kernels.backends.triton.settings import Settings
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What logits and gradients may be."""
+
+TAIL_LANES = 8
+"""Elements that a thread holds at once in a tail: the masks take registers too."""
+
+WAVES = 4
+"""Programs that share the work evenly come in at least so many waves: the last, partial one then
+leaves a GPU idle for a fifth of the time at most."""
+
+
+def check_dtypes(*tensors: Tensor) -> None:
+    """Raise TypeError unless each tensor is of one of `DTYPES`."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"the Triton kernels take {', '.join(map(str, DTYPES))}, got {tensor.dtype} "
+                "(float64 belongs to the eager backend)"
+            )
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; make that the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+class Place(NamedTuple):
+    """Where a matrix lies, in elements.
+
+    Attributes:
+        base: A tensor that begins at a 16-byte boundary at or before the matrix.
+        offset: From there to the matrix.
+        row_stride: From a row to the next.
+        column_stride: From a column to the next.
+    """
+
+    base: Tensor
+    offset: int
+    row_stride: int
+    column_stride: int
+
+    @staticmethod
+    def of(matrix: Tensor) -> Place:
+        """Move the base of an unaligned view back, as far as its storage allows."""
+        row_stride, column_stride = matrix.stride()
+        if matrix.shape[0] == 1:
+            row_stride = 0  # nobody steps along it, but it would count against alignment
+        beyond = matrix.data_ptr() // matrix.element_size() % vector_of(matrix)
+        if beyond == 0 or beyond > matrix.storage_offset():
+            return Place(matrix, 0, row_stride, column_stride)
+        first = matrix.storage_offset() - beyond
+        size = matrix.untyped_storage().nbytes() // matrix.element_size() - first
+        return Place(matrix.as_strided((size,), (1,), first), beyond, row_stride, column_stride)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """What the kernels take beside the base."""
+        return self.offset, self.row_stride, self.column_stride
+
+    def alignment(self, leading: Place) -> int:
+        """Elements that divide the offset at which the body of each row begins.
+
+        The rows of the leading matrix decide where that is. Where these rows are aligned
+        differently, their accesses are narrower, and coalesced still.
+        """
+        elements = min(vector_of(self.base), vector_of(leading.base))
+        differs = (
+            self.base.data_ptr() % ACCESS_BYTES.value
+            or (self.offset - leading.offset) % elements
+            or (self.row_stride - leading.row_stride) % elements
+        )
+        strided = self.column_stride != 1 or leading.column_stride != 1
+        return 1 if strided or differs else elements
+
+
+def vector_of(tensor: Tensor) -> int:
+    """Elements in 128 bits."""
+    return int(ACCESS_BYTES.value) // tensor.element_size()
+
+
+def logits_of(place: Place, leading: Place, transform: LogitTransform, eviction: str) -> Logits:
+    """What kernels are compiled for of a matrix of logits."""
+    capped = transform.softcap != 0.0
+    return Logits(
+        alignment=place.alignment(leading),
+        eviction=eviction,
+        scaled=transform.scale != 1.0 and not capped,
+        capped=capped,
+    )
+
+
+def factors_of(transform: LogitTransform) -> tuple[float, float]:
+    """`scale` and `softcap` as the kernels take them: the cap's division goes into the scale."""
+    if transform.softcap:
+        return transform.scale / transform.softcap, transform.softcap
+    return transform.scale, 0.0
+
+
+def options_of(chosen: Settings, warps: int) -> dict[str, Any]:
+    """Launch options."""
+    # Said explicitly, since triton 3.10 turns the default around.
+    return {"num_warps": warps, "enable_fp_fusion": True, **chosen.options}
+
+
+def walk_over(v: int, leading: Place, others: tuple[Place, ...], lanes: int, threads: int) -> Walk:
+    """The walk of `threads` threads, each with `lanes` elements at once, over rows of `v`."""
+    vector = vector_of(leading.base)
+    alignment = leading.alignment(leading)
+    unroll = lanes // vector
+    block = unroll * threads * vector
+    # The body may begin at any of the first `alignment` columns.
+    tail = max((v - peeled) % block // vector for peeled in (0, min(alignment - 1, v)))
+    in_tail = triton.next_power_of_2(max(1, triton.cdiv(tail, threads)))
+    return Walk(
+        threads=threads,
+        vector=vector,
+        unroll=unroll,
+        tail_unroll=min(in_tail, max(1, TAIL_LANES // vector)),
+        alignment=alignment,
+        strided=any(place.column_stride != 1 for place in (leading, *others)),
+    )
+
+
+class Shares(NamedTuple):
+    """How the rows of a matrix are shared among programs that visit each column once.
+
+    Attributes:
+        parts: Programs of a row.
+        blocks_per_part: Body tiles of each.
+        walk: How each of them walks.
+        options: Launch options.
+    """
+
+    parts: int
+    blocks_per_part: int
+    walk: Walk
+    options: dict[str, Any]
+
+    @staticmethod
+    def of(matrix: Tensor, leading: Place, *others: Place, lanes: int) -> Shares:
+        """One program for each row where that keeps the device busy, else as many as it takes.
+
+        Args:
+            matrix: Any of those that are visited.
+            leading: The place of the one whose rows decide where a body begins.
+            others: The places of the others.
+            lanes: Elements of the leading matrix that a thread holds at once.
+        """
+        n, v = matrix.shape
+        chosen = settings.current_settings()
+        multiprocessors, _ = settings.sizes(matrix, chosen)
+        resident_warps = multiprocessors * chosen.resident_warps
+
+        def walk(warps: int, lanes: int) -> Walk:
+            return walk_over(v, leading, others, lanes, warps * chosen.warp_threads)
+
+        if n >= WAVES * resident_warps // chosen.warps:
+            return Shares(1, v, walk(chosen.warps, lanes), options_of(chosen, chosen.warps))
+        warps = chosen.split_warps
+        vector = vector_of(leading.base)
+        threads = warps * chosen.warp_threads
+        if n * v < resident_warps // warps * threads * lanes:
+            lanes = vector  # too little work to give a thread several vectors
+        blocks = max(1, v // (threads * lanes))
+        programs = WAVES * resident_warps // warps
+        parts = triton.cdiv(blocks, max(1, n * blocks // programs))
+        return Shares(
+            parts, triton.cdiv(blocks, parts), walk(warps, lanes), options_of(chosen, warps)
+        )

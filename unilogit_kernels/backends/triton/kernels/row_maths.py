@@ -1,0 +1,173 @@
+"""The maths of a row: transforms of logits, running sums, log-odds and objectives."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
+POSITIVE_INFINITY = tl.constexpr(float("inf"))
+
+# Beyond this sigmoid(-|d|) is 0; it keeps 0 * inf out of bounded values.
+SATURATED = tl.constexpr(2e4)
+
+# Above this tanh is computed from the exponential, below it from an odd polynomial (Cephes).
+TANH_LIMIT = tl.constexpr(0.625)
+
+
+class Logits(NamedTuple):
+    """What of a matrix of logits is decided when a kernel is compiled.
+
+    Attributes:
+        alignment: Elements that divide the body's offset in every row.
+        eviction: How long what the statistics read stays in the cache; what a gradient reads may
+            always leave first.
+        scaled: `z = scale * x`; False where a cap takes the scale in.
+        capped: `z = softcap * tanh(scale * x)`, where `scale` has been divided by `softcap`.
+    """
+
+    alignment: int
+    eviction: str
+    scaled: bool
+    capped: bool
+
+
+class Factors(NamedTuple):
+    """The numbers of a `LogitTransform`.
+
+    Attributes:
+        scale: Of the raw logits; where there is a cap, divided by it.
+        softcap: The cap.
+    """
+
+    scale: tl.tensor
+    softcap: tl.tensor
+
+
+class Vocabulary(NamedTuple):
+    """What the objectives know of the vocabulary's size V.
+
+    Attributes:
+        uniform_log_odds: `u = -log(V - 1)`.
+        softplus_uniform: `log(1 + exp(u))`.
+        inverse: `1 / V`.
+    """
+
+    uniform_log_odds: tl.tensor
+    softplus_uniform: tl.tensor
+    inverse: tl.tensor
+
+
+# ---- logits --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def hyperbolic_tangent(t):
+    """`tanh(t)` and its derivative `1 - tanh(t)^2`, neither of which cancels."""
+    magnitude = tl.abs(t)
+    q = tl.exp2(magnitude * (-2 * LOG2_E))
+    w = 2 * q / (1 + q)
+    square = magnitude * magnitude
+    p = -5.70498872745e-3 * square + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    small = p * square * magnitude + magnitude
+    is_small = magnitude < TANH_LIMIT
+    value = tl.where(is_small, small, 1 - w)
+    slope = tl.where(is_small, 1 - small * small, w * (2 - w))
+    return tl.where(t < 0, -value, value), slope
+
+
+@triton.jit
+def transformed(x, factors, LOGITS: tl.constexpr):
+    """`z`, and `dz/dx` without the constant factor; 1.0 where there is no cap."""
+    z = x.to(tl.float32)
+    slope = 1.0
+    if LOGITS.capped:
+        z, slope = hyperbolic_tangent(z * factors.scale)
+        z = z * factors.softcap
+    elif LOGITS.scaled:
+        z = z * factors.scale
+    return z, slope
+
+
+# ---- running sums --------------------------------------------------------------------------------
+
+
+@triton.jit
+def finite_shift(row_max):
+    """What is subtracted from logits before an exponential: the maximum.
+
+    -inf minus -inf must not happen in a part that is still empty; +inf minus +inf gives NaN on
+    purpose: overflow is never laundered.
+    """
+    return tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)
+
+
+@triton.jit
+def fold(row_max, row_sum, z):
+    """Add a tile to the maximum and the sum of exponentials that each thread keeps."""
+    new_max = tl.maximum(row_max, tl.max(tl.max(z, 2), 0))
+    shift = finite_shift(new_max)
+    terms = tl.exp2((z - shift[None, :, None]) * LOG2_E)
+    row_sum = row_sum * tl.exp2((row_max - shift) * LOG2_E) + tl.sum(tl.sum(terms, 2), 0)
+    return new_max, row_sum
+
+
+@triton.jit
+def merge_parts(part_max, part_sum):
+    """The one merge of parts of a row: threads, programs, and the state of earlier columns.
+
+    NaN spreads through the sum, since a GPU's maximum drops it.
+    """
+    row_max = tl.max(part_max, 0)
+    shift = finite_shift(row_max)
+    row_sum = tl.sum(part_sum * tl.exp2((part_max - shift) * LOG2_E), 0)
+    return tl.where(row_sum != row_sum, float("nan"), row_max), row_sum
+
+
+# ---- log-odds and objectives ---------------------------------------------------------------------
+
+
+@triton.jit
+def log_odds(row_max, row_sum, target, label_exists):
+    """`d = z_y - log(sum of the rest)`, the maximum subtracted first."""
+    d = (target - row_max) - tl.log(row_sum)
+    without_rest = tl.where(target == NEGATIVE_INFINITY, float("nan"), target + POSITIVE_INFINITY)
+    d = tl.where(row_max == NEGATIVE_INFINITY, without_rest, d)
+    return tl.where(label_exists & (target != POSITIVE_INFINITY), d, float("nan"))
+
+
+@triton.jit
+def evaluate_objective(d, vocabulary, OBJECTIVE: tl.constexpr):
+    """Value and slope of an objective at `d`, in forms that do not cancel for either sign of d."""
+    tail_exp = tl.exp(-tl.abs(d))
+    whole = 1 + tail_exp
+    body = 1 / whole  # sigmoid(|d|)
+    tail = tail_exp * body  # sigmoid(-|d|)
+    # softplus(-|d|) = log1p(tail_exp): what rounding took from 1 + tail_exp is put back.
+    log1p_term = tl.log(whole) + (tail_exp - (whole - 1)) * body
+    if OBJECTIVE == "unilogit":
+        # Comparisons, since a GPU's minimum and maximum drop NaN.
+        bounded = tl.where(d > SATURATED, SATURATED, tl.where(d < -SATURATED, -SATURATED, d))
+        entropy_like = tail * (bounded - vocabulary.uniform_log_odds)
+        highest = vocabulary.softplus_uniform - vocabulary.uniform_log_odds
+        above = highest - entropy_like - log1p_term
+        below = entropy_like - log1p_term + vocabulary.softplus_uniform
+        value = tl.where(d > 0, above, below)
+        value = tl.where(value < 0, 0.0, value)
+        slope = entropy_like * body
+    elif OBJECTIVE == "unilogit_forward":
+        linear = tl.where(d > 0, (1 - vocabulary.inverse) * d, -d * vocabulary.inverse)
+        constant = vocabulary.uniform_log_odds * vocabulary.inverse - vocabulary.softplus_uniform
+        value = linear + (log1p_term + constant)
+        value = tl.where(value < 0, 0.0, value)
+        slope = tl.where(d > 0, body, tl.where(d != d, d, tail)) - vocabulary.inverse
+    else:
+        tl.static_assert(OBJECTIVE == "cross_entropy" or OBJECTIVE == "gradient_ascent")
+        SIGN: tl.constexpr = 1.0 if OBJECTIVE == "cross_entropy" else -1.0
+        value = SIGN * (tl.where(d < 0, -d, 0.0) + log1p_term)
+        slope = -SIGN * tl.where(d > 0, tail, body)
+    return value, slope

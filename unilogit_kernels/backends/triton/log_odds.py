@@ -1,0 +1,205 @@
+"""Launches of the log-odds kernels: one stage or two, and whole rows in one visit."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from unilogit_kernels import row_state
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.triton import settings
+from unilogit_kernels.backends.triton.geometry import (
+    Place,
+    Shares,
+    factors_of,
+    logits_of,
+    options_of,
+    walk_over,
+)
+from unilogit_kernels.backends.triton.kernels.log_odds import (
+    log_odds_gradient_kernel,
+    log_odds_sweep_kernel,
+    log_odds_update_kernel,
+    merge_parts_kernel,
+)
+from unilogit_kernels.backends.triton.settings import Settings
+
+OBJECTIVES = ("unilogit", "unilogit_forward", "cross_entropy", "gradient_ascent")
+"""What `row_maths.evaluate_objective` knows."""
+
+LEAST_EFFICIENCY = 2 / 3
+"""A sweep moves two thirds of the bytes of two visits: it pays while no more of the device idles
+in the last wave of rows."""
+
+
+class Finish(NamedTuple):
+    """What the second stage computes beside the state.
+
+    Attributes:
+        objective: One of `OBJECTIVES`.
+        vocab_size: The V of the objective.
+        row_weight: `[n]`.
+        values: `[n]`, receives `f(d)`.
+        slopes: `[n]`, receives `row_weight * f'(d)`.
+    """
+
+    objective: str
+    vocab_size: int
+    row_weight: Tensor
+    values: Tensor
+    slopes: Tensor
+
+
+def _lanes(transform: LogitTransform, chosen: Settings) -> int:
+    return chosen.capped_lanes if transform.softcap else chosen.lanes
+
+
+def _vocabulary(vocab_size: int) -> tuple[float, float, float]:
+    """The fields of `row_maths.Vocabulary`."""
+    return -math.log(vocab_size - 1), math.log1p(1 / (vocab_size - 1)), 1 / vocab_size
+
+
+def update(
+    logits: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    transform: LogitTransform,
+    finish: Finish | None = None,
+) -> None:
+    """Fold columns into `state`, in one stage or two; see `RowKernels.log_odds_update`."""
+    n, v = logits.shape
+    chosen = settings.current_settings()
+    place = Place.of(logits)
+    shares = Shares.of(logits, place, lanes=_lanes(transform, chosen))
+    two_stages = shares.parts > 1 or finish is not None
+    parts = torch.empty(2, n, shares.parts, device=logits.device) if two_stages else None
+    row_weight = None if finish is None else finish.row_weight
+    factors, compiled = factors_of(transform), logits_of(place, place, transform, "")
+    log_odds_update_kernel[(n, shares.parts)](
+        place.base,
+        labels,
+        row_weight,
+        state,
+        parts,
+        *place.strides,
+        state.stride(0),
+        first_column,
+        v,
+        shares.blocks_per_part,
+        *factors,
+        LOGITS=compiled,
+        WALK=shares.walk,
+        **shares.options,
+    )
+    if parts is None:
+        return
+    merge_parts_kernel[(n,)](
+        parts,
+        place.base,
+        labels,
+        row_weight,
+        state,
+        None if finish is None else finish.values,
+        None if finish is None else finish.slopes,
+        shares.parts,
+        *place.strides,
+        state.stride(0),
+        first_column,
+        v,
+        *factors,
+        *_vocabulary(2 if finish is None else finish.vocab_size),
+        MOST_PARTS=triton.next_power_of_2(shares.parts + 1),
+        OBJECTIVE=None if finish is None else finish.objective,
+        LOGITS=compiled,
+        STRIDED=shares.walk.strided,
+        **options_of(chosen, chosen.warps),
+    )
+
+
+def gradient(
+    logits: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    slope: Tensor,
+    out: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """Write gradient rows; see `RowKernels.log_odds_gradient`."""
+    n, v = logits.shape
+    place, out_place = Place.of(logits), Place.of(out)
+    lanes = _lanes(transform, settings.current_settings())
+    shares = Shares.of(logits, out_place, place, lanes=lanes)
+    log_odds_gradient_kernel[(n, shares.parts)](
+        place.base,
+        labels,
+        state,
+        slope,
+        out_place.base,
+        *place.strides,
+        *out_place.strides,
+        state.stride(0),
+        first_column,
+        v,
+        shares.blocks_per_part,
+        *factors_of(transform),
+        transform.scale,
+        LOGITS=logits_of(place, out_place, transform, ""),
+        WALK=shares.walk,
+        **shares.options,
+    )
+
+
+def sweep(
+    logits: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    objective: str,
+    vocab_size: int,
+    out: Tensor | None,
+    transform: LogitTransform,
+) -> Tensor:
+    """Statistics, objective and gradient of whole rows; see `SweepKernels.log_odds_sweep`."""
+    chosen = settings.current_settings()
+    n, v = logits.shape
+    values = torch.empty(n, device=logits.device)
+    multiprocessors, cache_bytes = settings.sizes(logits, chosen)
+    row_bytes = v * logits.element_size()
+    warps = settings.sweep_warps(row_bytes, multiprocessors, cache_bytes, chosen)
+    at_a_time = multiprocessors * (chosen.resident_warps // warps)
+    # Too few rows would leave multiprocessors idle; nearly all of them fit into the cache.
+    if n < LEAST_EFFICIENCY * triton.cdiv(n, at_a_time) * at_a_time:
+        state = row_state.empty_state(n, logits.device)
+        slopes = torch.empty_like(values)
+        finish = Finish(objective, vocab_size, row_weight, values, slopes)
+        update(logits, labels, 0, state, transform, finish)
+        if out is not None:
+            gradient(logits, labels, 0, state, slopes, out, transform)
+        return values
+    place = Place.of(logits)
+    out_place = place if out is None else Place.of(out)
+    threads = warps * chosen.warp_threads
+    log_odds_sweep_kernel[(n,)](
+        place.base,
+        labels,
+        row_weight,
+        None if out is None else out_place.base,
+        values,
+        *place.strides,
+        *out_place.strides,
+        v,
+        *factors_of(transform),
+        transform.scale,
+        *_vocabulary(vocab_size),
+        OBJECTIVE=objective,
+        # For a gradient the logits are read again, from the cache: they should leave it last.
+        LOGITS=logits_of(place, out_place, transform, "" if out is None else "evict_last"),
+        WALK=walk_over(v, out_place, (place,), _lanes(transform, chosen), threads),
+        **options_of(chosen, warps),
+    )
+    return values
