@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from cuda_kernels import devices
+from triton_kernels.small_problems import SHARES, small_problems
 
 from unilogit_kernels import available_backends
 from unilogit_kernels.backends import DivergenceKernels, cpu, load
 
-# Whether Triton's kernels are interpreted is decided once, when they are imported: they have the
-# suite for themselves, in a process that `triton_kernels/test_interpreter.py` starts.
+# Triton's kernels have the suite for themselves, in processes that `triton_kernels` starts: whether
+# they are interpreted is decided once, when they are imported, and to compile them takes long.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXECUTED_FOR = os.environ.get("UNILOGIT_KERNELS_EXECUTE_PTX")
+"""Compute capability times ten for which Triton's kernels are compiled, and then executed here."""
+
 if INTERPRETED:
     from triton_kernels import interpreter
 
@@ -28,8 +32,8 @@ def _variants() -> list[Any]:
 
     The CUDA kernels run as the PTX that nvcc makes of them, on an executor that checks each access.
     """
-    if INTERPRETED:
-        return [f"triton-{share}" for share in interpreter.SHARES]
+    if INTERPRETED or EXECUTED_FOR:
+        return [f"triton-{share}" for share in SHARES]
     names: list[Any] = ["eager"]
     if cpu.is_available():
         best = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
@@ -53,10 +57,20 @@ def _instruction_set(name: str) -> Iterator[None]:
     cpu.select_instruction_set(os.environ.get(cpu.INSTRUCTION_SET_VARIABLE, ""))
 
 
+@contextmanager
+def _triton(share: str) -> Iterator[None]:
+    with small_problems(share), ExitStack() as stack:
+        if EXECUTED_FOR:
+            from ptxsim.triton_device import triton_device
+
+            stack.enter_context(triton_device(int(EXECUTED_FOR)))
+        yield
+
+
 def _variant(name: str, variant: str) -> AbstractContextManager[Any]:
     if name == "cuda":
         return devices.small_problems(variant)
-    return interpreter.small_problems(variant) if INTERPRETED else _instruction_set(variant)
+    return _triton(variant) if name == "triton" else _instruction_set(variant)
 
 
 @pytest.fixture(params=_variants())

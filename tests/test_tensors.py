@@ -123,18 +123,23 @@ def test_inputs_are_never_written(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, -3.0])
-def test_backward_twice_is_equal(backend: str, dtype: torch.dtype, factor: float) -> None:
-    problem = linear_problem(6, 12, 203, dtype)
+@pytest.mark.parametrize("entry", ["logits", "linear"])
+def test_backward_twice_is_equal(
+    backend: str, dtype: torch.dtype, entry: str, factor: float
+) -> None:
+    linear = entry == "linear"
+    problem = linear_problem(6, 12, 203, dtype) if linear else logits_problem(6, 203, dtype)
     inputs = [x.requires_grad_() for x in problem.operands]
-    hidden, weight = inputs
-    loss = factor * linear_unilogit_loss(hidden, weight, problem.labels, backend=backend)
+    function: Any = linear_unilogit_loss if linear else unilogit_loss
+    loss = factor * function(*inputs, problem.labels, backend=backend)
 
     def gradients() -> list[Tensor]:
         return [x.grad.clone() for x in inputs if x.grad is not None]
 
     loss.backward(retain_graph=True)
     first = gradients()
-    hidden.grad = weight.grad = None
+    for x in inputs:
+        x.grad = None
     loss.backward(retain_graph=True)
     assert all(map(torch.equal, gradients(), first))
     loss.backward()  # accumulates into .grad, which must not be the saved gradient itself

@@ -7,13 +7,10 @@ conversion is what is mended here; arithmetic on bfloat16 becomes an error.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -103,34 +100,3 @@ def install() -> None:
     for name in ("unary_op", "binary_op", "ternary_op"):
         setattr(builder, name, refusing(getattr(builder, name)))
     interpreter._implicit_cvt = _implicit_cvt
-
-
-SHARES = ("whole rows", "split rows")
-"""How programs may share rows: one for each, or several for one."""
-
-
-@contextmanager
-def small_problems(share: str) -> Iterator[None]:
-    """Let small problems on CPU tensors take every path of the kernels, under `backend="triton"`.
-
-    Body tiles are made small, so that short rows have several of them, and a tail, and ends; and
-    the device that the launches imagine is so small, or so large, that rows are shared as asked.
-    """
-    # Kernels are decorated when this is imported, which must come after `install`.
-    from unilogit_kernels import backends
-    from unilogit_kernels.backends.triton import settings
-
-    small = dataclasses.replace(
-        settings.current_settings(),
-        lanes=16,
-        capped_lanes=16,
-        warps=4,
-        split_warps=1,
-        resident_warps=4,
-        multiprocessors=1 if share == "whole rows" else 16,
-    )
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(settings, "current_settings", lambda: small)
-        patch.setitem(backends._DEVICES, "triton", "cpu")
-        patch.setattr(backends, "unavailable_reason", lambda name: None)
-        yield

@@ -117,7 +117,7 @@ def update(
         OBJECTIVE=None if finish is None else finish.objective,
         LOGITS=compiled,
         STRIDED=shares.walk.strided,
-        **options_of(chosen, chosen.warps),
+        **options_of(chosen, warps=1),
     )
 
 

@@ -236,7 +236,9 @@ def merge_parts_kernel(
     LOGITS: tl.constexpr,
     STRIDED: tl.constexpr,
 ):
-    """Merge the parts of each row, in one fixed order, into `state`; grid `(n,)`.
+    """Merge the parts of each row, in one fixed order, into `state`; grid `(n,)`, one warp each.
+
+    With several warps, one could store the state before another has loaded it.
 
     Args:
         parts: `[2, n, count]` from `log_odds_update_kernel`.
