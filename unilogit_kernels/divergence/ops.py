@@ -331,7 +331,7 @@ def _loss_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | Non
         loss = factor * torch.where(row_weight == 0, 0.0, row_weight * values).sum()
         return *_grad_of_some(heads[:3], needs, loss, upstream), *rest
     results = [
-        scaled(gradient, upstream, ctx.dtype) if need else None
+        scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
         for gradient, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)
     ]
     return *results, *rest

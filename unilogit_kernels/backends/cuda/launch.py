@@ -311,7 +311,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
 
 
 class CudaKernels:
-    """`SweepKernels` in CUDA C++.
+    """`SweepKernels` and `ScaleKernels` in CUDA C++.
 
     Attributes:
         name: Name of the backend.
@@ -364,3 +364,7 @@ class CudaKernels:
         if logits.shape[0] == 0:
             return row_weight.new_empty(0)
         return _sweep(logits, labels, row_weight, objective, vocab_size, out, transform)
+
+    def scale_(self, values: Tensor, factor: Tensor) -> None:
+        """See `ScaleKernels.scale_`."""
+        scale_(values, factor)
