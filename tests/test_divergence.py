@@ -184,12 +184,14 @@ def check(pair: Pair, backend: str, **more: Any) -> None:
 
 
 def check_gradient(ours: Tensor, exact: Tensor, plain: Tensor, what: str = "gradient") -> None:
-    """Entries relative to the largest of all.
+    """At most twice plain torch's error, plus one rounding, by the 2-norm of all entries.
 
-    p - q cancels: a row of the hidden states' or the weight's gradient may be far smaller than the
-    terms that it is the sum of, and plain torch's error in it a matter of luck.
+    p - q cancels, so that the largest error among a few rows is a matter of luck for plain torch
+    too: over 12 seeds of one problem its own largest varies threefold.
     """
-    assert_within_budget(ours, exact, plain, what, smallest_scale=float(exact.abs().max()))
+    errors = [(x.double() - exact).norm() for x in (ours, plain)]
+    allowed = 2 * errors[1] + torch.finfo(ours.dtype).eps * exact.norm()
+    assert errors[0] <= allowed, f"{what}: error {errors[0]:.3e} exceeds {allowed:.3e}"
 
 
 # ---- values and gradients ----------------------------------------------------------------------
@@ -325,6 +327,7 @@ def test_the_teacher_never_gets_a_gradient(two_row_backend: str) -> None:
     kl_loss(logits, ref_logits, backend=two_row_backend).backward()
     assert ref_logits.grad is None
     assert logits.grad is not None
+    assert not kl_loss(logits.detach(), ref_logits, backend=two_row_backend).requires_grad
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)

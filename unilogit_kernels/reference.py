@@ -220,9 +220,13 @@ def kl_divergence(
     Returns:
         `[n]` in nats.
     """
-    teacher = ref_logits.detach() / temperature
-    if rewrite is not None and labels is not None:
-        teacher = rewrite_teacher(teacher, labels, rewrite.at_temperature(temperature))
+    teacher = ref_logits.detach()
+    if rewrite is None or labels is None:
+        teacher = teacher / temperature
+    elif rewrite.name == "uniform":
+        teacher = rewrite_teacher(teacher / temperature, labels, rewrite)
+    else:
+        teacher = rewrite_teacher(teacher, labels, rewrite) / temperature
     log_teacher = torch.log_softmax(teacher, dim=-1)
     log_student = torch.log_softmax(logits / temperature, dim=-1)
     if direction == "forward":
