@@ -86,7 +86,7 @@ def test_every_provider_computes_its_loss(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.title)
-@pytest.mark.parametrize("block", [1 << 25, 701])
+@pytest.mark.parametrize("block", [1 << 21, 701])
 def test_oracle_is_the_literal_definition(
     shape: Shape, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BLOCK_ELEMENTS = 1 << 24
+_BLOCK_ELEMENTS = 1 << 21
 """Random numbers are drawn in float32 in blocks of so many, to keep large weights small."""
 
 
