@@ -50,6 +50,10 @@ class Shift(Rewrite):
 
     Attributes:
         gamma: In logits, before any temperature; the larger, the less probable the label.
+
+    Example:
+        >>> Shift(10.0).parameters()
+        [10.0]
     """
 
     gamma: float
@@ -66,7 +70,13 @@ class Shift(Rewrite):
 
 @dataclass(frozen=True)
 class Uniform(Rewrite):
-    """Give the label probability `1/V`: Unilogit's target (arXiv 2505.06027) from another model."""
+    """Give the label probability `1/V`: Unilogit's target (arXiv 2505.06027) from another model.
+
+    Example:
+        >>> import torch
+        >>> torch.sigmoid(Uniform().log_odds(torch.tensor([9.0]), vocab_size=4))
+        tensor([0.2500])
+    """
 
     name: ClassVar[str] = "uniform"
 
@@ -77,7 +87,13 @@ class Uniform(Rewrite):
 
 @dataclass(frozen=True)
 class Mask(Rewrite):
-    """Give the label probability 0. For the forward direction: the reverse KL is infinite."""
+    """Give the label probability 0. For the forward direction: the reverse KL is infinite.
+
+    Example:
+        >>> import torch
+        >>> torch.sigmoid(Mask().log_odds(torch.tensor([9.0]), vocab_size=4))
+        tensor([0.])
+    """
 
     name: ClassVar[str] = "mask"
 

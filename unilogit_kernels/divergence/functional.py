@@ -81,7 +81,7 @@ def kl_loss(
         >>> from unilogit_kernels import Shift, kl_loss
         >>> ref_logits = torch.randn(4, 1000)
         >>> logits = ref_logits.clone().requires_grad_()
-        >>> float(kl_loss(logits, ref_logits))
+        >>> kl_loss(logits, ref_logits).item()
         0.0
         >>> labels = torch.tensor([1, 2, 3, -100])
         >>> kl_loss(logits, ref_logits, labels, rewrite=Shift(10.0)).backward()

@@ -1,0 +1,155 @@
+"""Losses against a frozen model: the papers' formulas on both models' own logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import make_model, one_thread
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+
+from unilogit_kernels import Shift, Uniform
+from unilogit_kernels.testing import assert_within_budget
+from unilogit_kernels.unlearning.reference_model import frozen_copy, fused_kl_loss
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def batch() -> dict[str, Any]:
+    torch.manual_seed(3)
+    ids = torch.randint(3, 250, (3, 11))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[1, 8:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def logits_of(model: PreTrainedModel, reference: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Both models' logits where they predict a label, and these labels."""
+    given = batch()
+    labels = given["labels"][:, 1:]
+    counted = labels != -100
+    with torch.no_grad():
+        teacher = reference(input_ids=given["input_ids"]).logits[:, :-1][counted]
+    student = model(input_ids=given["input_ids"]).logits[:, :-1][counted]
+    return student, teacher, labels[counted]
+
+
+def kl_minimisation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The retain term of KL minimisation (Maini et al., TOFU) and of NPO-KL (Zhang et al.)."""
+    log_p, log_q = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def undial(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 3.0) -> Tensor:
+    """UnDIAL (Dong et al.): cross-entropy to softmax(teacher - gamma at the label).
+
+    Less the entropy of that target, a constant, which makes it a divergence.
+    """
+    soft = F.softmax(teacher - gamma * F.one_hot(labels, teacher.shape[-1]), -1)
+    return F.cross_entropy(student, soft) + (soft * soft.log()).sum(-1).mean()
+
+
+def unilogit_from_the_starting_model(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Unilogit (Vasilev et al.) with the starting model's target: KL(p || q), q(label) = 1/V."""
+    v = teacher.shape[-1]
+    at_label = F.one_hot(labels, v).bool()
+    rest = teacher.exp().masked_fill(at_label, 0.0).sum(-1, keepdim=True)
+    q = F.softmax(torch.where(at_label, rest.log() - math.log(v - 1), teacher), -1)
+    p = F.softmax(student, -1)
+    return (p * (p.log() - q.log())).sum(-1).mean()
+
+
+METHODS = {
+    "kl minimisation": (kl_minimisation, {}),
+    "undial": (undial, {"rewrite": Shift(3.0)}),
+    "unilogit from the starting model": (
+        unilogit_from_the_starting_model,
+        {"rewrite": Uniform(), "direction": "reverse"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("literal", "options"), METHODS.values(), ids=METHODS)
+def test_is_the_papers_formula(literal, options) -> None:  # type: ignore[no-untyped-def]
+    model, reference = make_model(0), frozen_copy(make_model(1))
+    loss = fused_kl_loss(model, reference, **options, **batch())
+    loss.backward()
+    gradients = {}
+    for dtype in (torch.float64, torch.float32):
+        plain, teacher = make_model(0), frozen_copy(make_model(1))
+        if dtype == torch.float64:
+            plain, teacher = plain.double(), teacher.double()
+        expected = literal(*logits_of(plain, teacher))
+        expected.backward()
+        gradients[dtype] = expected.detach(), dict(plain.named_parameters())
+    exact, plain = gradients[torch.float64], gradients[torch.float32]
+    assert_within_budget(loss, exact[0], plain[0], smallest_scale=1.0)
+    for name, parameter in model.named_parameters():
+        ours, e, p = (x.grad for x in (parameter, exact[1][name], plain[1][name]))
+        assert ours is not None
+        assert e is not None
+        assert p is not None
+        error, allowed = (
+            (ours - e).norm(),
+            2 * (p - e).norm() + torch.finfo(torch.float32).eps * e.norm(),
+        )
+        assert error <= allowed, name
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_a_teacher_of_another_size_with_a_capped_head() -> None:
+    """The transforms of both heads are observed, each on its own model."""
+    torch.manual_seed(5)
+    config = Gemma2Config(
+        vocab_size=259,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=2.0,
+        pad_token_id=0,
+    )
+    reference = frozen_copy(Gemma2ForCausalLM(config))
+    model = make_model()
+    with torch.no_grad():
+        loss = fused_kl_loss(model, reference, **batch())
+    expected = kl_minimisation(*logits_of(model, reference))
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert not loss.requires_grad
+
+
+def test_a_model_equals_its_frozen_copy() -> None:
+    """Whatever the mode of the student; the copy learns nothing and draws nothing random."""
+    model = make_model().train()
+    reference = frozen_copy(model).train()
+    loss = fused_kl_loss(model, reference, **batch())
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert reference.training
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_reduction_none_is_aligned_with_the_next_token() -> None:
+    model, reference = make_model(0), frozen_copy(make_model(1))
+    losses = fused_kl_loss(model, reference, reduction="none", **batch())
+    counted = batch()["labels"][:, 1:] != -100
+    assert ((losses[:, :-1] != 0) == counted).all()
+    assert (losses[:, -1] == 0).all()
+    weights = torch.arange(33.0).reshape(3, 11)
+    weighted = fused_kl_loss(model, reference, reduction="sum", token_weights=weights, **batch())
+    assert torch.allclose(weighted, (losses[:, :-1] * weights[:, 1:]).sum(), rtol=1e-5)
+
+
+def test_vocabularies_of_two_sizes_need_the_number_of_real_tokens() -> None:
+    model, reference = make_model(), frozen_copy(make_model(1, vocab_size=270))
+    with pytest.raises(ValueError, match="259 and 270 columns"):
+        fused_kl_loss(model, reference, **batch())
+    assert fused_kl_loss(model, reference, vocab_size=259, **batch()) > 0
