@@ -81,12 +81,12 @@ def test_is_the_papers_formula(literal, options) -> None:  # type: ignore[no-unt
     loss.backward()
     gradients = {}
     for dtype in (torch.float64, torch.float32):
-        plain, teacher = make_model(0), frozen_copy(make_model(1))
+        student, teacher = make_model(0), frozen_copy(make_model(1))
         if dtype == torch.float64:
-            plain, teacher = plain.double(), teacher.double()
-        expected = literal(*logits_of(plain, teacher))
+            student, teacher = student.double(), teacher.double()
+        expected = literal(*logits_of(student, teacher))
         expected.backward()
-        gradients[dtype] = expected.detach(), dict(plain.named_parameters())
+        gradients[dtype] = expected.detach(), dict(student.named_parameters())
     exact, plain = gradients[torch.float64], gradients[torch.float32]
     assert_within_budget(loss, exact[0], plain[0], smallest_scale=1.0)
     for name, parameter in model.named_parameters():
