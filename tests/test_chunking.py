@@ -13,7 +13,14 @@ from unilogit_kernels import (
     loops,
     row_state,
 )
-from unilogit_kernels.plan import MEMORY_BUDGET, MIN_TILE_COLUMNS, TILE_BYTES, Plan, plan_linear
+from unilogit_kernels.plan import (
+    CHUNK_BYTES,
+    MEMORY_BUDGET,
+    MIN_TILE_COLUMNS,
+    LinearShape,
+    Plan,
+    plan_linear,
+)
 from unilogit_kernels.projection import GemmDtypes, Needs
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
@@ -75,7 +82,7 @@ def test_guard_counts_live_bytes() -> None:
 
 def _plans(n: int, h: int, v: int) -> list[Plan]:
     return [
-        Plan("vocabulary_chunks", tokens, columns, kept)
+        Plan("vocabulary_chunks", tokens, columns, kept_tokens=kept)
         for tokens in (n, 7, 1)
         for columns in (v, 100, 1)
         for kept in (0, min(n, h))
@@ -137,7 +144,8 @@ class TestPlan:
     def plan(self, n: int, h: int, v: int, *, weight: bool, device: str = "cpu") -> Plan:
         dtypes = GemmDtypes.of(torch.bfloat16, device)
         needs = Needs(hidden=True, weight=weight, bias=False)
-        return plan_linear(n, h, v, dtypes, torch.bfloat16, device, needs, visits=2)
+        shape = LinearShape(n, h, v, dtypes, torch.bfloat16, device, needs)
+        return plan_linear(shape, visits=2)
 
     def test_frozen_weight_goes_by_tokens_within_the_budget(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=False)
@@ -148,13 +156,18 @@ class TestPlan:
         plan = self.plan(1024, 1024, 131_072, weight=True)
         assert plan.order == "vocabulary_chunks"
         assert plan.kept_tokens == 1024
-        assert plan.tokens * plan.columns * 2 <= TILE_BYTES["cpu"]
+        assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
 
-    def test_float32_logits_keep_half_as_many_in_a_bfloat16_gradient(self) -> None:
-        assert self.plan(8192, 4096, 128_256, weight=True, device="cuda").kept_tokens == 2048
+    def test_float32_logits_are_kept_as_finished_bfloat16_rows(self) -> None:
+        plan = self.plan(8192, 4096, 128_256, weight=True, device="cuda")
+        assert plan.keeps_rows
+        assert plan.kept_tokens == 4096
 
     def test_a_gradient_row_holds_whole_logits(self) -> None:
-        assert self.plan(64, 33, 1000, weight=True, device="cuda").kept_tokens == 0
+        """Float32 logits of a coupled loss, which finishes no rows, in 33 bfloat16 numbers."""
+        dtypes = GemmDtypes.of(torch.bfloat16, "cuda")
+        shape = LinearShape(64, 33, 1000, dtypes, torch.bfloat16, "cuda", Needs(True, True, False))
+        assert plan_linear(shape, visits=2, coupled=True).kept_tokens == 0
         assert self.plan(64, 33, 1000, weight=True, device="cpu").kept_tokens == 33
 
     def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
@@ -163,7 +176,7 @@ class TestPlan:
 
     def test_many_tokens_are_cut_too(self) -> None:
         plan = self.plan(1 << 20, 64, 1 << 17, weight=True)
-        assert plan.tokens * plan.columns * 2 <= TILE_BYTES["cpu"]
+        assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
         assert plan.columns >= MIN_TILE_COLUMNS
 
 
@@ -172,9 +185,9 @@ def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend:
     sizes: list[int] = []
     original = loops.linear_gradient
 
-    def spy(head, *args):  # type: ignore[no-untyped-def]
-        sizes.append(head.hidden.shape[0])
-        return original(head, *args)
+    def spy(loop, *args):  # type: ignore[no-untyped-def]
+        sizes.append(loop.head.hidden.shape[0])
+        return original(loop, *args)
 
     monkeypatch.setattr(compaction, "linear_gradient", spy)
     hidden, weight = torch.randn(20, 8), torch.randn(90, 8, requires_grad=True)

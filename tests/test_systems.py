@@ -111,16 +111,17 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
         x.requires_grad_()
     rows = (torch.arange(4), 1.0, 0.0, 30, "eager")
     weighted: tuple[object, ...] = (torch.ones(4), torch.tensor(0.25), "unilogit", [])
+    options = (0, 0.0, True, None)
     arguments: dict[str, tuple[str, tuple[object, ...]]] = {
         "log_odds": ("log_odds", (logits, *rows)),
         "linear_log_odds": (
             "linear_log_odds",
-            (hidden, weight, None, torch.ones(4, dtype=torch.bool), *rows),
+            (hidden, weight, None, torch.ones(4, dtype=torch.bool), *rows, *options, True),
         ),
         "objective": ("objective_loss", (logits, *rows, *weighted, True)),
         "linear_objective": (
             "linear_objective_loss",
-            (hidden, weight, None, *rows, *weighted, True, True, False),
+            (hidden, weight, None, *rows, *weighted, *options, True, True, False),
         ),
     }
     operator, args = arguments[name]
@@ -211,8 +212,9 @@ def test_tensors_without_data_have_the_right_shapes() -> None:
         labels = torch.empty(3, 4, dtype=torch.int64)
         rows = (labels.reshape(-1), 1.0, 0.0, 100, "eager")
         weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [])
+        options = (0, 0.0, True, None)
         loss, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(
-            hidden.reshape(-1, 8), weight, None, *rows, *weighted, True, True, False
+            hidden.reshape(-1, 8), weight, None, *rows, *weighted, *options, True, True, False
         )
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         assert [g.shape for g in gradients] == [(12, 8), (100, 8), (0,)]

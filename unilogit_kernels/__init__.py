@@ -2,6 +2,7 @@
 
 from unilogit_kernels.backends import available_backends
 from unilogit_kernels.divergence import Mask, Shift, Uniform, kl_loss, linear_kl_loss
+from unilogit_kernels.explain import explain_plan
 from unilogit_kernels.functional import (
     linear_objective_loss,
     linear_target_log_odds,
@@ -22,6 +23,7 @@ __all__ = [
     "Uniform",
     "UnilogitLoss",
     "available_backends",
+    "explain_plan",
     "kl_loss",
     "linear_kl_loss",
     "linear_objective_loss",

@@ -2,120 +2,203 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from unilogit_kernels import row_state
-from unilogit_kernels.loops import Gradients, linear_gradient, linear_objective, linear_state
-from unilogit_kernels.plan import Plan, plan_linear
+from unilogit_kernels.kept import KeptLogits
+from unilogit_kernels.loops import (
+    Gradients,
+    VocabularyLoop,
+    linear_gradient,
+    linear_objective,
+    linear_state,
+)
+from unilogit_kernels.memory import allocate
+from unilogit_kernels.plan import (
+    LinearOptions,
+    LinearShape,
+    keeping_logits,
+    plan_linear,
+)
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.rows import RowProblem, Weighted
+from unilogit_kernels.selection import active_index, significant, spread
+
+NOTHING = Needs(hidden=False, weight=False, bias=False)
+EVERYTHING = Needs(hidden=True, weight=True, bias=True)
+
+
+class LinearInputs(NamedTuple):
+    """The operands of a fused linear call as they are given, and how to run it.
+
+    Attributes:
+        hidden: `[n, h]`.
+        weight: `[V, h]`.
+        bias: `[V]` or None.
+        logits_dtype: What the logits are rounded to, or None for the most that the device can.
+        options: How the call may run.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits_dtype: torch.dtype | None
+    options: LinearOptions
+
+    @property
+    def dtypes(self) -> GemmDtypes:
+        """The dtypes around the GEMMs."""
+        return GemmDtypes.of(self.hidden.dtype, self.hidden.device.type, self.logits_dtype)
+
+    def shape(self, n: int, vocab_size: int, needs: Needs) -> LinearShape:
+        """What the cut of a call on `n` of the tokens depends on."""
+        device_type = self.hidden.device.type
+        h, dtype = self.hidden.shape[1], self.hidden.dtype
+        return LinearShape(n, h, vocab_size, self.dtypes, dtype, device_type, needs)
+
+    def positions(self, active: Tensor) -> Tensor | None:
+        """Positions of the active rows, or None for all; always None where `compact` is off."""
+        return active_index(active) if self.options.compact else None
+
+    def head(self, active: Tensor, index: Tensor | None) -> LinearHead:
+        """The lm_head on the rows `index`, or on all of them with inactive ones cleared."""
+        hidden = self.hidden
+        if index is not None:
+            hidden = hidden[index]
+        elif not self.options.compact:
+            # Their gradient rows are 0, and 0 * NaN is not.
+            hidden = hidden.masked_fill(~active[:, None], 0.0)
+        dtypes = self.dtypes
+        return LinearHead(hidden.to(dtypes.operands), self.weight, self.bias, dtypes)
+
+    def new_gradients(self, vocab_size: int, needs: Needs) -> Gradients:
+        """Gradients to be written; rows that carry no probability have theirs."""
+        results, exact = self.dtypes.results, self.dtypes.exact
+        hidden = weight = bias = None
+        if needs.hidden:
+            hidden = allocate(self.hidden.shape, results, self.hidden.device)
+        if needs.weight:
+            weight = allocate(self.weight.shape, results, self.weight.device)
+            weight[vocab_size:] = 0
+        if needs.bias:
+            bias = self.weight.new_zeros(self.weight.shape[0], dtype=exact)
+        return Gradients(hidden, weight, bias)
 
 
 def compacted_log_odds(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, rows: RowProblem
+    inputs: LinearInputs, active: Tensor, rows: RowProblem, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-odds `[n]` and states `[3, n]`; rows that are not active get 0 and an empty state."""
-    dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
-    n, dtype = hidden.shape[0], dtypes.exact
-    index = _active_index(active)
-    log_odds = hidden.new_zeros(n, dtype=dtype)
-    state = row_state.empty_state(n, hidden.device, dtype)
-    if index is not None and index.numel() == 0:
+    """Log-odds `[n]` and states `[3, n]`; rows that are not active get 0 and an empty state.
+
+    Args:
+        inputs: Operands and options.
+        active: bool `[n]`.
+        rows: Labels and kernels.
+        keep: 1-d, in the logits' dtype: filled with as many of the logits as fit.
+    """
+    n, dtype = inputs.hidden.shape[0], inputs.dtypes.exact
+    index = inputs.positions(active)
+    log_odds = inputs.hidden.new_zeros(n, dtype=dtype)
+    state = row_state.empty_state(n, inputs.hidden.device, dtype)
+    if n == 0 or (index is not None and index.numel() == 0):
         return log_odds, state
-    head, part = _select(hidden, weight, bias, rows, dtypes, index)
-    plan = _plan(head, part, hidden.dtype, Needs(False, False, False), visits=1)
-    part_state = linear_state(head, part, plan)
+    head = inputs.head(active, index)
+    part = rows if index is None else rows._replace(labels=rows.labels[index])
+    m = head.hidden.shape[0]
+    # Logits that are kept are kept in the cut of the backward.
+    needs = EVERYTHING if keep.numel() else NOTHING
+    shape = inputs.shape(m, rows.vocab_size, needs)
+    plan = plan_linear(shape, inputs.options, visits=1, coupled=True)
+    part_state = linear_state(head, part, plan, KeptLogits(keep, m))
     part_log_odds = row_state.log_odds(part_state, part.labels, part.vocab_size)
     if index is None:
-        return part_log_odds, part_state
+        return torch.where(active, part_log_odds, 0.0), part_state
     state[:, index] = part_state
     return log_odds.index_copy_(0, index, part_log_odds), state
 
 
 def compacted_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    inputs: LinearInputs,
+    active: Tensor,
     rows: RowProblem,
     needs: Needs,
     state: Tensor,
     slope: Tensor,
+    kept: Tensor,
 ) -> Gradients:
-    """`linear_gradient` of the rows whose slope is not 0."""
-    dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
-    index = _active_index(slope != 0)
-    if index is not None and index.numel() == 0:
-        return _zero_gradients(hidden, weight, dtypes, needs)
-    head, part = _select(hidden, weight, bias, rows, dtypes, index)
-    plan = _plan(head, part, hidden.dtype, needs, visits=1)
+    """Gradients of `sum_i slope_i d_i`, for the rows whose slope counts.
+
+    Args:
+        inputs: As in the forward.
+        active: As in the forward.
+        rows: As in the forward.
+        needs: Which gradients are wanted.
+        state: From the forward.
+        slope: `[n]`.
+        kept: What the forward kept.
+    """
+    gradients = inputs.new_gradients(rows.vocab_size, needs)
+    slope = significant(torch.where(active, slope, 0.0), inputs.options.skip_below)
+    counts = slope != 0
+    index = inputs.positions(counts)
+    if slope.numel() == 0 or (index is not None and index.numel() == 0):
+        return _zeroed(gradients)
+    head = inputs.head(counts, index)
+    m = head.hidden.shape[0]
+    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, visits=1)
+    saved, position = None, None
+    if kept.numel():
+        # The cut of the forward, which saw every active row.
+        first = inputs.positions(active)
+        forward_tokens = slope.numel() if first is None else first.numel()
+        shape = inputs.shape(forward_tokens, rows.vocab_size, EVERYTHING)
+        plan = keeping_logits(plan_linear(shape, inputs.options, visits=1, coupled=True), m)
+        saved = KeptLogits(kept, forward_tokens)
+        if index is not None:
+            position = (active.cumsum(0) - 1)[index] if first is not None else index
     if index is not None:
+        rows = rows._replace(labels=rows.labels[index])
         state, slope = state[:, index], slope[index]
-    gradients = linear_gradient(head, part, plan, needs, state, slope)
-    return _scatter(gradients, hidden, index)
+    part = gradients
+    if index is not None and gradients.hidden is not None:
+        part = gradients._replace(hidden=gradients.hidden[:m])
+    linear_gradient(VocabularyLoop(head, rows, plan, saved, position), state, slope, part)
+    return _spread(gradients, index)
 
 
 def compacted_objective(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: RowProblem,
-    needs: Needs,
-    weighted: Weighted,
+    inputs: LinearInputs, rows: RowProblem, needs: Needs, weighted: Weighted
 ) -> tuple[Tensor, Gradients]:
-    """`linear_objective` of the rows whose weight is not 0."""
-    dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
-    index = _active_index(weighted.row_weight != 0)
-    if index is not None and index.numel() == 0:
-        return weighted.factor.new_zeros(()), _zero_gradients(hidden, weight, dtypes, needs)
-    head, part = _select(hidden, weight, bias, rows, dtypes, index)
-    plan = _plan(head, part, hidden.dtype, needs, visits=2)
+    """The loss (0-d) and its gradients, from the rows whose weight is not 0."""
+    active = weighted.row_weight != 0
+    index = inputs.positions(active)
+    gradients = inputs.new_gradients(rows.vocab_size, needs)
+    if active.numel() == 0 or (index is not None and index.numel() == 0):
+        return weighted.factor.new_zeros(()), _zeroed(gradients)
+    head = inputs.head(active, index)
+    m = head.hidden.shape[0]
+    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, visits=2)
+    part = gradients
     if index is not None:
-        weighted = weighted._replace(row_weight=weighted.row_weight[index])
-    loss, gradients = linear_objective(head, part, plan, needs, weighted)
-    return loss, _scatter(gradients, hidden, index)
-
-
-def _active_index(active: Tensor) -> Tensor | None:
-    """Positions of the active rows, or None if all are."""
-    index = active.nonzero()[:, 0]
-    return None if 0 < index.numel() == active.numel() else index
-
-
-def _select(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: RowProblem,
-    dtypes: GemmDtypes,
-    index: Tensor | None,
-) -> tuple[LinearHead, RowProblem]:
-    if index is not None:
-        hidden = hidden[index]
         rows = rows._replace(labels=rows.labels[index])
-    return LinearHead(hidden.to(dtypes.operands), weight, bias, dtypes), rows
+        weighted = weighted._replace(row_weight=weighted.row_weight[index])
+        if gradients.hidden is not None:
+            part = gradients._replace(hidden=gradients.hidden[:m])
+    values = linear_objective(head, rows, plan, weighted, part, inputs.options)
+    return weighted.total(values), _spread(gradients, index)
 
 
-def _plan(
-    head: LinearHead, rows: RowProblem, input_dtype: torch.dtype, needs: Needs, *, visits: int
-) -> Plan:
-    n, h = head.hidden.shape
-    device_type = head.hidden.device.type
-    return plan_linear(
-        n, h, rows.vocab_size, head.dtypes, input_dtype, device_type, needs, visits=visits
-    )
+def _spread(gradients: Gradients, index: Tensor | None) -> Gradients:
+    if index is not None and gradients.hidden is not None:
+        spread(gradients.hidden, index)
+    return gradients
 
 
-def _scatter(gradients: Gradients, hidden: Tensor, index: Tensor | None) -> Gradients:
-    if index is None or gradients.hidden is None:
-        return gradients
-    full = gradients.hidden.new_zeros(hidden.shape)
-    return gradients._replace(hidden=full.index_copy_(0, index, gradients.hidden))
-
-
-def _zero_gradients(hidden: Tensor, weight: Tensor, dtypes: GemmDtypes, needs: Needs) -> Gradients:
-    return Gradients(
-        hidden.new_zeros(hidden.shape, dtype=dtypes.results) if needs.hidden else None,
-        weight.new_zeros(weight.shape, dtype=dtypes.results) if needs.weight else None,
-        weight.new_zeros(weight.shape[0], dtype=dtypes.exact) if needs.bias else None,
-    )
+def _zeroed(gradients: Gradients) -> Gradients:
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+    return gradients

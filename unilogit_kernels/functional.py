@@ -111,6 +111,10 @@ def linear_unilogit_loss(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    skip_below: float = 0.0,
+    compact: bool = True,
 ) -> Tensor:
     """`unilogit_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
 
@@ -131,6 +135,16 @@ def linear_unilogit_loss(
         logit_scale: As in `unilogit_loss`.
         vocab_size: As in `unilogit_loss`.
         backend: As in `unilogit_loss`.
+        memory_budget: Bytes that buffers of logits and partial sums may take beside operands and
+            gradients; default 256 MiB on GPUs, 64 MiB on CPU. See `explain_plan`.
+        logits_dtype: What the logits are rounded to before their statistics. Default: float32
+            where the device's GEMM can write it (GPUs), else hidden's dtype. hidden's dtype
+            reproduces an eager Hugging Face model; float32 on CPU takes float32 GEMMs.
+        skip_below: Tokens whose slope (weight times `f'(d)`) is below this share of the largest
+            get no gradient. Default 0: only exact zeros are skipped. A skipped token's own
+            gradient is off by at most `2 * skip_below * max slope * max |W_j|`.
+        compact: Whether tokens that cannot matter are dropped before each GEMM. Counting them
+            synchronises a GPU; False does without, for CUDA graphs, at full cost.
 
     Returns:
         As `unilogit_loss`.
@@ -165,6 +179,10 @@ def linear_unilogit_loss(
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         backend=backend,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        skip_below=skip_below,
+        compact=compact,
     )
 
 
@@ -237,6 +255,10 @@ def linear_target_log_odds(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    skip_below: float = 0.0,
+    compact: bool = True,
 ) -> Tensor:
     """`target_log_odds` of `hidden @ weight.T + bias`, without ever holding these logits.
 
@@ -252,6 +274,10 @@ def linear_target_log_odds(
         logit_scale: As in `unilogit_loss`.
         vocab_size: As in `unilogit_loss`.
         backend: As in `unilogit_loss`.
+        memory_budget: As in `linear_unilogit_loss`.
+        logits_dtype: As in `linear_unilogit_loss`.
+        skip_below: As in `linear_unilogit_loss`.
+        compact: As in `linear_unilogit_loss`.
 
     Returns:
         As `target_log_odds`.
@@ -284,6 +310,10 @@ def linear_target_log_odds(
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         backend=backend,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        skip_below=skip_below,
+        compact=compact,
     )
     return _linear_log_odds(hidden, weight, bias, call).reshape(call.shape)
 
@@ -375,6 +405,10 @@ def linear_objective_loss(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    skip_below: float = 0.0,
+    compact: bool = True,
 ) -> Tensor:
     """`objective_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
 
@@ -392,6 +426,10 @@ def linear_objective_loss(
         logit_scale: As in `unilogit_loss`.
         vocab_size: As in `unilogit_loss`.
         backend: As in `unilogit_loss`.
+        memory_budget: As in `linear_unilogit_loss`.
+        logits_dtype: As in `linear_unilogit_loss`.
+        skip_below: As in `linear_unilogit_loss`.
+        compact: As in `linear_unilogit_loss`.
 
     Returns:
         As `unilogit_loss`.
@@ -423,15 +461,22 @@ def linear_objective_loss(
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         backend=backend,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        skip_below=skip_below,
+        compact=compact,
     )
     if call.reduction != "none" and objectives.is_registered(function):
-        needs = [
-            torch.is_grad_enabled() and operand is not None and operand.requires_grad
-            for operand in (hidden, weight, bias)
-        ]
+        needs = [_wants_gradient(operand) for operand in (hidden, weight, bias)]
         flat = hidden.reshape(-1, hidden.shape[-1])
         loss: Tensor = torch.ops.unilogit_kernels.linear_objective_loss(
-            flat, weight, bias, *_rows(call), *_weighting(function, call), *needs
+            flat,
+            weight,
+            bias,
+            *_rows(call),
+            *_weighting(function, call),
+            *_options(call),
+            *needs,
         )[0]
         return loss
     return _reduce(_linear_log_odds(hidden, weight, bias, call), function, call)
@@ -479,6 +524,11 @@ def _rows(call: LossCall) -> tuple[Any, ...]:
     return call.labels, *call.transform, call.vocab_size, call.backend
 
 
+def _options(call: LossCall) -> tuple[Any, ...]:
+    """The operators' arguments that say how a fused linear call may run."""
+    return *call.options, call.logits_dtype
+
+
 def _weighting(objective: Objective, call: LossCall) -> tuple[Any, ...]:
     """The operators' arguments that describe the objective and the weights."""
     return call.row_weight, call.factor, objective.name, objective.parameters()
@@ -493,10 +543,15 @@ def _logits_log_odds(logits: Tensor, call: LossCall) -> Tensor:
 def _linear_log_odds(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     active = call.row_weight != 0
-    log_odds = torch.ops.unilogit_kernels.linear_log_odds(flat, weight, bias, active, *_rows(call))[
-        0
-    ]
+    needs_grad = any(_wants_gradient(operand) for operand in (hidden, weight, bias))
+    log_odds = torch.ops.unilogit_kernels.linear_log_odds(
+        flat, weight, bias, active, *_rows(call), *_options(call), needs_grad
+    )[0]
     return torch.where(active, log_odds, 0.0)
+
+
+def _wants_gradient(operand: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and operand is not None and operand.requires_grad
 
 
 def _reduce(

@@ -5,19 +5,24 @@ A call is checked once and described by one frozen `LossCall`, which the layers 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels import backends
 from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.plan import LinearOptions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+MIN_MEMORY_BUDGET = 1 << 20
+"""Bytes: with less, a chunk is a few rows or columns of any real lm_head."""
+
 CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
 """Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
 
@@ -35,6 +40,8 @@ class LossCall:
         transform: What the model does to the raw logits.
         vocab_size: Number of tokens that carry probability.
         backend: Name of the backend that runs the row kernels.
+        options: How a fused linear call may run.
+        logits_dtype: What its logits are rounded to, or None.
     """
 
     shape: torch.Size
@@ -45,6 +52,8 @@ class LossCall:
     transform: LogitTransform
     vocab_size: int
     backend: str
+    options: LinearOptions = field(default_factory=LinearOptions)
+    logits_dtype: torch.dtype | None = None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +115,10 @@ def describe_linear(
     logit_scale: float | None,
     vocab_size: int | None,
     backend: str | None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    skip_below: float = 0.0,
+    compact: bool = True,
 ) -> LossCall:
     """Validate a call on hidden states `[..., H]` and an lm_head `[V, H]`.
 
@@ -116,7 +129,8 @@ def describe_linear(
         RuntimeError: The requested backend cannot run here.
     """
     check_head(hidden, weight, bias)
-    return _describe(
+    options = check_linear_options(memory_budget, logits_dtype, hidden.dtype, skip_below, compact)
+    call = _describe(
         ("hidden", hidden),
         labels,
         columns=weight.shape[0],
@@ -130,6 +144,7 @@ def describe_linear(
         vocab_size=vocab_size,
         backend=backend,
     )
+    return dataclasses.replace(call, options=options, logits_dtype=logits_dtype)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
@@ -276,6 +291,34 @@ def check_transform(
         1.0 if logit_scale is None else float(logit_scale),
         0.0 if softcap is None else float(softcap),
     )
+
+
+def check_linear_options(
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+    skip_below: float = 0.0,
+    compact: bool = True,
+) -> LinearOptions:
+    """Validate how a fused linear call of operands in `dtype` may run.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: `logits_dtype` does not go with `dtype`.
+    """
+    if memory_budget is not None and memory_budget < MIN_MEMORY_BUDGET:
+        raise ValueError(
+            f"memory_budget is in bytes, at least {MIN_MEMORY_BUDGET}, or None for the default of "
+            f"the device, got {memory_budget}"
+        )
+    if not 0.0 <= skip_below < 1.0:
+        raise ValueError(f"skip_below must be in [0, 1), got {skip_below}")
+    if logits_dtype not in (None, dtype, statistics_dtype(dtype)):
+        raise TypeError(
+            f"logits_dtype must be the operands' dtype {dtype}, {statistics_dtype(dtype)} or None, "
+            f"got {logits_dtype}"
+        )
+    return LinearOptions(memory_budget or 0, float(skip_below), bool(compact))
 
 
 def _check_token_weights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unilogit_kernels import functional
@@ -64,28 +65,59 @@ class UnilogitLoss(nn.Module):
             **self._options(),
         )
 
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """Every option with its default, those of base classes first."""
+        found: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, UnilogitLoss):
+                parameters = inspect.signature(base.__init__).parameters.values()
+                found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return found
+
     def _options(self) -> dict[str, Any]:
-        names = inspect.signature(UnilogitLoss.__init__).parameters
-        return {name: getattr(self, name) for name in names if name != "self"}
+        return {name: getattr(self, name) for name in self._defaults()}
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
-        parameters = inspect.signature(UnilogitLoss.__init__).parameters
+        defaults = self._defaults()
         return ", ".join(
             f"{name}={value!r}"
             for name, value in self._options().items()
-            if value != parameters[name].default
+            if value != defaults[name]
         )
 
 
 class LinearUnilogitLoss(UnilogitLoss):
-    """`linear_unilogit_loss` with its options fixed; the arguments are those of `UnilogitLoss`.
+    """`linear_unilogit_loss` with its options fixed: those of `UnilogitLoss`, and of the GEMMs.
+
+    Args:
+        memory_budget: See `linear_unilogit_loss`.
+        logits_dtype: See `linear_unilogit_loss`.
+        skip_below: See `linear_unilogit_loss`.
+        compact: See `linear_unilogit_loss`.
+        options: Those of `UnilogitLoss`.
 
     Example:
         >>> import torch
         >>> lm_head = torch.nn.Linear(16, 1000, bias=False)
         >>> loss = LinearUnilogitLoss()(torch.randn(4, 16), lm_head.weight, torch.arange(4))
     """
+
+    def __init__(
+        self,
+        *,
+        memory_budget: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        skip_below: float = 0.0,
+        compact: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.memory_budget = memory_budget
+        self.logits_dtype = logits_dtype
+        self.skip_below = skip_below
+        self.compact = compact
 
     def forward(  # type: ignore[override]
         self,

@@ -4,101 +4,322 @@ Two orders. *Token chunks* hold a few tokens' logits over the whole vocabulary, 
 finished at once; they suit a frozen lm_head. *Vocabulary chunks* hold all tokens' logits over a few
 columns and visit them twice, statistics first and gradients second; each piece of the weight's
 gradient is then complete when it is written, so it needs no accumulator, and until it is written
-its memory holds logits of the first visit, which spares the second visit their GEMM.
+its memory keeps what the first visit found, which spares the second visit a GEMM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 
-from unilogit_kernels.projection import GemmDtypes, Needs
+from unilogit_kernels.projection import GemmDtypes, Needs, writes_wider
 
 MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
-"""Bytes that the buffers of one fused linear call may take, by device type."""
+"""Default bytes that the buffers of one fused linear call may take, by device type."""
 
-TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""Bytes of one tile of logits in the vocabulary order; on CPU it should stay in the last cache."""
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
+
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
+"""Most bytes of logits between their GEMM and the row kernel that reads them: on GPUs they should
+stay in the L2 cache, 40 MB on an A100 and 50 MB on an H100."""
 
 MIN_TILE_COLUMNS = 512
 """Below this many columns, a tile is cut along the tokens instead: thin GEMMs are slow."""
 
-ALIGNED_COLUMNS = 64
-"""Tiles are a multiple of this many columns wide, so that their rows start aligned."""
+ALIGNED_COLUMNS = {"cpu": 64, "cuda": 256}
+"""Chunks are a multiple of this many columns wide: rows start aligned, and on GPUs no tile of a
+GEMM (up to 256 wide) is cut."""
+
+ALIGNED_TOKENS = {"cpu": 1, "cuda": 64}
+"""Token chunks are a multiple of this many tokens, the smallest tile of a tensor-core GEMM."""
 
 MIN_CHUNK_TOKENS = 16
 """Below this many tokens, token chunks would read the whole weight for too little work."""
 
+MIN_REPROJECTED = 1.125
+"""Tokens, as a multiple of those that can be kept, from which on the vocabulary order projects so
+many of them twice that adding the weight's gradient up over token chunks is cheaper."""
 
-@dataclass(frozen=True)
-class Plan:
-    """How a fused linear call is cut; a function of shapes, dtypes and needs alone.
+MIN_BUFFER_SHARE = 4
+"""The logits get at least 1 / this of the budget, where sums of the hidden states' gradient, which
+grow with the tokens, would leave them less."""
+
+
+class LinearOptions(NamedTuple):
+    """How a fused linear call may run; none of it changes what it computes beyond rounding.
 
     Attributes:
-        order: Which loop runs.
-        tokens: Tokens per chunk or tile.
-        columns: Vocabulary columns per chunk or tile.
-        kept_tokens: How many leading tokens keep their logits in the weight's gradient between the
-            two visits of the vocabulary order.
+        memory_budget: Bytes for buffers, 0 for the device's default.
+        skip_below: Rows whose slope is below this share of the largest get no gradient.
+        compact: Whether rows that cannot matter are dropped, which synchronises an accelerator.
     """
 
-    order: Literal["token_chunks", "vocabulary_chunks"]
-    tokens: int
-    columns: int
-    kept_tokens: int = 0
+    memory_budget: int = 0
+    skip_below: float = 0.0
+    compact: bool = True
+
+    def budget(self, device_type: str) -> int:
+        """Bytes for buffers."""
+        return self.memory_budget or MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])
 
 
-def plan_linear(
-    n: int,
-    h: int,
-    vocab_size: int,
-    dtypes: GemmDtypes,
-    input_dtype: torch.dtype,
-    device_type: str,
-    needs: Needs,
-    *,
-    visits: int,
-) -> Plan:
-    """Choose the order and the chunk sizes.
+class LinearShape(NamedTuple):
+    """What the cut of a fused linear call depends on.
 
-    Args:
+    Attributes:
         n: Tokens that count.
         h: Hidden size.
         vocab_size: Columns.
         dtypes: Of the GEMMs.
         input_dtype: Of hidden states and weight.
         device_type: `"cpu"`, `"cuda"`, ...
-        needs: Which gradients this call computes.
-        visits: 2 if statistics and gradients are computed in one call, else 1.
+        needs: Which gradients the call computes.
     """
-    budget = MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])
-    logits_bytes = dtypes.logits.itemsize
-    row_bytes = logits_bytes + (0 if dtypes.operands == dtypes.logits else dtypes.operands.itemsize)
-    fitting = budget // (vocab_size * row_bytes)
-    casts_weight = input_dtype != dtypes.operands
-    # At least two chunks either way: no call ever holds n * V elements.
-    token_chunk = min((n + 1) // 2, fitting)
-    if needs.any() and not needs.weight and not casts_weight and token_chunk >= MIN_CHUNK_TOKENS:
-        return Plan("token_chunks", token_chunk, vocab_size)
-    tile_elements = TILE_BYTES.get(device_type, TILE_BYTES["cuda"]) // row_bytes
-    kept = 0
-    # A row of the gradient must hold a whole number of logits.
-    if visits == 2 and needs.weight and h * dtypes.results.itemsize % logits_bytes == 0:
-        kept = min(n, h * dtypes.results.itemsize // logits_bytes)
-    tokens = min(n, max(1, tile_elements // MIN_TILE_COLUMNS))
-    columns = min((vocab_size + 1) // 2, max(1, tile_elements // tokens))
-    if columns > ALIGNED_COLUMNS:
-        columns -= columns % ALIGNED_COLUMNS
-    return Plan("vocabulary_chunks", tokens, columns, kept)
+
+    n: int
+    h: int
+    vocab_size: int
+    dtypes: GemmDtypes
+    input_dtype: torch.dtype
+    device_type: str
+    needs: Needs
+
+    @property
+    def casts_weight(self) -> bool:
+        """Whether the GEMMs read a copy of the weight in another dtype."""
+        return self.input_dtype != self.dtypes.operands
+
+    @property
+    def separate_rows(self) -> bool:
+        """Whether gradient rows are narrower than logits, so that they cannot replace them."""
+        return self.dtypes.operands != self.dtypes.logits
+
+    @property
+    def widens(self) -> bool:
+        """Whether sums of the GEMMs' results need a wider dtype than the operands'."""
+        return self.dtypes.exact != self.dtypes.operands
+
+    @property
+    def sums_hidden(self) -> bool:
+        """Whether the hidden states' gradient adds up in a buffer, not in its own memory."""
+        return self.needs.hidden and self.dtypes.results != self.dtypes.exact
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fused linear call is cut.
+
+    Attributes:
+        order: Which loop runs.
+        tokens: Tokens per chunk.
+        columns: Vocabulary columns per chunk: the width of the GEMMs of the gradients.
+        tile_columns: Columns per tile: logits are projected, and read, this many at a time.
+        kept_tokens: How many leading tokens keep something in the memory of the weight's gradient
+            between the two visits of the vocabulary order.
+        keeps_rows: Whether these are finished gradient rows, not logits.
+        row_tokens: Tokens per chunk of the pass that finishes these rows.
+        row_columns: Columns per tile of that pass.
+    """
+
+    order: Literal["token_chunks", "vocabulary_chunks"]
+    tokens: int
+    columns: int
+    tile_columns: int = 0
+    kept_tokens: int = 0
+    keeps_rows: bool = False
+    row_tokens: int = 0
+    row_columns: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tile_columns:
+            object.__setattr__(self, "tile_columns", self.columns)
+        if not self.row_columns:
+            object.__setattr__(self, "row_columns", self.tile_columns)
+
+
+def plan_linear(
+    shape: LinearShape,
+    options: LinearOptions | None = None,
+    *,
+    visits: int,
+    coupled: bool = False,
+) -> Plan:
+    """Choose the order and the chunk sizes.
+
+    Args:
+        shape: What is computed.
+        options: How it may run.
+        visits: 2 if statistics and gradients are computed in one call, else 1.
+        coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
+    """
+    budget = (options or LinearOptions()).budget(shape.device_type) - vector_bytes(shape)
+    if not coupled and _suits_tokens(shape, budget, visits=visits):
+        tokens = _token_chunk(shape, budget - _weight_sum_bytes(shape), row_bytes(shape))
+        if tokens >= MIN_CHUNK_TOKENS:
+            return Plan("token_chunks", tokens, shape.vocab_size, _row_tile(shape, tokens))
+    kept, row_tokens, keeps_rows = 0, 0, False
+    if visits == 2 and shape.needs.weight:
+        # Finished rows are narrower than logits, so more of them fit.
+        row_tokens = _token_chunk(shape, budget, shape.dtypes.logits.itemsize)
+        keeps_rows = (
+            shape.dtypes.operands.itemsize < shape.dtypes.logits.itemsize
+            and not coupled
+            and row_tokens >= MIN_CHUNK_TOKENS
+        )
+        kept = _kept_tokens(shape, shape.dtypes.operands if keeps_rows else shape.dtypes.logits)
+    tokens, columns, tile_columns = _vocabulary_chunk(shape, budget)
+    if not (keeps_rows and kept):
+        return Plan("vocabulary_chunks", tokens, columns, tile_columns, kept)
+    row_tokens = min(row_tokens, kept)
+    return Plan(
+        "vocabulary_chunks",
+        tokens,
+        columns,
+        tile_columns,
+        kept,
+        keeps_rows=True,
+        row_tokens=row_tokens,
+        row_columns=_row_tile(shape, row_tokens),
+    )
+
+
+def keeping_logits(forward: Plan, m: int) -> Plan:
+    """The cut of a backward of `m` tokens that finds logits where the forward kept them."""
+    return replace(forward, tokens=min(forward.tokens, m))
+
+
+def keep_capacity(shape: LinearShape, options: LinearOptions) -> int:
+    """How many logits a forward may keep for its backward: what the budget leaves.
+
+    Never all of them: the last chunk of columns is always projected again. It is arithmetic of
+    sizes alone, so that a compiler can trace it for an `n` that it does not know.
+    """
+    budget = options.budget(shape.device_type)
+    buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
+    room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
+    capacity = torch.sym_min(room // shape.dtypes.logits.itemsize, shape.n * (shape.vocab_size - 1))
+    return int(capacity) if isinstance(capacity, int) else capacity
+
+
+def row_bytes(shape: LinearShape) -> int:
+    """Bytes of one logit in a token chunk, its gradient included."""
+    narrow = shape.dtypes.operands.itemsize if shape.separate_rows else 0
+    return shape.dtypes.logits.itemsize + narrow
+
+
+def per_device(table: dict[str, int], device_type: str) -> int:
+    """The entry of a device type; what is not named is taken for a GPU."""
+    return table.get(device_type, table["cuda"])
+
+
+def aligned_size(size: int, step: int) -> int:
+    """The largest multiple of `step` up to `size`, or `size` itself where that would be 0."""
+    return size - size % step if size > step else size
+
+
+def _token_chunk(shape: LinearShape, budget: int, logit_bytes: int) -> int:
+    """Tokens whose logits over the whole vocabulary fit; at least two chunks: never n * V."""
+    fitting = budget // (shape.vocab_size * logit_bytes)
+    return min(
+        (shape.n + 1) // 2, aligned_size(fitting, per_device(ALIGNED_TOKENS, shape.device_type))
+    )
+
+
+def _row_tile(shape: LinearShape, tokens: int) -> int:
+    """Columns of a token chunk that are projected at a time."""
+    if shape.device_type == "cpu":
+        return shape.vocab_size  # one GEMM: oneDNN prepares the weight once
+    columns = per_device(TILE_BYTES, shape.device_type) // (tokens * shape.dtypes.logits.itemsize)
+    return min(
+        shape.vocab_size, aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
+    )
+
+
+def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
+    """Whether token chunks are the better order: with them each logit is projected once."""
+    if not shape.needs.any() or shape.casts_weight:
+        return False
+    if not shape.needs.weight:
+        return True
+    # A weight gradient that adds up over the chunks must do so in float32.
+    if _weight_sum_bytes(shape) > budget // 2:
+        return False
+    dtype = shape.dtypes.operands if shape.separate_rows else shape.dtypes.logits
+    return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, dtype)
+
+
+def _weight_sum_bytes(shape: LinearShape) -> int:
+    """Bytes in which the weight's gradient adds up over token chunks, beside its own memory."""
+    if not shape.needs.weight or shape.dtypes.results == shape.dtypes.exact:
+        return 0
+    return shape.vocab_size * shape.h * shape.dtypes.exact.itemsize
+
+
+def vector_bytes(shape: LinearShape) -> int:
+    """Bytes of states, log-odds, slopes, and of what comes and goes while they are computed."""
+    return 16 * shape.n * shape.dtypes.exact.itemsize
+
+
+def _kept_tokens(shape: LinearShape, dtype: torch.dtype) -> int:
+    """How many tokens fit, a column's entries into the memory of that column's gradient."""
+    gradient_bytes = shape.h * shape.dtypes.results.itemsize
+    return 0 if gradient_bytes % dtype.itemsize else min(shape.n, gradient_bytes // dtype.itemsize)
+
+
+def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
+    """Tokens, columns and tile columns of a vocabulary chunk within the budget."""
+    dtypes, device = shape.dtypes, shape.device_type
+    aligned, half = per_device(ALIGNED_COLUMNS, device), (shape.vocab_size + 1) // 2
+    free = max(budget - hidden_sum_bytes(shape), budget // MIN_BUFFER_SHARE)
+    # What a column costs beside its logits is left for the narrowest chunk, if that leaves half.
+    rows_free = max(free // 2, free - MIN_TILE_COLUMNS * _weight_bytes(shape, adds_up=True))
+    chunk = min(per_device(CHUNK_BYTES, device), rows_free)
+    tokens = min(shape.n, max(1, chunk // (MIN_TILE_COLUMNS * row_bytes(shape))))
+    weight_bytes = _weight_bytes(shape, adds_up=tokens < shape.n)
+    if not shape.separate_rows:
+        logit = tokens * row_bytes(shape)
+        columns = min(half, chunk // logit, free // (logit + weight_bytes))
+        columns = aligned_size(max(1, columns), aligned)
+        return tokens, columns, columns
+    # Logits pass through a small tile of their own into a chunk of gradient rows.
+    tile_bytes = min(per_device(TILE_BYTES, device), chunk)
+    tile_columns = min(half, tile_bytes // (tokens * dtypes.logits.itemsize))
+    tile_columns = aligned_size(max(1, tile_columns), aligned)
+    left = free - tokens * tile_columns * dtypes.logits.itemsize
+    column_bytes = tokens * dtypes.operands.itemsize + weight_bytes
+    columns = max(tile_columns, min(half, left // column_bytes))
+    return tokens, aligned_size(columns, tile_columns), tile_columns
+
+
+def hidden_sum_bytes(shape: LinearShape) -> int:
+    """Bytes in which the hidden states' gradient adds up, beside its own memory."""
+    if not shape.sums_hidden:
+        return 0
+    product = 0 if writes_wider(shape.device_type) else shape.dtypes.operands.itemsize
+    return shape.n * shape.h * (shape.dtypes.exact.itemsize + product)
+
+
+def _weight_bytes(shape: LinearShape, *, adds_up: bool) -> int:
+    """Bytes that one more column of a chunk costs beside its logits: copies of weight rows."""
+    cast = shape.dtypes.operands.itemsize if shape.casts_weight else 0
+    total = shape.dtypes.exact.itemsize if adds_up and shape.needs.weight and shape.widens else 0
+    return shape.h * (cast + total)
 
 
 def token_tiles(n: int, plan: Plan) -> list[slice]:
     """Tiles that do not straddle the border between kept and recomputed tokens."""
     kept = [*slices(plan.kept_tokens, plan.tokens)]
     return [*kept, *slices(n, plan.tokens, start=plan.kept_tokens)]
+
+
+def token_groups(n: int, plan: Plan) -> list[list[slice]]:
+    """Tiles whose gradient rows go into one GEMM: all of them, or each one where they are long."""
+    tiles = token_tiles(n, plan)
+    return [tiles] if n <= plan.tokens else [[tile] for tile in tiles]
 
 
 def slices(total: int, size: int, start: int = 0) -> Iterator[slice]:

@@ -49,34 +49,55 @@ class GemmDtypes(NamedTuple):
         return self.operands != torch.float16
 
     @staticmethod
-    def of(dtype: torch.dtype, device_type: str) -> GemmDtypes:
+    def of(
+        dtype: torch.dtype, device_type: str, logits_dtype: torch.dtype | None = None
+    ) -> GemmDtypes:
         """Choose them for inputs of `dtype`.
 
         float16 results wait in float32: with 1/N folded in they would underflow, without it they
         could overflow. On CPU float16 operands are cast too, chunk by chunk, since their GEMM is
         slow and accumulates no better.
+
+        Args:
+            dtype: Of hidden states and weight.
+            device_type: `"cpu"`, `"cuda"`, ...
+            logits_dtype: What the caller wants the logits rounded to, or None.
         """
         on_gpu = device_type == "cuda"
         if dtype == torch.float16:
-            return GemmDtypes(dtype if on_gpu else torch.float32, torch.float32, torch.float32)
-        if dtype == torch.bfloat16:
-            return GemmDtypes(dtype, torch.float32 if on_gpu else dtype, dtype)
-        return GemmDtypes(dtype, dtype, dtype)
+            chosen = GemmDtypes(dtype if on_gpu else torch.float32, torch.float32, torch.float32)
+        elif dtype == torch.bfloat16:
+            chosen = GemmDtypes(dtype, torch.float32 if on_gpu else dtype, dtype)
+        else:
+            chosen = GemmDtypes(dtype, dtype, dtype)
+        return chosen if logits_dtype is None else chosen._replace(logits=logits_dtype)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """`out = a @ b`, or `out += a @ b`; `out` may be float32 where the operands are narrower."""
+    """`out = a @ b`, or `out += a @ b`, in `out`'s dtype.
+
+    `out` may be wider than the operands. Where the device's GEMM can write that, nothing is rounded
+    on the way; elsewhere the product is rounded to the operands' dtype, and the sum is not.
+    """
     if out.dtype == a.dtype:
         if accumulate:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-        return
-    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else torch.mm(a, b)
-    if accumulate:
-        out.add_(product)
+    elif writes_wider(a.device.type):
+        if accumulate:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif accumulate:
+        out.add_(torch.mm(a, b))
     else:
-        out.copy_(product)
+        out.copy_(torch.mm(a, b))
+
+
+def writes_wider(device_type: str) -> bool:
+    """Whether a GEMM of 16-bit operands can write float32 (`torch.mm(out_dtype=)`)."""
+    return device_type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -102,13 +123,21 @@ class LinearHead:
     def project(self, tokens: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
         """Write the logits of a tile into `out`, `[tokens, columns]` in `dtypes.logits`.
 
-        `weight` is `weight_columns(columns)`.
+        `weight` is `weight_columns(columns)`. They are rounded once, to that dtype.
         """
         hidden = self.hidden[tokens]
         if self.bias is not None and out.dtype == hidden.dtype:
             bias = self.bias[columns].to(hidden.dtype)
             torch.addmm(bias, hidden, weight.t(), out=out)
             return
-        multiply(hidden, weight.t(), out)
+        exact = self.dtypes.exact
+        if out.dtype == exact != hidden.dtype and not writes_wider(hidden.device.type):
+            hidden, weight = hidden.to(exact), weight.to(exact)
+        logits = out
+        if out.dtype.itemsize < hidden.dtype.itemsize:
+            logits = torch.empty_like(out, dtype=hidden.dtype)
+        multiply(hidden, weight.t(), logits)
         if self.bias is not None:
-            out.add_(self.bias[columns])
+            logits.add_(self.bias[columns])
+        if logits is not out:
+            out.copy_(logits)

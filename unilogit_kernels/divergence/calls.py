@@ -12,6 +12,7 @@ from unilogit_kernels.divergence.pairs import PairProblem
 from unilogit_kernels.loops import Gradients
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs
+from unilogit_kernels.selection import active_index
 
 _NOTHING = Needs(False, False, False)
 
@@ -41,7 +42,7 @@ def linear_values(
     n, device, dtype = student.hidden.shape[0], student.hidden.device, student.dtypes.exact
     values = student.hidden.new_zeros(n, dtype=dtype)
     state = pair_state.empty_state(n, device, dtype)
-    index = _active_index(active)
+    index = active_index(active)
     if _is_empty(n, index):
         return values, state
     loop = _loop(student, teacher, pair, index, _NOTHING, visits=1)
@@ -61,7 +62,7 @@ def linear_gradients(
     weight: Tensor,
 ) -> Gradients:
     """Gradients of `sum_i weight_i KL_i` from states, for the rows whose weight is not 0."""
-    index = _active_index(weight != 0)
+    index = active_index(weight != 0)
     gradients = _allocate(student, pair.vocab_size, needs, weight.numel(), index)
     if not _is_empty(weight.numel(), index):
         loop = _loop(student, teacher, pair, index, needs, visits=1)
@@ -80,7 +81,7 @@ def linear_loss(
     factor: Tensor,
 ) -> tuple[Tensor, Gradients]:
     """`factor * sum_i w_i KL_i` (0-d) and its gradients, from the rows whose weight is not 0."""
-    n, index = row_weight.numel(), _active_index(row_weight != 0)
+    n, index = row_weight.numel(), active_index(row_weight != 0)
     gradients = _allocate(student, pair.vocab_size, needs, n, index)
     if _is_empty(n, index):
         return factor.new_zeros(()), _spread(gradients, student, index)
@@ -108,12 +109,6 @@ def _loop(
     heads = student.head(index), teacher.head(index)
     plan = plan_pair(*heads, pair.vocab_size, needs, visits=visits)
     return PairLoop(*heads, pair if index is None else pair.at(index), plan)
-
-
-def _active_index(active: Tensor) -> Tensor | None:
-    """Positions of the active rows, or None if all are."""
-    index = active.nonzero()[:, 0]
-    return None if 0 < index.numel() == active.numel() else index
 
 
 def _is_empty(n: int, index: Tensor | None) -> bool:

@@ -21,10 +21,12 @@ from unilogit_kernels.loops import Gradients
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.plan import (
     ALIGNED_COLUMNS,
+    CHUNK_BYTES,
     MEMORY_BUDGET,
     MIN_CHUNK_TOKENS,
     MIN_TILE_COLUMNS,
-    TILE_BYTES,
+    aligned_size,
+    per_device,
     slices,
 )
 from unilogit_kernels.projection import LinearHead, Needs, multiply
@@ -68,7 +70,7 @@ def plan_pair(
         tile_bytes += dtypes.operands.itemsize
     casts_weight = any(x.weight.dtype != x.dtypes.operands for x in (student, teacher))
     # At least two chunks either way: no call ever holds n * V elements.
-    budget = MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])
+    budget = per_device(MEMORY_BUDGET, device_type)
     token_chunk = min((n + 1) // 2, budget // (vocab_size * tile_bytes))
     if needs.any() and not needs.weight and not casts_weight and token_chunk >= MIN_CHUNK_TOKENS:
         return PairPlan("token_chunks", token_chunk, vocab_size)
@@ -78,11 +80,10 @@ def plan_pair(
     widest = max(dtypes.logits.itemsize, teacher_logits.itemsize)
     if visits == 2 and needs.weight and row_bytes % widest == 0:
         kept = min(n, row_bytes // pair_bytes)
-    tile_elements = TILE_BYTES.get(device_type, TILE_BYTES["cuda"]) // tile_bytes
+    tile_elements = per_device(CHUNK_BYTES, device_type) // tile_bytes
     tokens = min(n, max(1, tile_elements // MIN_TILE_COLUMNS))
     columns = min((vocab_size + 1) // 2, max(1, tile_elements // tokens))
-    if columns > ALIGNED_COLUMNS:
-        columns -= columns % ALIGNED_COLUMNS
+    columns = aligned_size(columns, per_device(ALIGNED_COLUMNS, device_type))
     return PairPlan("vocabulary_chunks", tokens, columns, kept)
 
 

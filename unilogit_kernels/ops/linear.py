@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.compaction import (
+    EVERYTHING,
+    LinearInputs,
     compacted_gradient,
     compacted_log_odds,
     compacted_objective,
@@ -15,10 +17,12 @@ from unilogit_kernels.compaction import (
 from unilogit_kernels.ops.registration import (
     LIBRARY,
     NEEDS,
+    OPTIONS,
     ROWS,
     WEIGHTED,
     check_twice_differentiable,
     fake,
+    linear_inputs,
     literal_log_odds,
     literal_objective,
     operator,
@@ -29,6 +33,7 @@ from unilogit_kernels.ops.registration import (
     shape_of,
     weighted_objective,
 )
+from unilogit_kernels.plan import keep_capacity
 from unilogit_kernels.projection import GemmDtypes, Needs
 
 # ---- log-odds of a fused linear ----------------------------------------------------------------
@@ -36,31 +41,49 @@ from unilogit_kernels.projection import GemmDtypes, Needs
 _LINEAR = "Tensor hidden, Tensor weight, Tensor? bias"
 
 
-@operator(f"linear_log_odds({_LINEAR}, Tensor active, {ROWS}) -> (Tensor log_odds, Tensor state)")
+@operator(
+    f"linear_log_odds({_LINEAR}, Tensor active, {ROWS}, {OPTIONS}, bool needs_grad) "
+    "-> (Tensor log_odds, Tensor state, Tensor kept)"
+)
 def _linear_log_odds(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *rows: Any
-) -> tuple[Tensor, Tensor]:
-    problem = row_problem(*rows)
-    return compacted_log_odds(hidden, weight, bias, active, problem)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inputs = row_problem(*args[:5]), linear_inputs(hidden, weight, bias, *args[5:9])
+    keep = _new_kept(inputs, rows.vocab_size, needs_grad=args[9])
+    return *compacted_log_odds(inputs, active, rows, keep), keep
+
+
+def _new_kept(inputs: LinearInputs, vocab_size: int, *, needs_grad: bool) -> Tensor:
+    """Memory for logits that are kept for the backward, as much as the budget leaves."""
+    shape = inputs.shape(inputs.hidden.shape[0], vocab_size, EVERYTHING)
+    elements = keep_capacity(shape, inputs.options) if needs_grad else 0
+    return inputs.hidden.new_empty((elements,), dtype=inputs.dtypes.logits)
 
 
 @fake("linear_log_odds")
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    n = hidden.shape[0]
-    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(3, n, dtype=dtype)
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = linear_inputs(hidden, weight, bias, *args[5:9])
+    n, dtype = hidden.shape[0], inputs.dtypes.exact
+    return (
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(3, n, dtype=dtype),
+        _new_kept(inputs, args[3], needs_grad=args[9]),
+    )
 
 
 @operator(
-    f"linear_log_odds_backward({_LINEAR}, {ROWS}, Tensor state, Tensor slope, {NEEDS}) "
+    f"linear_log_odds_backward({_LINEAR}, Tensor active, {ROWS}, {OPTIONS}, Tensor state, "
+    f"Tensor kept, Tensor slope, {NEEDS}) "
     "-> (Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 def _linear_log_odds_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *rows, state, slope, need_hidden, need_weight, need_bias = args
-    needs = Needs(need_hidden, need_weight, need_bias)
-    gradients = compacted_gradient(hidden, weight, bias, row_problem(*rows), needs, state, slope)
+    rows, inputs = row_problem(*args[:5]), linear_inputs(hidden, weight, bias, *args[5:9])
+    state, kept, slope, *needs = args[9:]
+    gradients = compacted_gradient(inputs, active, rows, Needs(*needs), state, slope, kept)
     return (
         or_empty(gradients.hidden, hidden).to(hidden.dtype),
         or_empty(gradients.weight, weight).to(weight.dtype),
@@ -81,16 +104,18 @@ def _(
 
 
 def _linear_log_odds_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    hidden, weight, bias, _, labels, *ctx.settings = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, output[1])
+    hidden, weight, bias, active, labels, *ctx.settings = inputs[:9]
+    ctx.options = inputs[9:13]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, bias, active, labels, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, state = ctx.saved_tensors
-    rest = (None,) * 6
+def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, active, labels, state, kept = ctx.saved_tensors
+    rest = (None,) * 11
     if slope is None:
         return None, None, None, *rest
     needs = ctx.needs_input_grad[:3]
@@ -100,7 +125,17 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, _: Any) -> tuple[Tenso
         d, valid = literal_log_odds(logits, labels, *ctx.settings)
         return *_grad_of_some((hidden, weight, bias), needs, d, slope[valid]), *rest
     gradients = torch.ops.unilogit_kernels.linear_log_odds_backward(
-        hidden, weight, bias, labels, *ctx.settings, state, slope.contiguous(), *needs
+        hidden,
+        weight,
+        bias,
+        active,
+        labels,
+        *ctx.settings,
+        *ctx.options,
+        state,
+        kept,
+        slope.contiguous(),
+        *needs,
     )
     return *_wanted(gradients, needs), *rest
 
@@ -130,14 +165,17 @@ torch.library.register_autograd(
 
 
 @operator(
-    f"linear_objective_loss({_LINEAR}, {ROWS}, {WEIGHTED}, {NEEDS}) "
+    f"linear_objective_loss({_LINEAR}, {ROWS}, {WEIGHTED}, {OPTIONS}, {NEEDS}) "
     "-> (Tensor loss, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 def _linear_objective_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, weighted, needs = row_problem(*args[:5]), weighted_objective(*args[5:9]), Needs(*args[9:])
-    loss, gradients = compacted_objective(hidden, weight, bias, rows, needs, weighted)
+    *described, need_hidden, need_weight, need_bias = args
+    rows, weighted = row_problem(*described[:5]), weighted_objective(*described[5:-4])
+    inputs = linear_inputs(hidden, weight, bias, *described[-4:])
+    needs = Needs(need_hidden, need_weight, need_bias)
+    loss, gradients = compacted_objective(inputs, rows, needs, weighted)
     return (
         loss,
         or_empty(gradients.hidden, hidden),
@@ -164,7 +202,7 @@ def _linear_objective_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
     hidden, weight, bias, labels, *ctx.settings = inputs[:8]
-    row_weight, factor, *ctx.objective = inputs[8:12]
+    row_weight, factor, *ctx.objective = inputs[8:-7]
     literal = (hidden, weight, bias, labels, row_weight)
     if ctx.settings[-1] != "eager":
         literal = (None,) * 5
@@ -175,7 +213,7 @@ def _linear_objective_context(
 
 def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, row_weight, factor, *gradients = ctx.saved_tensors
-    rest = (None,) * 12
+    rest = (None,) * 16
     if upstream is None:
         return None, None, None, *rest
     needs = ctx.needs_input_grad[:3]

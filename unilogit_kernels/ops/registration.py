@@ -10,6 +10,8 @@ from torch import Tensor
 
 from unilogit_kernels import backends, objectives, reference
 from unilogit_kernels.backends import LogitTransform, ScaleKernels
+from unilogit_kernels.compaction import LinearInputs
+from unilogit_kernels.plan import LinearOptions
 from unilogit_kernels.rows import RowProblem, Weighted
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
@@ -19,6 +21,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 ROWS = "Tensor labels, float scale, float softcap, int vocab_size, str backend"
 WEIGHTED = "Tensor row_weight, Tensor factor, str objective, float[] parameters"
+OPTIONS = "int memory_budget, float skip_below, bool compact, ScalarType? logits_dtype"
 NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 
 
@@ -68,6 +71,20 @@ def weighted_objective(
 ) -> Weighted:
     """The arguments `WEIGHTED` as the layers below take them."""
     return Weighted(objectives.REGISTRY[objective](*parameters), row_weight, factor)
+
+
+def linear_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    memory_budget: int,
+    skip_below: float,
+    compact: bool,
+    logits_dtype: torch.dtype | None,
+) -> LinearInputs:
+    """Operands and the arguments `OPTIONS` as the layers below take them."""
+    options = LinearOptions(memory_budget, skip_below, compact)
+    return LinearInputs(hidden, weight, bias, logits_dtype, options)
 
 
 def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""`explain_plan` against what the loops do, and the default plan against bare GEMMs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_linear_options import GemmCounter
+from torch import Tensor
+
+from unilogit_kernels import explain_plan, linear_unilogit_loss
+from unilogit_kernels.explain import ACCELERATORS, PlanReport
+from unilogit_kernels.plan import MEMORY_BUDGET
+
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "kept whole": (96, 128, {}),
+    "kept in part": (192, 48, {}),
+    "many tokens": (1500, 32, {}),
+    "frozen weight": (96, 64, {"train_weight": False}),
+    "frozen hidden": (96, 64, {"train_hidden": False}),
+    "statistics alone": (96, 64, {"train_weight": False, "train_hidden": False}),
+    "recomputed": (96, 64, {"reduction": "none"}),
+    "recomputed, frozen weight": (96, 64, {"reduction": "none", "train_weight": False}),
+    "much memory": (192, 48, {"memory_budget": 1 << 28}),
+    "recomputed, much memory": (192, 48, {"memory_budget": 1 << 28, "reduction": "none"}),
+    "float32 logits": (192, 48, {"logits_dtype": torch.float32}),
+}
+V = 8003
+
+
+def _measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, int]:
+    """Operations of the GEMMs, and bytes beside operands and gradients, of a real call."""
+    options = {"memory_budget": 4 << 20, **options}
+    hidden = torch.randn(n, h).to(dtype).requires_grad_(options.pop("train_hidden", True))
+    weight = torch.randn(V, h).to(dtype).requires_grad_(options.pop("train_weight", True))
+    labels = torch.randint(0, V, (n,))
+    with GemmCounter() as counter:
+        loss = linear_unilogit_loss(hidden, weight, labels, backend="cpu", **options)
+        if loss.requires_grad:
+            loss.sum().backward()
+    results: list[Tensor] = [x for x in (hidden, weight) if x.requires_grad]
+    # Of float16, results wait in float32 and are scaled to float16 while these are alive.
+    size = 2 + 4 if dtype == torch.float16 and options.get("reduction") != "none" else None
+    return counter.flops, counter.peak_bytes - sum(
+        x.numel() * (size or x.element_size()) for x in results
+    )
+
+
+def _predicted(n: int, h: int, dtype: torch.dtype, **options: Any) -> PlanReport:
+    options = {"memory_budget": 4 << 20, **options}
+    return explain_plan(n, h, V, dtype=dtype, device="cpu", quiet=True, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_and_peak_are_those_of_the_loops(case: str, dtype: torch.dtype) -> None:
+    n, h, options = CASES[case]
+    flops, peak = _measured(n, h, dtype, **options)
+    report = _predicted(n, h, dtype, **options)
+    assert report.gemm_flops == flops
+    assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
+
+
+@pytest.mark.parametrize("n", [64, 1024, 8192, 65_536])
+@pytest.mark.parametrize("train_weight", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peak_is_within_the_budget(
+    n: int, train_weight: bool, dtype: torch.dtype, device: str
+) -> None:
+    """Up to sums of the hidden states' gradient, where they alone leave less than they should."""
+    h = 1024
+    report = explain_plan(
+        n, h, 128_256, dtype=dtype, device=device, train_weight=train_weight, quiet=True
+    )
+    sums = n * h * 4 + n * h * 2 if dtype != torch.float32 and train_weight else 0
+    budget = MEMORY_BUDGET[device]
+    vectors = 64 * n
+    assert report.peak_bytes <= max(budget, sums + vectors + budget // 4)
+
+
+@pytest.mark.parametrize("train_weight", [False, True])
+def test_default_plan_is_near_the_bare_gemms_on_an_h100(train_weight: bool) -> None:
+    """Predicted, from the data sheet."""
+    report = explain_plan(8192, 4096, 128_256, train_weight=train_weight, quiet=True)
+    assert set(report.predicted_seconds) == set(ACCELERATORS)
+    ratio = report.predicted_seconds["H100"] / report.bare_gemm_seconds["H100"]
+    assert 1.0 <= ratio <= 1.25
+
+
+def test_same_arguments_same_plan() -> None:
+    reports = [explain_plan(777, 96, 32_000, device="cpu", quiet=True) for _ in range(2)]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("train_weight", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cost_is_linear_in_tokens_and_columns(train_weight: bool, device: str) -> None:
+    """No quadratic part: launches and operations follow n and V, from 8 k to 64 k tokens."""
+    for n, v in ((65_536, 32_768), (8192, 262_144)):
+        small = explain_plan(
+            8192, 1024, 32_768, device=device, train_weight=train_weight, quiet=True
+        )
+        large = explain_plan(n, 1024, v, device=device, train_weight=train_weight, quiet=True)
+        assert large.gemm_flops <= 8 * 1.15 * small.gemm_flops
+        assert large.launches <= 8 * 2 * small.launches
+
+
+def test_kept_share_grows_with_the_budget() -> None:
+    shares = [
+        explain_plan(
+            512, 64, 32_000, device="cpu", reduction="none", memory_budget=budget << 20, quiet=True
+        ).kept_share
+        for budget in (8, 40, 60, 120)
+    ]
+    assert shares[0] == 0.0
+    assert shares == sorted(shares)
+    assert 0 < shares[1] < shares[2] < shares[3]
+    assert shares[3] > 0.8
+
+
+def test_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    report = explain_plan(8192, 4096, 128_256)
+    printed = capsys.readouterr().out
+    assert printed.strip() == str(report)
+    assert "H100" in printed
+    assert printed.count("predicted") == len(ACCELERATORS)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="vocab_size >= 2, got 5, 4, 1"):
+        explain_plan(5, 4, 1)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        explain_plan(5, 4, 10, reduction="max")
