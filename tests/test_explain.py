@@ -15,7 +15,7 @@ from unilogit_kernels.plan import MEMORY_BUDGET
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "kept whole": (96, 128, {}),
-    "kept in part": (192, 48, {}),
+    "kept in part": (192, 48, {"memory_budget": 2 << 20}),
     "many tokens": (1500, 32, {}),
     "frozen weight": (96, 64, {"train_weight": False}),
     "frozen hidden": (96, 64, {"train_hidden": False}),
@@ -77,7 +77,7 @@ def test_peak_is_within_the_budget(
     sums = n * h * 4 + n * h * 2 if dtype != torch.float32 and train_weight else 0
     budget = MEMORY_BUDGET[device]
     vectors = 64 * n
-    assert report.peak_bytes <= max(budget, sums + vectors + budget // 4)
+    assert report.peak_bytes <= max(budget, sums + vectors + budget // 2)
 
 
 @pytest.mark.parametrize("train_weight", [False, True])

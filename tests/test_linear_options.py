@@ -84,7 +84,7 @@ class TestKeptLogits:
 
     def test_spare_the_projection_where_the_budget_has_room(self, backend: str) -> None:
         assert self.gemms(1 << 20, backend) == 4.0
-        assert 3.0 < self.gemms(1 << 30, backend) < 3.6
+        assert 3.0 < self.gemms(1 << 30, backend) < 3.3
 
     @pytest.mark.parametrize("frozen", [False, True])
     def test_give_the_same_gradients(self, backend: str, dtype: torch.dtype, frozen: bool) -> None:

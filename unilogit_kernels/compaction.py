@@ -20,7 +20,7 @@ from unilogit_kernels.memory import allocate
 from unilogit_kernels.plan import (
     LinearOptions,
     LinearShape,
-    keeping_logits,
+    plan_keeping,
     plan_linear,
 )
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs
@@ -108,10 +108,10 @@ def compacted_log_odds(
     head = inputs.head(active, index)
     part = rows if index is None else rows._replace(labels=rows.labels[index])
     m = head.hidden.shape[0]
-    # Logits that are kept are kept in the cut of the backward.
-    needs = EVERYTHING if keep.numel() else NOTHING
-    shape = inputs.shape(m, rows.vocab_size, needs)
-    plan = plan_linear(shape, inputs.options, visits=1, coupled=True)
+    shape = inputs.shape(m, rows.vocab_size, NOTHING)
+    plan = plan_linear(shape, inputs.options, visits=1)
+    if keep.numel():
+        plan = plan_keeping(shape, inputs.options, m)
     part_state = linear_state(head, part, plan, KeptLogits(keep, m))
     part_log_odds = row_state.log_odds(part_state, part.labels, part.vocab_size)
     if index is None:
@@ -154,8 +154,8 @@ def compacted_gradient(
         # The cut of the forward, which saw every active row.
         first = inputs.positions(active)
         forward_tokens = slope.numel() if first is None else first.numel()
-        shape = inputs.shape(forward_tokens, rows.vocab_size, EVERYTHING)
-        plan = keeping_logits(plan_linear(shape, inputs.options, visits=1, coupled=True), m)
+        shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
+        plan = plan_keeping(shape, inputs.options, m)
         saved = KeptLogits(kept, forward_tokens)
         if index is not None:
             position = (active.cumsum(0) - 1)[index] if first is not None else index

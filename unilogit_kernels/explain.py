@@ -12,7 +12,7 @@ from unilogit_kernels.plan import (
     LinearShape,
     Plan,
     keep_capacity,
-    keeping_logits,
+    plan_keeping,
     plan_linear,
 )
 from unilogit_kernels.plan_cost import Costs, Launch
@@ -182,13 +182,15 @@ def _finished(shape: LinearShape, options: LinearOptions) -> list[Costs]:
 def _recomputing(shape: LinearShape, options: LinearOptions) -> list[Costs]:
     everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
     kept = keep_capacity(everything, options) if shape.needs.any() else 0
-    forward_shape = everything if kept else shape._replace(needs=Needs(False, False, False))
-    forward = plan_linear(forward_shape, options, visits=1, coupled=True)
+    forward_shape = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
+    forward = plan_linear(forward_shape, options, visits=1)
+    if kept:
+        forward = plan_keeping(shape, options, shape.n)
     calls = [Costs(forward_shape, forward, gradients=False, kept_logits=kept)]
     if shape.needs.any():
         backward = plan_linear(shape, options, visits=1)
         if kept:
-            backward = keeping_logits(forward, shape.n)
+            backward = forward
         calls.append(Costs(shape, backward, statistics=False, kept_logits=kept))
     return calls
 

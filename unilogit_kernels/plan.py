@@ -40,13 +40,16 @@ ALIGNED_TOKENS = {"cpu": 1, "cuda": 64}
 MIN_CHUNK_TOKENS = 16
 """Below this many tokens, token chunks would read the whole weight for too little work."""
 
+KEPT_PARTS = 8
+"""Chunks of columns, at least, where some are kept for a recomputing backward."""
+
 MIN_REPROJECTED = 1.125
 """Tokens, as a multiple of those that can be kept, from which on the vocabulary order projects so
 many of them twice that adding the weight's gradient up over token chunks is cheaper."""
 
-MIN_BUFFER_SHARE = 4
-"""The logits get at least 1 / this of the budget, where sums of the hidden states' gradient, which
-grow with the tokens, would leave them less."""
+MIN_BUFFER_SHARE = 2
+"""Logits get at least 1 / this of the budget, where float32 sums of the hidden states' gradient,
+which grow with the tokens, would leave them less."""
 
 
 class LinearOptions(NamedTuple):
@@ -158,7 +161,8 @@ def plan_linear(
     """
     budget = (options or LinearOptions()).budget(shape.device_type) - vector_bytes(shape)
     if not coupled and _suits_tokens(shape, budget, visits=visits):
-        tokens = _token_chunk(shape, budget - _weight_sum_bytes(shape), row_bytes(shape))
+        left = max(budget - weight_sum_bytes(shape), budget // MIN_BUFFER_SHARE)
+        tokens = _token_chunk(shape, left, row_bytes(shape))
         if tokens >= MIN_CHUNK_TOKENS:
             return Plan("token_chunks", tokens, shape.vocab_size, _row_tile(shape, tokens))
     kept, row_tokens, keeps_rows = 0, 0, False
@@ -187,9 +191,24 @@ def plan_linear(
     )
 
 
-def keeping_logits(forward: Plan, m: int) -> Plan:
-    """The cut of a backward of `m` tokens that finds logits where the forward kept them."""
-    return replace(forward, tokens=min(forward.tokens, m))
+def plan_keeping(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
+    """The cut of a forward of `shape.n` tokens that keeps logits, and of its backward of `m`.
+
+    Both must have one cut of the columns. It has at least `KEPT_PARTS` chunks, so that what is kept
+    fills the room for it.
+    """
+    everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
+    plan = plan_linear(everything, options, visits=1, coupled=True)
+    part = -(-shape.vocab_size // KEPT_PARTS)
+    columns = min(plan.columns, max(part, MIN_TILE_COLUMNS))
+    columns = aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
+    return replace(
+        plan,
+        tokens=min(plan.tokens, m),
+        columns=columns,
+        tile_columns=min(plan.tile_columns, columns),
+        row_columns=0,
+    )
 
 
 def keep_capacity(shape: LinearShape, options: LinearOptions) -> int:
@@ -246,17 +265,21 @@ def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
     if not shape.needs.weight:
         return True
     # A weight gradient that adds up over the chunks must do so in float32.
-    if _weight_sum_bytes(shape) > budget // 2:
+    if weight_sum_bytes(shape) > max(budget // MIN_BUFFER_SHARE, hidden_sum_bytes(shape)):
         return False
     dtype = shape.dtypes.operands if shape.separate_rows else shape.dtypes.logits
     return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, dtype)
 
 
-def _weight_sum_bytes(shape: LinearShape) -> int:
-    """Bytes in which the weight's gradient adds up over token chunks, beside its own memory."""
+def weight_sum_bytes(shape: LinearShape) -> int:
+    """Bytes in which the weight's gradient adds up over token chunks, beside its own memory.
+
+    Where the GEMM cannot add to a wider sum, its product is a tensor of its own.
+    """
     if not shape.needs.weight or shape.dtypes.results == shape.dtypes.exact:
         return 0
-    return shape.vocab_size * shape.h * shape.dtypes.exact.itemsize
+    product = 0 if writes_wider(shape.device_type) else shape.dtypes.operands.itemsize
+    return shape.vocab_size * shape.h * (shape.dtypes.exact.itemsize + product)
 
 
 def vector_bytes(shape: LinearShape) -> int:

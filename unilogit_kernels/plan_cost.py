@@ -17,6 +17,7 @@ from unilogit_kernels.plan import (
     token_groups,
     token_tiles,
     vector_bytes,
+    weight_sum_bytes,
 )
 from unilogit_kernels.projection import writes_wider
 
@@ -75,8 +76,7 @@ class Costs:
         v, exact = shape.vocab_size, dtypes.exact.itemsize
         if plan.order == "token_chunks":
             buffers = plan.tokens * v * row_bytes(shape)
-            if shape.needs.weight and dtypes.results != dtypes.exact:
-                buffers += v * shape.h * exact
+            buffers += weight_sum_bytes(shape)
             return buffers + self._projection_bytes(plan.tokens) + vectors
         tiles = self._longest() * plan.tile_columns * dtypes.logits.itemsize
         cast = plan.columns * shape.h * dtypes.operands.itemsize if shape.casts_weight else 0

@@ -1,0 +1,231 @@
+"""The fused head inside autograd's wider machinery: several processes, sharding, 64-bit offsets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import check, linear_problem
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from unilogit_kernels import (
+    compaction,
+    linear_target_log_odds,
+    linear_unilogit_loss,
+    loops,
+    unilogit_loss,
+)
+from unilogit_kernels.plan import LinearOptions, LinearShape, Plan, plan_linear
+from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs, multiply
+
+N, H, V = 12, 16, 300
+
+
+class Model(nn.Module):
+    """A body and a head whose loss runs inside `forward`, where sharded weights are gathered."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(H, H), Head(fused=fused)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.lm_head(torch.tanh(self.body(x)), labels)
+        return loss
+
+
+class Head(nn.Linear):
+    """An lm_head that returns the loss."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__(H, V, bias=False)
+        self.fused = fused
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        if self.fused:
+            return linear_unilogit_loss(x, self.weight, labels)
+        return unilogit_loss(super().forward(x), labels)
+
+
+def _worker(rank: int, kind: str, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    gradients = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model: nn.Module = Model(fused=fused)
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+            for part in (*model.children(), model):
+                fully_shard(part, mesh=mesh)
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(N, H, generator=generator)
+        labels = torch.randint(0, V, (N,), generator=generator)
+        labels[rank] = -100
+        model(x, labels).backward()
+        gradients.append([_whole(p.grad) for p in model.parameters()])
+    for plain, ours in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
+    dist.destroy_process_group()
+
+
+def _whole(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes(kind: str, tmp_path: Path) -> None:
+    """Gradients through DDP's buckets and FSDP2's shards are those of unfused logits."""
+    spawn(_worker, args=(kind, str(tmp_path / "rendezvous")), nprocs=2, join=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tied_embedding(backend: str, reduction: str) -> None:
+    """One parameter as embedding and lm_head: both gradients arrive."""
+    ids, labels = torch.randint(0, V, (N,)), torch.randint(0, V, (N,))
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(1)
+        table = torch.randn(V, H, requires_grad=True)
+        hidden = torch.tanh(nn.functional.embedding(ids, table))
+        if fused:
+            loss = linear_unilogit_loss(hidden, table, labels, reduction=reduction, backend=backend)
+        else:
+            loss = unilogit_loss(hidden @ table.t(), labels, reduction=reduction, backend="eager")
+        results.append(torch.autograd.grad(loss.sum(), table)[0])
+    assert torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_budget", [1 << 20, 1 << 30])
+def test_backward_twice_where_logits_are_kept(backend: str, memory_budget: int) -> None:
+    hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    d = linear_target_log_odds(
+        hidden, weight, torch.arange(N), memory_budget=memory_budget, backend=backend
+    )
+    upstream = torch.randn(N)
+    first = torch.autograd.grad(d, (hidden, weight), upstream, retain_graph=True)
+    second = torch.autograd.grad(d, (hidden, weight), upstream)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("plan_of", ["rows", "logits", "tokens"])
+def test_every_way_of_keeping(monkeypatch: pytest.MonkeyPatch, backend: str, plan_of: str) -> None:
+    """Tiles narrower than chunks, chunks shorter than the tokens, and a weight that adds up."""
+    n, h, v = 30, 24, 130
+    problem = linear_problem(n, h, v, torch.bfloat16, bias=True, softcap=4.0)
+    m = int((problem.labels != -100).sum())
+    plans = {
+        "rows": [
+            Plan("vocabulary_chunks", tokens, 50, 20, kept, True, 5, 30)
+            for tokens in (m, 7)
+            for kept in (h, 10)
+        ],
+        "logits": [Plan("vocabulary_chunks", tokens, 50, 20, 12) for tokens in (m, 7)],
+        "tokens": [Plan("token_chunks", 7, v, 40)],
+    }[plan_of]
+    for plan in plans:
+        plan = Plan(**{**plan.__dict__, "kept_tokens": min(plan.kept_tokens, m)})
+        monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
+        check(problem, backend, logits_dtype=torch.float32 if plan_of != "tokens" else None)
+
+
+class TestGpuBranch:
+    """Without a GPU: shapes and dtypes of what a GPU would run, and offsets beyond 32 bits."""
+
+    def test_gemms_of_wider_results(self) -> None:
+        """The overloads that write and add float32 from bfloat16, on tensors without data."""
+        a = torch.empty(8, 4, dtype=torch.bfloat16, device="meta")
+        b = torch.empty(4, 6, dtype=torch.bfloat16, device="meta")
+        wide = torch.empty(8, 12, device="meta")[:, :6]
+        assert torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=wide) is wide
+        added = torch.ops.aten.addmm.dtype_out(wide, a, b, torch.float32, out=wide)
+        assert added is wide
+        assert wide.stride() == (12, 1)
+
+    @pytest.mark.parametrize("train_weight", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    def test_default_plan_runs_on_tensors_without_data(
+        self, monkeypatch: pytest.MonkeyPatch, train_weight: bool, dtype: torch.dtype
+    ) -> None:
+        """The loop at 8192 x 128,256 x 4096 with the plan, dtypes and GEMMs of a GPU."""
+        n, h, v = 8192, 4096, 128_256
+        monkeypatch.setattr("unilogit_kernels.projection.writes_wider", lambda _: True)
+        dtypes = GemmDtypes.of(dtype, "cuda")
+        needs = Needs(hidden=True, weight=train_weight, bias=False)
+        plan = plan_linear(LinearShape(n, h, v, dtypes, dtype, "cuda", needs), visits=2)
+        # A copy on this device would count as memory: the fake one has no data.
+        products: list[tuple[torch.dtype, torch.dtype]] = []
+
+        def watched(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+            assert a.dtype == b.dtype == dtypes.operands
+            assert a.shape[1] == b.shape[0]
+            assert out.shape == (a.shape[0], b.shape[1])
+            products.append((a.dtype, out.dtype))
+            multiply(a, b, out, accumulate=accumulate)
+
+        monkeypatch.setattr(loops, "multiply", watched)
+        with FakeTensorMode():
+            hidden = torch.empty(n, h, dtype=dtype, device="meta")
+            weight = torch.empty(v, h, dtype=dtype, device="meta")
+            head = LinearHead(hidden, weight, None, dtypes)
+            gradients = loops.Gradients(
+                torch.empty_like(hidden, dtype=dtypes.results),
+                torch.empty_like(weight, dtype=dtypes.results) if train_weight else None,
+                None,
+            )
+            from unilogit_kernels.backends import LogitTransform
+            from unilogit_kernels.objectives import CrossEntropy
+            from unilogit_kernels.rows import RowProblem, Weighted
+
+            rows = RowProblem(
+                torch.empty(n, dtype=torch.int64, device="meta"), LogitTransform(), v, _NoKernels()
+            )
+            ones = torch.ones(n, device="meta")
+            weighted = Weighted(CrossEntropy(), ones, torch.ones((), device="meta"))
+            options = LinearOptions(compact=False)
+            values = loops.linear_objective(head, rows, plan, weighted, gradients, options)
+            assert values.shape == (n,)
+        # Sums are float32; a finished gradient is written at once in its own dtype.
+        assert {out for _, out in products} <= {torch.float32, dtypes.results}
+        assert products
+
+
+class _NoKernels:
+    """Row kernels that check what they are given and compute nothing."""
+
+    name = "none"
+
+    def log_odds_update(self, logits, labels, first_column, state, transform):  # type: ignore[no-untyped-def]
+        assert logits.shape[0] == labels.shape[0] == state.shape[1]
+
+    def log_odds_gradient(  # type: ignore[no-untyped-def]
+        self, logits, labels, first_column, state, slope, out, transform
+    ):
+        assert logits.shape == out.shape
+        assert logits.shape[0] == labels.shape[0] == state.shape[1] == slope.shape[0]
+
+
+def test_more_than_2_31_logits(backend: str) -> None:
+    """CASES 23: n * V beyond 2^31 without holding it, with more than 65,535 tokens.
+
+    Every hidden state is the same, so one row's result is everybody's.
+    """
+    n, h, v = 70_000, 1, 33_000
+    hidden = torch.ones(1, h).expand(n, h)
+    weight = (torch.arange(v) % 7).float()[:, None]
+    labels = torch.zeros(n, dtype=torch.int64)
+    labels[: n - 3] = -100  # the last rows alone are computed: their offsets are what matters
+    x = hidden.clone().requires_grad_()
+    d = linear_target_log_odds(x, weight, labels, compact=True, backend=backend)
+    single = linear_target_log_odds(hidden[:1], weight, labels[-1:], backend=backend)
+    assert torch.equal(d[-3:], single.expand(3))
