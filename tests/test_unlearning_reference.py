@@ -12,7 +12,8 @@ from tiny_models import make_model, one_thread
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from unilogit_kernels import Shift, Uniform
+from unilogit_kernels import Shift, Uniform, kl_loss
+from unilogit_kernels.divergence import count_ignored_positions
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.reference_model import frozen_copy, fused_kl_loss
 
@@ -153,3 +154,34 @@ def test_vocabularies_of_two_sizes_need_the_number_of_real_tokens() -> None:
     with pytest.raises(ValueError, match="259 and 270 columns"):
         fused_kl_loss(model, reference, **batch())
     assert fused_kl_loss(model, reference, vocab_size=259, **batch()) > 0
+
+
+def averaging_ignored_positions(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """UnDIAL as OpenUnlearning has it: each position counts, and -100 indexes from the end."""
+    strength = 4.0
+    lowered = teacher.clone()
+    for row in range(len(labels)):
+        lowered[row, int(labels[row])] -= strength
+    soft = lowered.softmax(-1)
+    entropy = -(soft * soft.log()).sum(-1)
+    return (-(soft * student.log_softmax(-1)).sum(-1) - entropy).mean()
+
+
+def test_averaging_ignored_positions_can_be_reproduced() -> None:
+    torch.manual_seed(0)
+    student = torch.randn(12, 259, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(12, 259, dtype=torch.float64)
+    labels = torch.randint(0, 259, (12,))
+    labels[:5] = -100
+    counted = count_ignored_positions(labels, 259)
+    losses = (
+        kl_loss(student, teacher, counted, rewrite=Shift(4.0)),
+        averaging_ignored_positions(student, teacher, labels),
+        kl_loss(student, teacher, labels, rewrite=Shift(4.0)),
+    )
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
+    assert torch.allclose(losses[0], losses[1])
+    assert torch.allclose(gradients[0], gradients[1])
+    assert not torch.allclose(gradients[0], gradients[2])
+    with pytest.raises(ValueError, match=r"ignore_index must be in \[-50, 0\)"):
+        count_ignored_positions(labels, 50)

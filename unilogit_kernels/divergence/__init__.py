@@ -6,6 +6,18 @@ describes a pair of rows.
 """
 
 from unilogit_kernels.divergence.closed_form import Mask, Rewrite, Shift, Uniform
-from unilogit_kernels.divergence.functional import kl_loss, linear_kl_loss
+from unilogit_kernels.divergence.functional import (
+    count_ignored_positions,
+    kl_loss,
+    linear_kl_loss,
+)
 
-__all__ = ["Mask", "Rewrite", "Shift", "Uniform", "kl_loss", "linear_kl_loss"]
+__all__ = [
+    "Mask",
+    "Rewrite",
+    "Shift",
+    "Uniform",
+    "count_ignored_positions",
+    "kl_loss",
+    "linear_kl_loss",
+]

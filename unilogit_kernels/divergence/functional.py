@@ -221,6 +221,36 @@ def linear_kl_loss(
     return loss
 
 
+def count_ignored_positions(labels: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
+    """Labels with which every position counts, as in OpenUnlearning's `compute_undial_loss`.
+
+    That implementation of UnDIAL averages over prompt and padding too, and indexes the vocabulary
+    with their label -100, from its end: there the teacher's token `V - 100` is lowered. With these
+    labels `kl_loss(..., rewrite=Shift(beta))` has the same gradients (its loss is less by the
+    target's entropy, a constant). For comparisons with it only: leave ignored labels as they are
+    for the method of the paper.
+
+    Args:
+        labels: int64 or int32 `[...]`.
+        vocab_size: V, the columns of the logits.
+        ignore_index: Negative, at least `-vocab_size`.
+
+    Returns:
+        `[...]`, all in `[0, vocab_size)`.
+
+    Raises:
+        ValueError: `ignore_index` does not index the vocabulary from its end.
+
+    Example:
+        >>> import torch
+        >>> count_ignored_positions(torch.tensor([5, -100]), vocab_size=1000)
+        tensor([  5, 900])
+    """
+    if not -vocab_size <= ignore_index < 0:
+        raise ValueError(f"ignore_index must be in [{-vocab_size}, 0), got {ignore_index}")
+    return torch.where(labels == ignore_index, vocab_size + ignore_index, labels)
+
+
 def _detached(teacher: Any) -> Any:
     return teacher.detach() if isinstance(teacher, Tensor) else teacher
 
