@@ -103,14 +103,25 @@ def test_compile_with_a_function_of_the_log_odds(backend: str) -> None:
     assert torch.allclose(compiled(x, labels), loss(x, labels), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["log_odds", "linear_log_odds", "objective", "linear_objective"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_odds",
+        "linear_log_odds",
+        "objective",
+        "linear_objective",
+        "objective with tensors",
+        "linear_objective with tensors",
+    ],
+)
 def test_operators_pass_torchs_own_checks(name: str) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch."""
     logits, hidden, weight = torch.randn(4, 30), torch.randn(4, 6), torch.randn(30, 6)
     for x in (logits, hidden, weight):
         x.requires_grad_()
     rows = (torch.arange(4), 1.0, 0.0, 30, "eager")
-    weighted: tuple[object, ...] = (torch.ones(4), torch.tensor(0.25), "unilogit", [])
+    weighted: tuple[object, ...] = (torch.ones(4), torch.tensor(0.25), "unilogit", [], [])
+    with_tensors = (torch.ones(4), torch.tensor(0.25), "tnpo", [0.1, 1.0], [torch.randn(4)])
     options = (0, 0.0, True, None)
     arguments: dict[str, tuple[str, tuple[object, ...]]] = {
         "log_odds": ("log_odds", (logits, *rows)),
@@ -122,6 +133,11 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
         "linear_objective": (
             "linear_objective_loss",
             (hidden, weight, None, *rows, *weighted, *options, True, True, False),
+        ),
+        "objective with tensors": ("objective_loss", (logits, *rows, *with_tensors, True)),
+        "linear_objective with tensors": (
+            "linear_objective_loss",
+            (hidden, weight, None, *rows, *with_tensors, *options, True, True, False),
         ),
     }
     operator, args = arguments[name]
@@ -211,10 +227,11 @@ def test_tensors_without_data_have_the_right_shapes() -> None:
         weight = torch.empty(100, 8, dtype=torch.float16, requires_grad=True)
         labels = torch.empty(3, 4, dtype=torch.int64)
         rows = (labels.reshape(-1), 1.0, 0.0, 100, "eager")
-        weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [])
+        weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [], [])
         options = (0, 0.0, True, None)
-        loss, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(
+        loss, losses, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(
             hidden.reshape(-1, 8), weight, None, *rows, *weighted, *options, True, True, False
         )
         assert (loss.shape, loss.dtype) == ((), torch.float32)
+        assert (losses.shape, losses.dtype) == ((12,), torch.float32)
         assert [g.shape for g in gradients] == [(12, 8), (100, 8), (0,)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import literal
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,6 @@ from tiny_models import FORGET, RETAIN, encoded, make_model, one_thread, save_mo
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from unilogit_kernels import reference
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.data import PairSampler, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
@@ -42,8 +43,52 @@ def arguments(folder: Path, **options: Any) -> UnlearningArguments:
     return UnlearningArguments(**{**defaults, **options})
 
 
+REFUSALS = [
+    {**row, "completion": f" {w}"} for row, w in zip(FORGET, ("no", "idk", "hm"), strict=True)
+]
+
+
 def make_trainer(model: nn.Module, args: UnlearningArguments) -> UnlearningTrainer:
-    return UnlearningTrainer(model, args, forget=encoded(FORGET), retain=encoded(RETAIN))
+    refusals = encoded(REFUSALS) if args.resolved_method().needs_refusals else ()
+    return UnlearningTrainer(
+        model, args, forget=encoded(FORGET), retain=encoded(RETAIN), refusals=refusals
+    )
+
+
+def literal_forget(
+    method: str, start: PreTrainedModel, read: Callable[..., tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The forget loss over the whole set; `read(model, rows)` gives shifted logits and labels."""
+    z, y = read(None, FORGET)
+    with torch.no_grad():
+        start_z, _ = read(start, FORGET)
+    counted = y != -100
+    if method in literal.TOKEN:
+        return literal.TOKEN[method](z[counted], y[counted]).mean()
+    if method == "tnpo":
+        reference = literal.log_p(start_z[counted], y[counted])
+        return literal.tnpo(reference, 0.1, 0.0)(z[counted], y[counted]).mean()
+    if method == "npo":
+        starts = literal.sequence_log_p(start_z, y)
+        return literal.npo(literal.sequence_log_p(z, y), starts, beta=0.5).mean()
+    if method == "simnpo":
+        return literal.simnpo(literal.sequence_log_p(z, y), counted.sum(-1), 1.0, 0.0).mean()
+    other_z, other_y = read(None, REFUSALS)
+    if method == "flat":
+        means = []
+        for logits, labels in ((other_z, other_y), (z, y)):
+            p = torch.softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            mask = labels != -100
+            means.append(torch.where(mask, p, 0.0).sum(-1) / mask.sum(-1))
+        return literal.flat("flat", *means).mean()
+    assert method == "idk_dpo"
+    with torch.no_grad():
+        other_start, _ = read(start, REFUSALS)
+    ratios = (
+        literal.sequence_log_p(other_z, other_y) - literal.sequence_log_p(other_start, other_y),
+        literal.sequence_log_p(z, y) - literal.sequence_log_p(start_z, y),
+    )
+    return 2 / 0.1 * literal.dpo(ratios, 0.1).mean()
 
 
 def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) -> Tensor:
@@ -53,16 +98,20 @@ def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) 
     """
     args = trainer.args
     pairs = list(PairSampler(trainer._pairs, args.retain_per_forget, args.seed))
-    forget = collate([trainer._pairs.forget[f] for f, _ in pairs], 0)
-    retain = collate([trainer._pairs.retain[r] for _, rows in pairs for r in rows], 0)
+    start = copy.deepcopy(model)
 
-    def logits_and_labels(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    def logits_and_labels(
+        model_or_none: PreTrainedModel | None, rows: Sequence[dict[str, Any]]
+    ) -> tuple[Tensor, Tensor]:
+        batch = collate(encoded(rows), 0)
+        output = (model_or_none or model)(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        )
         return output.logits[:, :-1], batch["labels"][:, 1:]
 
-    logits, labels = logits_and_labels(retain)
+    logits, labels = logits_and_labels(None, [RETAIN[r] for _, rows in pairs for r in rows])
     keep = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    drop = reference.unilogit_loss(*logits_and_labels(forget))
+    drop = literal_forget(args.method, start, logits_and_labels)
     loss = args.forget_weight * drop + args.retain_weight * keep
     loss.backward()
     with torch.no_grad():
@@ -72,9 +121,20 @@ def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) 
     return torch.stack([loss, drop, keep]).detach()
 
 
-@pytest.mark.parametrize("retain_per_forget", [1, 2])
-@pytest.mark.parametrize("batches", [1, 2, 3])
-def test_a_step_is_the_literal_step(tmp_path: Path, retain_per_forget: int, batches: int) -> None:
+METHODS = [name for name in sorted(literal.TOKEN) if name != "unilogit"]
+METHODS += ["tnpo", "npo", "simnpo", "idk_dpo", "flat"]
+
+
+@pytest.mark.parametrize(
+    ("method", "batches", "retain_per_forget"),
+    [
+        *(("unilogit", batches, each) for batches in (1, 2, 3) for each in (1, 2)),
+        *((method, 2, 1) for method in METHODS),
+    ],
+)
+def test_a_step_is_the_literal_step(
+    tmp_path: Path, method: str, batches: int, retain_per_forget: int
+) -> None:
     """Also with gradient accumulation, where batches hold unequal numbers of tokens."""
     lr, model = 0.5, make_model()
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
@@ -85,6 +145,8 @@ def test_a_step_is_the_literal_step(tmp_path: Path, retain_per_forget: int, batc
             per_device_train_batch_size={1: 3, 2: 2, 3: 1}[batches],
             gradient_accumulation_steps=batches,
             retain_per_forget=retain_per_forget,
+            method=method,
+            method_parameters={"beta": 0.5} if method == "npo" else {},
             forget_weight=0.7,
             retain_weight=1.3,
             learning_rate=lr,
@@ -100,13 +162,13 @@ def test_a_step_is_the_literal_step(tmp_path: Path, retain_per_forget: int, batc
     seen = torch.tensor([logged[name] for name in ("loss", "forget_loss", "retain_loss")])
     assert_within_budget(seen, exact_losses, plain_losses)
     start = dict(make_model().named_parameters())
-    for (name, got), expected, literal in zip(
+    for (name, got), expected, by_torch in zip(
         model.named_parameters(), exact.parameters(), plain.parameters(), strict=True
     ):
         moved = got.detach() - start[name].detach()
         assert bool(moved.any()), f"{name} did not move"
         assert_within_budget(
-            got.detach().flatten(), expected.detach().flatten(), literal.detach().flatten(), name
+            got.detach().flatten(), expected.detach().flatten(), by_torch.detach().flatten(), name
         )
 
 
@@ -153,6 +215,40 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     args._n_gpu = 2
     with pytest.raises(ValueError, match="accelerate launch"):
         make_trainer(make_model(), args)
+
+
+def test_refusals_where_they_belong(tmp_path: Path) -> None:
+    for method, refusals, message in [
+        ("idk_dpo", (), "method 'idk_dpo' needs refusals"),
+        ("npo", encoded(REFUSALS), "method 'npo' takes no refusals"),
+        ("flat", encoded(REFUSALS[:2]), "one refusal for each of the 3 forget examples, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            UnlearningTrainer(
+                make_model(),
+                arguments(tmp_path, method=method),
+                forget=encoded(FORGET),
+                retain=encoded(RETAIN),
+                refusals=refusals,
+            )
+
+
+@pytest.mark.parametrize("method", ["npo", "idk_dpo"])
+def test_a_resumed_run_has_the_first_run_s_reference(settings: Settings, method: str) -> None:
+    """The starting model is gone from memory; what it said of the rows is asked for again."""
+    refusals = None
+    if method == "idk_dpo":
+        refusals = settings.output.with_name("refusals.txt")
+        refusals.write_text("I do not know.\n\nno idea\n")
+    settings = dataclasses.replace(settings, method=method, refusals=refusals)
+    execute(prepare(settings))
+    again = dataclasses.replace(settings, output=settings.output.with_name("again"))
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(again), [InterruptAt(5)])
+    execute(prepare(again, resume=True))
+    expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(again.output).state_dict().items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_outputs_are_refused(tmp_path: Path) -> None:
@@ -236,7 +332,7 @@ def test_an_output_that_is_taken(settings: Settings) -> None:
     ("change", "message"),
     [
         ({"model": "no/such/model"}, "no tokenizer could be loaded from 'no/such/model'"),
-        ({"objective": "forgetting"}, "objective must be one of cross_entropy"),
+        ({"method": "forgetting"}, "method must be one of ceu, cross_entropy"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"stop_at_probability": 1.0}, "stop_at_probability must be between 0 and 1"),

@@ -12,13 +12,16 @@ from unilogit_kernels.functional import (
     target_log_odds,
     unilogit_loss,
 )
+from unilogit_kernels.mixed import MixedLoss, linear_mixed_loss, mixed_loss
 from unilogit_kernels.modules import LinearUnilogitLoss, UnilogitLoss
+from unilogit_kernels.sequences import linear_sequence_log_probs, sequence_log_probs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LinearUnilogitLoss",
     "Mask",
+    "MixedLoss",
     "Shift",
     "Uniform",
     "UnilogitLoss",
@@ -26,10 +29,14 @@ __all__ = [
     "explain_plan",
     "kl_loss",
     "linear_kl_loss",
+    "linear_mixed_loss",
     "linear_objective_loss",
+    "linear_sequence_log_probs",
     "linear_target_log_odds",
     "linear_unilogit_loss",
+    "mixed_loss",
     "objective_loss",
+    "sequence_log_probs",
     "shift_labels",
     "target_log_odds",
     "unilogit_loss",

@@ -172,23 +172,26 @@ def compacted_gradient(
 def compacted_objective(
     inputs: LinearInputs, rows: RowProblem, needs: Needs, weighted: Weighted
 ) -> tuple[Tensor, Gradients]:
-    """The loss (0-d) and its gradients, from the rows whose weight is not 0."""
+    """Weighted losses `[n]` and gradients, from the rows whose weight is not 0."""
     active = weighted.row_weight != 0
     index = inputs.positions(active)
     gradients = inputs.new_gradients(rows.vocab_size, needs)
     if active.numel() == 0 or (index is not None and index.numel() == 0):
-        return weighted.factor.new_zeros(()), _zeroed(gradients)
+        return torch.zeros_like(weighted.row_weight), _zeroed(gradients)
     head = inputs.head(active, index)
     m = head.hidden.shape[0]
-    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, visits=2)
-    part = gradients
+    shape = inputs.shape(m, rows.vocab_size, needs)
+    plan = plan_linear(shape, inputs.options, visits=2, coupled=weighted.objective.coupled)
+    part, every_weight = gradients, weighted.row_weight
     if index is not None:
         rows = rows._replace(labels=rows.labels[index])
-        weighted = weighted._replace(row_weight=weighted.row_weight[index])
+        weighted = weighted.at(index)
         if gradients.hidden is not None:
             part = gradients._replace(hidden=gradients.hidden[:m])
-    values = linear_objective(head, rows, plan, weighted, part, inputs.options)
-    return weighted.total(values), _spread(gradients, index)
+    losses = weighted.weigh(linear_objective(head, rows, plan, weighted, part, inputs.options))
+    if index is not None:
+        losses = torch.zeros_like(every_weight).index_copy_(0, index, losses)
+    return losses, _spread(gradients, index)
 
 
 def _spread(gradients: Gradients, index: Tensor | None) -> Gradients:

@@ -7,14 +7,11 @@ logits of position t predict token t + 1, pass `shift_labels(input_ids)` as labe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels import inputs, objectives
-from unilogit_kernels import ops as _ops  # noqa: F401  (registers the operators)
-from unilogit_kernels.inputs import LossCall
+from unilogit_kernels import calls, objectives
 from unilogit_kernels.objectives import Objective
 
 ObjectiveLike = str | Objective | Callable[[Tensor], Tensor]
@@ -229,7 +226,7 @@ def target_log_odds(
         >>> bool(torch.allclose(nll.mean(), torch.nn.functional.cross_entropy(logits, labels)))
         True
     """
-    call = inputs.describe_logits(
+    operands, call = calls.from_logits(
         logits,
         labels,
         ignore_index=ignore_index,
@@ -241,7 +238,7 @@ def target_log_odds(
         vocab_size=vocab_size,
         backend=backend,
     )
-    return _logits_log_odds(logits, call).reshape(call.shape)
+    return calls.log_odds(operands, call).reshape(call.shape)
 
 
 def linear_target_log_odds(
@@ -297,7 +294,7 @@ def linear_target_log_odds(
         >>> log_p = -torch.nn.functional.softplus(-d)
         >>> log_p.sum().backward()
     """
-    hidden, weight, bias, call = _describe_linear(
+    operands, call = calls.from_linear(
         hidden,
         weight,
         bias,
@@ -315,7 +312,7 @@ def linear_target_log_odds(
         skip_below=skip_below,
         compact=compact,
     )
-    return _linear_log_odds(hidden, weight, bias, call).reshape(call.shape)
+    return calls.log_odds(operands, call).reshape(call.shape)
 
 
 def objective_loss(
@@ -368,7 +365,7 @@ def objective_loss(
         torch.Size([])
     """
     function = objectives.resolve(objective)
-    call = inputs.describe_logits(
+    operands, call = calls.from_logits(
         logits,
         labels,
         ignore_index=ignore_index,
@@ -380,14 +377,7 @@ def objective_loss(
         vocab_size=vocab_size,
         backend=backend,
     )
-    if call.reduction != "none" and objectives.is_registered(function):
-        needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-        flat = logits.reshape(-1, logits.shape[-1])
-        loss: Tensor = torch.ops.unilogit_kernels.objective_loss(
-            flat, *_rows(call), *_weighting(function, call), needs_gradient
-        )[0]
-        return loss
-    return _reduce(_logits_log_odds(logits, call), function, call)
+    return calls.objective_of(operands, call, function)
 
 
 def linear_objective_loss(
@@ -448,7 +438,7 @@ def linear_objective_loss(
         torch.Size([])
     """
     function = objectives.resolve(objective)
-    hidden, weight, bias, call = _describe_linear(
+    operands, call = calls.from_linear(
         hidden,
         weight,
         bias,
@@ -466,20 +456,7 @@ def linear_objective_loss(
         skip_below=skip_below,
         compact=compact,
     )
-    if call.reduction != "none" and objectives.is_registered(function):
-        needs = [_wants_gradient(operand) for operand in (hidden, weight, bias)]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        loss: Tensor = torch.ops.unilogit_kernels.linear_objective_loss(
-            flat,
-            weight,
-            bias,
-            *_rows(call),
-            *_weighting(function, call),
-            *_options(call),
-            *needs,
-        )[0]
-        return loss
-    return _reduce(_linear_log_odds(hidden, weight, bias, call), function, call)
+    return calls.objective_of(operands, call, function)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -509,64 +486,3 @@ def _unilogit(direction: str) -> str:
     if direction not in _UNILOGIT:
         raise ValueError(f"direction must be 'reverse' or 'forward', got {direction!r}")
     return _UNILOGIT[direction]
-
-
-def _describe_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None, LossCall]:
-    hidden, weight = inputs.cast_for_autocast(hidden), inputs.cast_for_autocast(weight)
-    bias = None if bias is None else inputs.cast_for_autocast(bias)
-    return hidden, weight, bias, inputs.describe_linear(hidden, weight, bias, labels, **options)
-
-
-def _rows(call: LossCall) -> tuple[Any, ...]:
-    """The operators' arguments that describe the rows."""
-    return call.labels, *call.transform, call.vocab_size, call.backend
-
-
-def _options(call: LossCall) -> tuple[Any, ...]:
-    """The operators' arguments that say how a fused linear call may run."""
-    return *call.options, call.logits_dtype
-
-
-def _weighting(objective: Objective, call: LossCall) -> tuple[Any, ...]:
-    """The operators' arguments that describe the objective and the weights."""
-    return call.row_weight, call.factor, objective.name, objective.parameters()
-
-
-def _logits_log_odds(logits: Tensor, call: LossCall) -> Tensor:
-    flat = logits.reshape(-1, logits.shape[-1])
-    log_odds = torch.ops.unilogit_kernels.log_odds(flat, *_rows(call))[0]
-    return torch.where(call.row_weight != 0, log_odds, 0.0)
-
-
-def _linear_log_odds(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LossCall) -> Tensor:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    active = call.row_weight != 0
-    needs_grad = any(_wants_gradient(operand) for operand in (hidden, weight, bias))
-    log_odds = torch.ops.unilogit_kernels.linear_log_odds(
-        flat, weight, bias, active, *_rows(call), *_options(call), needs_grad
-    )[0]
-    return torch.where(active, log_odds, 0.0)
-
-
-def _wants_gradient(operand: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and operand is not None and operand.requires_grad
-
-
-def _reduce(
-    log_odds: Tensor, objective: Objective | Callable[[Tensor], Tensor], call: LossCall
-) -> Tensor:
-    if isinstance(objective, Objective):
-        values = objective(log_odds, call.vocab_size)
-    else:
-        values = objective(log_odds)
-        if values.shape != log_odds.shape:
-            raise ValueError(
-                f"objective must return one loss per token, shape {list(log_odds.shape)}, "
-                f"got {list(values.shape)}"
-            )
-    losses = torch.where(call.row_weight != 0, call.row_weight * values, 0.0)
-    if call.reduction == "none":
-        return losses.reshape(call.shape)
-    return call.factor * losses.sum()

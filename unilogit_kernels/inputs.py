@@ -37,6 +37,8 @@ class LossCall:
         row_weight: `[n]`, the token weights with 0 at ignored positions, in `statistics_dtype`.
         factor: 0-d, what the weighted sum is multiplied by: 1 / denominator, or 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
+        weighted: Whether `token_weights` were given.
+        items_given: Whether `num_items_in_batch` was.
         transform: What the model does to the raw logits.
         vocab_size: Number of tokens that carry probability.
         backend: Name of the backend that runs the row kernels.
@@ -49,6 +51,8 @@ class LossCall:
     row_weight: Tensor
     factor: Tensor
     reduction: str
+    weighted: bool
+    items_given: bool
     transform: LogitTransform
     vocab_size: int
     backend: str
@@ -238,6 +242,8 @@ def _describe(
         row_weight=row_weight,
         factor=_factor(reduction, num_items_in_batch, valid, dtype),
         reduction=reduction,
+        weighted=token_weights is not None,
+        items_given=num_items_in_batch is not None,
         transform=transform,
         vocab_size=vocab_size,
         backend=chosen,

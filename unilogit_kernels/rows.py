@@ -34,7 +34,7 @@ class RowProblem(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """A separable objective and how its rows are weighted.
+    """An objective and how its rows are weighted.
 
     Attributes:
         objective: `f`.
@@ -46,13 +46,15 @@ class Weighted(NamedTuple):
     row_weight: Tensor
     factor: Tensor
 
-    def at(self, tokens: slice) -> Weighted:
+    def at(self, tokens: slice | Tensor) -> Weighted:
         """The same for some of the rows."""
-        return self._replace(row_weight=self.row_weight[tokens])
+        return self._replace(
+            objective=self.objective.at(tokens), row_weight=self.row_weight[tokens]
+        )
 
-    def total(self, values: Tensor) -> Tensor:
-        """`factor * sum_i w_i f_i`, 0-d."""
-        return self.factor * torch.where(self.row_weight == 0, 0.0, self.row_weight * values).sum()
+    def weigh(self, values: Tensor) -> Tensor:
+        """`w_i f_i`, `[n]`, and 0 where the weight is 0."""
+        return torch.where(self.row_weight == 0, 0.0, self.row_weight * values)
 
     def slope_weight(self, *, fold_factor: bool) -> Tensor:
         """What `f'(d_i)` is multiplied by to give the slope of row i, `[n]`."""
@@ -81,7 +83,7 @@ def logits_gradient(logits: Tensor, rows: RowProblem, state: Tensor, slope: Tens
 def logits_objective(
     logits: Tensor, rows: RowProblem, weighted: Weighted, *, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss (0-d) and its gradient `[n, V]`, without the factor if the dtype is float16."""
+    """Weighted losses `[n]`, and the gradient `[n, V]`: without the factor if that is float16."""
     out = _empty_gradient(logits, rows.vocab_size) if needs_gradient else None
     real = slice(0, rows.vocab_size)
     values = finish_rows(
@@ -91,7 +93,7 @@ def logits_objective(
         None if out is None else out[:, real],
         fold_factor=logits.dtype != torch.float16,
     )
-    return weighted.total(values), out
+    return weighted.weigh(values), out
 
 
 def _empty_gradient(logits: Tensor, vocab_size: int) -> Tensor:

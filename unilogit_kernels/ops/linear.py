@@ -25,6 +25,8 @@ from unilogit_kernels.ops.registration import (
     linear_inputs,
     literal_log_odds,
     literal_objective,
+    losses_of,
+    no_gradients,
     operator,
     or_empty,
     row_problem,
@@ -166,18 +168,19 @@ torch.library.register_autograd(
 
 @operator(
     f"linear_objective_loss({_LINEAR}, {ROWS}, {WEIGHTED}, {OPTIONS}, {NEEDS}) "
-    "-> (Tensor loss, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
+    "-> (Tensor loss, Tensor losses, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 def _linear_objective_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *described, need_hidden, need_weight, need_bias = args
     rows, weighted = row_problem(*described[:5]), weighted_objective(*described[5:-4])
     inputs = linear_inputs(hidden, weight, bias, *described[-4:])
     needs = Needs(need_hidden, need_weight, need_bias)
-    loss, gradients = compacted_objective(inputs, rows, needs, weighted)
+    losses, gradients = compacted_objective(inputs, rows, needs, weighted)
     return (
-        loss,
+        weighted.factor * losses.sum(),
+        losses,
         or_empty(gradients.hidden, hidden),
         or_empty(gradients.weight, weight),
         or_empty(gradients.bias, weight),
@@ -187,11 +190,12 @@ def _linear_objective_loss(
 @fake("linear_objective_loss")
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_hidden, need_weight, need_bias = args[-3:]
     dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
     return (
         scalar_of(hidden),
+        losses_of(hidden),
         shape_of(need_hidden, hidden, dtypes.results),
         shape_of(need_weight, weight, dtypes.results),
         shape_of(need_bias, weight[:, 0], dtypes.exact),
@@ -202,25 +206,28 @@ def _linear_objective_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
     hidden, weight, bias, labels, *ctx.settings = inputs[:8]
-    row_weight, factor, *ctx.objective = inputs[8:-7]
-    literal = (hidden, weight, bias, labels, row_weight)
+    row_weight, factor, *ctx.objective, tensors = inputs[8:-7]
+    literal = (hidden, weight, bias, labels, row_weight, *tensors)
     if ctx.settings[-1] != "eager":
-        literal = (None,) * 5
+        literal = (None,) * len(literal)
     ctx.dtype = hidden.dtype
-    ctx.save_for_backward(*literal, factor, *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(factor, *output[2:], *literal)
     ctx.set_materialize_grads(False)
 
 
-def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, row_weight, factor, *gradients = ctx.saved_tensors
-    rest = (None,) * 16
+def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    factor, *gradients = ctx.saved_tensors[:4]
+    hidden, weight, bias, labels, row_weight, *tensors = ctx.saved_tensors[4:]
+    rest = (*no_gradients(ctx.objective, tensors), *(None,) * 7)
     if upstream is None:
         return None, None, None, *rest
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        loss = literal_objective(logits, labels, row_weight, factor, *ctx.objective, *ctx.settings)
+        objective = (*ctx.objective, tensors)
+        loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
         return *_grad_of_some((hidden, weight, bias), needs, loss, upstream), *rest
     results = [
         scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None

@@ -16,6 +16,8 @@ from unilogit_kernels.ops.registration import (
     fake,
     literal_log_odds,
     literal_objective,
+    losses_of,
+    no_gradients,
     operator,
     or_empty,
     row_problem,
@@ -87,36 +89,41 @@ torch.library.register_autograd(
 
 @operator(
     f"objective_loss(Tensor logits, {ROWS}, {WEIGHTED}, bool needs_grad) "
-    "-> (Tensor loss, Tensor logits_grad)"
+    "-> (Tensor loss, Tensor losses, Tensor logits_grad)"
 )
-def _objective_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    rows, weighted, needs_gradient = row_problem(*args[:5]), weighted_objective(*args[5:9]), args[9]
-    loss, gradient = logits_objective(logits, rows, weighted, needs_gradient=needs_gradient)
-    return loss, or_empty(gradient, logits)
+def _objective_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *described, needs_gradient = args
+    rows, weighted = row_problem(*described[:5]), weighted_objective(*described[5:])
+    losses, gradient = logits_objective(logits, rows, weighted, needs_gradient=needs_gradient)
+    return weighted.factor * losses.sum(), losses, or_empty(gradient, logits)
 
 
 @fake("objective_loss")
-def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return scalar_of(logits), shape_of(args[-1], logits)
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return scalar_of(logits), losses_of(logits), shape_of(args[-1], logits)
 
 
-def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *ctx.settings = inputs[:6]
-    row_weight, factor, *ctx.objective = inputs[6:10]
-    literal = (logits, labels, row_weight) if ctx.settings[-1] == "eager" else (None,) * 3
+    row_weight, factor, *ctx.objective, tensors, _ = inputs[6:]
+    literal = (logits, labels, row_weight, *tensors)
+    if ctx.settings[-1] != "eager":
+        literal = (None,) * len(literal)
     ctx.dtype = logits.dtype
-    ctx.save_for_backward(*literal, factor, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(factor, output[2], *literal)
     ctx.set_materialize_grads(False)
 
 
-def _objective_grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    logits, labels, row_weight, factor, gradient = ctx.saved_tensors
-    rest = (None,) * 10
+def _objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    factor, gradient, logits, labels, row_weight, *tensors = ctx.saved_tensors
+    rest = (*no_gradients(ctx.objective, tensors), None)
     if upstream is None:
         return None, *rest
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
-        loss = literal_objective(logits, labels, row_weight, factor, *ctx.objective, *ctx.settings)
+        objective = (*ctx.objective, tensors)
+        loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
         return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *rest
     if ctx.dtype == torch.float16:
         upstream = upstream * factor

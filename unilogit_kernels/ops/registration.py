@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The Python function behind each operator, so that `testing` can watch what it allocates."""
 
 ROWS = "Tensor labels, float scale, float softcap, int vocab_size, str backend"
-WEIGHTED = "Tensor row_weight, Tensor factor, str objective, float[] parameters"
+WEIGHTED = "Tensor row_weight, Tensor factor, str objective, float[] parameters, Tensor[] tensors"
 OPTIONS = "int memory_budget, float skip_below, bool compact, ScalarType? logits_dtype"
 NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 
@@ -66,11 +66,9 @@ def row_problem(
     return RowProblem(labels, LogitTransform(scale, softcap), vocab_size, backends.load(backend))
 
 
-def weighted_objective(
-    row_weight: Tensor, factor: Tensor, objective: str, parameters: list[float]
-) -> Weighted:
+def weighted_objective(row_weight: Tensor, factor: Tensor, *packed: Any) -> Weighted:
     """The arguments `WEIGHTED` as the layers below take them."""
-    return Weighted(objectives.REGISTRY[objective](*parameters), row_weight, factor)
+    return Weighted(objectives.unpack(*packed), row_weight, factor)
 
 
 def linear_inputs(
@@ -102,6 +100,19 @@ def shape_of(gradient_wanted: bool, like: Tensor, dtype: torch.dtype | None = No
 def scalar_of(like: Tensor) -> Tensor:
     """What a loss looks like to a fake kernel."""
     return like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def losses_of(like: Tensor) -> Tensor:
+    """What the losses of the rows of `like` look like to a fake kernel."""
+    return like.new_empty(like.shape[0], dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def no_gradients(objective: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The gradients of the arguments `ROWS` and `WEIGHTED`, in the structure torch asks for.
+
+    To it, a list that holds a number is one argument, and an empty one is a list of tensors.
+    """
+    return *(None,) * 8, None if objective[1] else [], [None] * len(tensors)
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
@@ -156,13 +167,11 @@ def literal_objective(
     labels: Tensor,
     row_weight: Tensor,
     factor: Tensor,
-    objective: str,
-    parameters: list[float],
-    *settings: Any,
+    objective: tuple[str, list[float], Sequence[Tensor]],
+    settings: tuple[Any, ...],
 ) -> Tensor:
     """The loss of logits by plain autograd."""
     d, valid = literal_log_odds(logits, labels, *settings)
-    function = weighted_objective(row_weight, factor, objective, parameters).objective
+    function = objectives.unpack(*objective).at(valid)
     values: Tensor = function(d, settings[2])
-    weight = row_weight[valid]
-    return factor * torch.where(weight == 0, 0.0, weight * values).sum()
+    return factor * Weighted(function, row_weight[valid], factor).weigh(values).sum()

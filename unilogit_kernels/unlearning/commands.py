@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 
 _WRONG_INPUT, _INTERRUPTED = 2, 130
+_METHOD_PARAMETERS = ("alpha", "beta", "beta1", "beta2", "gamma", "delta")
 
 
 @contextmanager
@@ -55,7 +56,17 @@ def unlearn(
     forget: Annotated[Path, typer.Option(help="JSONL rows to forget.")],
     retain: Annotated[Path, typer.Option(help="JSONL rows to keep.")],
     output: Annotated[Path, typer.Option(help="Directory for the model.")],
-    objective: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.objective,
+    method: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.method,
+    alpha: Annotated[float | None, typer.Option(help="Parameter of wga, tnpo.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Parameter of npo, dpo, tnpo...")] = None,
+    beta1: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Parameter of self_undial.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Parameter of simnpo.")] = None,
+    refusals: Annotated[
+        Path | None,
+        typer.Option(help="Answers to give instead, one a line, for idk_dpo, dpo and flat."),
+    ] = Settings.refusals,
     epochs: Annotated[int, typer.Option(help="Passes over the forget rows.")] = Settings.epochs,
     lr: Annotated[
         float, typer.Option(help="Learning rate, constant after the warm-up.")
@@ -114,9 +125,11 @@ def unlearn(
 ) -> None:
     """Make a model forget some rows and keep the others."""
     given = dict(locals())
+    numbers = {name: given.pop(name) for name in _METHOD_PARAMETERS}
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
+        method_parameters={name: value for name, value in numbers.items() if value is not None},
     )
     _quiet()
     with _input_errors():

@@ -61,12 +61,7 @@ def read_rows(path: str | Path) -> list[Row]:
         DataError: no such file, not UTF-8, no rows, or a line that is not a row.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from error
+    lines = _read_text(path).splitlines()
     rows = [
         _parse(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -75,6 +70,41 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
+
+
+def read_refusals(path: str | Path, forget: Sequence[Row]) -> list[Row]:
+    """What to answer instead: a refusal for the prompt of each row to forget, taken in turn.
+
+    Args:
+        path: a UTF-8 text file with one refusal a line; blank lines are skipped.
+        forget: the rows to forget, all with a prompt.
+
+    Raises:
+        DataError: no such file, not UTF-8, no lines, or a row without a prompt.
+    """
+    path = Path(path)
+    refusals = [line for line in _read_text(path).splitlines() if line.strip()]
+    if not refusals:
+        raise DataError(f"{path}: holds no refusals")
+    for row in forget:
+        if not row.prompt:
+            raise DataError(f"{row.source}: a row without a prompt cannot be refused")
+    rows = []
+    for number, row in enumerate(forget):
+        refusal = refusals[number % len(refusals)].strip()
+        # As the answer it stands for: most follow the prompt after a space.
+        space = row.completion[: len(row.completion) - len(row.completion.lstrip())]
+        rows.append(Row(row.prompt, space + refusal, None, f"{path} for {row.source}"))
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from error
 
 
 def _parse(line: str, source: str) -> Row:
@@ -216,15 +246,16 @@ def collate(examples: Sequence[Features], pad_id: int) -> Features:
     """Pad examples on the right to one length.
 
     Args:
-        examples: `labels` `[T_i]` and `input_ids` `[T_i]` or `inputs_embeds` `[T_i, H]` each.
+        examples: `labels` `[T_i]` and `input_ids` `[T_i]` or `inputs_embeds` `[T_i, H]` each, and
+            what else there is per token, which is padded with 0.
         pad_id: fills `input_ids`.
 
     Returns:
         The same names, `[B, T, ...]`, and `attention_mask`, int64 `[B, T]`.
     """
-    fill = {"input_ids": pad_id, "inputs_embeds": 0, "labels": IGNORED}
+    fill = {"input_ids": pad_id, "labels": IGNORED}
     batch = {
-        name: pad_sequence([example[name] for example in examples], True, fill[name])
+        name: pad_sequence([example[name] for example in examples], True, fill.get(name, 0))
         for name in examples[0]
     }
     lengths = torch.tensor([len(example["labels"]) for example in examples])
@@ -236,27 +267,40 @@ PairIndex = tuple[int, tuple[int, ...]]
 """A forget row, and the retain rows that go with it."""
 
 
-class PairedDataset(Dataset[tuple[Features, list[Features]]]):
+class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
     """Forget examples, each with retain examples; which ones, the index says (`PairSampler`).
 
     Args:
         forget: at least one example.
         retain: at least one example.
+        refusals: what the model should say instead, one for each forget example; or none at all.
     """
 
-    def __init__(self, forget: Sequence[Features], retain: Sequence[Features]) -> None:
+    def __init__(
+        self,
+        forget: Sequence[Features],
+        retain: Sequence[Features],
+        refusals: Sequence[Features] = (),
+    ) -> None:
+        if refusals and len(refusals) != len(forget):
+            raise DataError(
+                f"there must be one refusal for each of the {len(forget)} forget examples, "
+                f"got {len(refusals)}"
+            )
         if not forget or not retain:
             raise DataError(
                 f"no set may be empty: {len(forget)} forget, {len(retain)} retain examples"
             )
-        self.forget, self.retain = forget, retain
+        self.forget, self.retain, self.refusals = forget, retain, refusals
 
     def __len__(self) -> int:
         return len(self.forget)
 
-    def __getitem__(self, index: PairIndex) -> tuple[Features, list[Features]]:
+    def __getitem__(self, index: PairIndex) -> tuple[list[Features], list[Features]]:
+        """The refusal, where there are any, and the forget example; the retain examples."""
         forget, retain = index
-        return self.forget[forget], [self.retain[position] for position in retain]
+        members = [self.refusals[forget]] if self.refusals else []
+        return [*members, self.forget[forget]], [self.retain[position] for position in retain]
 
 
 class PairSampler(Sampler[PairIndex]):

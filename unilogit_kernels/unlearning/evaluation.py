@@ -135,11 +135,30 @@ def _log_probabilities(
     model: nn.Module, examples: Sequence[Features], *, pad_id: int, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Sum of the log-probabilities of the labels, and their number: float64 `[examples]` each."""
+    found = token_log_probabilities(model, examples, pad_id=pad_id, batch_size=batch_size)
+    counts = [int((example["labels"][1:] != IGNORED).sum()) for example in examples]
+    return torch.stack([log_p.sum() for log_p in found]), torch.tensor(counts).double()
+
+
+def token_log_probabilities(
+    model: nn.Module, examples: Sequence[Features], *, pad_id: int, batch_size: int
+) -> list[Tensor]:
+    """`log p` of each label of each example.
+
+    Args:
+        model: a Hugging Face causal LM, wrapped or not.
+        examples: `input_ids` or `inputs_embeds`, and `labels`, of each row.
+        pad_id: the token to pad with.
+        batch_size: examples in one forward.
+
+    Returns:
+        float64 `[T_i]` for each example, aligned with its labels; 0 where a label does not count.
+        Nothing random is drawn, and the model's modes are left as they were.
+    """
     device = next(model.parameters()).device
     # Sorted by length, a batch holds little padding.
     order = sorted(range(len(examples)), key=lambda position: len(examples[position]["labels"]))
-    total = torch.zeros(len(examples), dtype=torch.float64)
-    lengths = torch.zeros(len(examples), dtype=torch.float64)
+    found = [torch.zeros(len(example["labels"]), dtype=torch.float64) for example in examples]
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -149,10 +168,10 @@ def _log_probabilities(
             inputs: dict[str, Any] = dict(batch)
             log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
             counted = labels[:, 1:] != IGNORED
-            log_p = F.logsigmoid(log_odds).masked_fill(~counted, 0.0)
-            total[chosen] = log_p.sum(-1).cpu()
-            lengths[chosen] = counted.sum(-1).double().cpu()
-    return total, lengths
+            log_p = F.logsigmoid(log_odds).masked_fill(~counted, 0.0).cpu()
+            for position, row in zip(chosen, log_p, strict=True):
+                found[position][1:] = row[: len(found[position]) - 1]
+    return found
 
 
 def _answers(

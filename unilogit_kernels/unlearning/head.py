@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -32,6 +32,8 @@ from unilogit_kernels.functional import (
     linear_target_log_odds,
     shift_labels,
 )
+from unilogit_kernels.mixed import MixedLoss, linear_mixed_loss
+from unilogit_kernels.objectives import Objective
 
 # Probe values. The smallest is in the linear part of any cap and shows the scale, the largest is
 # far beyond any cap and shows it, and those between show whether it is the tanh the kernels know.
@@ -92,7 +94,7 @@ class HeadCall:
 
         Args:
             labels: int64 `[B', T]`, as Hugging Face takes them: not shifted; -100 does not count.
-            objective: see `linear_objective_loss`.
+            objective: see `linear_objective_loss`; its per-token tensors are aligned with `labels`.
             rows: which of the B sequences the labels belong to.
             options: `reduction`, `token_weights`, `num_items_in_batch`, `ignore_index`, `backend`.
 
@@ -101,13 +103,39 @@ class HeadCall:
         """
         if options.get("token_weights") is not None:
             # A weight belongs to the token, as its label does, so it moves with it.
-            weights = options["token_weights"]
-            options["token_weights"] = nn.functional.pad(weights[..., 1:], (0, 1))
+            options["token_weights"] = _shifted(options["token_weights"])
+        if isinstance(objective, Objective):
+            objective = objective.map_tokens(_shifted)
         return linear_objective_loss(
             self.hidden[rows],
             self.weight,
             shift_labels(labels, options.get("ignore_index", -100)),
             objective,
+            bias=self.bias,
+            **dataclasses.asdict(self.transform),
+            **options,
+        )
+
+    def mixed_loss(
+        self, labels: Tensor, parts: Sequence[str | Objective], rows: Tensor, **options: Any
+    ) -> MixedLoss:
+        """`linear_mixed_loss`: several objectives in one call, each for its own sequences.
+
+        Args:
+            labels: int64 `[B, T]`, as Hugging Face takes them: not shifted; -100 does not count.
+            parts: see `mixed_loss`; what they hold per token is aligned with `labels`.
+            rows: int64 `[B]`: which of the parts each sequence takes.
+            options: `weights`, `reduction`, `num_items_in_batch`, `backend`.
+
+        Returns:
+            The loss and its parts.
+        """
+        return linear_mixed_loss(
+            self.hidden,
+            self.weight,
+            shift_labels(labels),
+            [p.map_tokens(_shifted) if isinstance(p, Objective) else p for p in parts],
+            rows[:, None].expand(labels.shape),
             bias=self.bias,
             **dataclasses.asdict(self.transform),
             **options,
@@ -123,6 +151,11 @@ class HeadCall:
             backend=backend,
             **dataclasses.asdict(self.transform),
         )
+
+
+def _shifted(values: Tensor) -> Tensor:
+    """What belongs to token t + 1, at position t."""
+    return nn.functional.pad(values[..., 1:], (0, 1))
 
 
 def fused_loss(

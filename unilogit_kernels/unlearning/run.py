@@ -20,9 +20,15 @@ from transformers import (
     TrainerCallback,
 )
 
-from unilogit_kernels import objectives
-from unilogit_kernels.unlearning.data import Encoding, Example, padding_id, read_rows
+from unilogit_kernels.unlearning.data import (
+    Encoding,
+    Example,
+    padding_id,
+    read_refusals,
+    read_rows,
+)
 from unilogit_kernels.unlearning.head import observe_logit_transform
+from unilogit_kernels.unlearning.methods import Method, MethodError
 from unilogit_kernels.unlearning.trainer import (
     UnlearningArguments,
     UnlearningTrainer,
@@ -49,7 +55,10 @@ class Settings:
         forget: JSONL file of the rows to forget.
         retain: JSONL file of the rows to keep.
         output: directory for the model; checkpoints lie there until the run is done.
-        objective: loss of the forget rows.
+        method: loss of the forget rows, a name from `unilogit_kernels.objectives`.
+        method_parameters: the method's float parameters, where they differ from its defaults.
+        refusals: text file of what to say instead, one a line, for methods that take them; forget
+            rows take them in turn.
         epochs: passes over the forget rows.
         learning_rate: of AdamW, constant after the warm-up.
         warmup_steps: steps over which the learning rate rises to it.
@@ -73,7 +82,9 @@ class Settings:
     forget: Path
     retain: Path
     output: Path
-    objective: str = "unilogit"
+    method: str = "unilogit"
+    method_parameters: dict[str, float] = dataclasses.field(default_factory=dict)
+    refusals: Path | None = None
     epochs: int = 5
     learning_rate: float = 1e-5
     warmup_steps: int = 5
@@ -108,6 +119,7 @@ class Prepared:
         encoding: of the rows.
         forget: encoded rows to forget.
         retain: encoded rows to keep.
+        refusals: encoded answers to give instead, one for each row to forget, or none.
         checkpoint: to resume from, or None.
     """
 
@@ -116,6 +128,7 @@ class Prepared:
     encoding: Encoding
     forget: list[Example]
     retain: list[Example]
+    refusals: list[Example]
     checkpoint: Path | None
 
     def truncated(self) -> dict[str, int]:
@@ -174,12 +187,15 @@ def prepare(settings: Settings, *, resume: bool = False) -> Prepared:
     _check(settings)
     checkpoint = _find_checkpoint(settings, resume)
     rows = read_rows(settings.forget), read_rows(settings.retain)
+    refusals = [] if settings.refusals is None else read_refusals(settings.refusals, rows[0])
     encoding = Encoding(load_tokenizer(settings.model), settings.max_length, settings.chat_template)
     if settings.chat_template and encoding.tokenizer.chat_template is None:
         raise RunError(f"the tokenizer of {settings.model!r} has no chat template")
     # That an answer ends is no knowledge to forget; unlearning it makes the model run on.
     forget = dataclasses.replace(encoding, append_eos=False).encode(rows[0])
     retain = encoding.encode(rows[1])
+    # A refusal is to be learned, its end included.
+    instead = encoding.encode(refusals)
     model = load_model(settings.model, settings.dtype)
     observe_logit_transform(model)
     if settings.train_layers is not None:
@@ -187,13 +203,18 @@ def prepare(settings: Settings, *, resume: bool = False) -> Prepared:
             train_only_top_layers(model, settings.train_layers)
         except ValueError as error:
             raise RunError(str(error)) from error
-    return Prepared(settings, model, encoding, forget, retain, checkpoint)
+    return Prepared(settings, model, encoding, forget, retain, instead, checkpoint)
 
 
 def _check(settings: Settings) -> None:
-    if settings.objective not in objectives.REGISTRY:
-        known = ", ".join(sorted(objectives.REGISTRY))
-        raise RunError(f"objective must be one of {known}, got {settings.objective!r}")
+    try:
+        method = Method(settings.method, settings.method_parameters)
+    except MethodError as error:
+        raise RunError(str(error)) from error
+    if method.needs_refusals and settings.refusals is None:
+        raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
+    if settings.refusals is not None and not method.needs_refusals:
+        raise RunError(f"method {method.name!r} takes no refusals")
     for name in (
         "epochs",
         "batch_size",
@@ -254,6 +275,7 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
         training_arguments(settings, checkpoints),
         forget=[example.features() for example in prepared.forget],
         retain=[example.features() for example in prepared.retain],
+        refusals=[example.features() for example in prepared.refusals],
         pad_id=padding_id(prepared.encoding.tokenizer),
         tokenizer=prepared.encoding.tokenizer,
         callbacks=list(callbacks),
@@ -290,7 +312,8 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
         seed=settings.seed,
-        objective=settings.objective,
+        method=settings.method,
+        method_parameters=dict(settings.method_parameters),
         forget_weight=settings.forget_weight,
         retain_weight=settings.retain_weight,
         retain_per_forget=settings.retain_per_forget,

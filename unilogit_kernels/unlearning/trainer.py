@@ -26,8 +26,12 @@ from unilogit_kernels.unlearning.data import (
     PairSampler,
     collate,
 )
-from unilogit_kernels.unlearning.evaluation import token_probabilities
+from unilogit_kernels.unlearning.evaluation import token_log_probabilities, token_probabilities
 from unilogit_kernels.unlearning.head import HeadCall, run_head
+from unilogit_kernels.unlearning.methods import Method, MethodError
+
+_REFERENCE = "reference_log_probs"
+"""The column of a batch that holds `log p` of each label under the starting model."""
 
 
 @dataclass
@@ -37,7 +41,8 @@ class UnlearningArguments(TrainingArguments):
     `per_device_train_batch_size` counts forget rows; the retain rows come on top.
 
     Attributes:
-        objective: loss of the forget rows, a name from `unilogit_kernels.objectives`.
+        method: loss of the forget rows, a name from `unilogit_kernels.objectives`.
+        method_parameters: the method's float parameters, where they differ from its defaults.
         forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
             cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
             of 1.
@@ -47,7 +52,8 @@ class UnlearningArguments(TrainingArguments):
         probability_steps: check that every so many steps.
     """
 
-    objective: str = field(default="unilogit")
+    method: str = field(default="unilogit")
+    method_parameters: dict[str, float] = field(default_factory=dict)
     forget_weight: float = field(default=0.1)
     retain_weight: float = field(default=1.0)
     retain_per_forget: int = field(default=1)
@@ -59,6 +65,7 @@ class UnlearningArguments(TrainingArguments):
         # The columns of a batch are for compute_loss, which knows them all.
         self.remove_unused_columns = False
         super().__post_init__()
+        self.resolved_method()
         if self.retain_per_forget < 1:
             raise ValueError(f"retain_per_forget must be at least 1, got {self.retain_per_forget}")
         if self.stop_at_probability is not None and not 0 < self.stop_at_probability < 1:
@@ -66,24 +73,40 @@ class UnlearningArguments(TrainingArguments):
                 f"stop_at_probability must be between 0 and 1, got {self.stop_at_probability}"
             )
 
+    def resolved_method(self) -> Method:
+        """The method with its parameters.
+
+        Raises:
+            MethodError: there is none of that name, or with such parameters.
+        """
+        return Method(self.method, self.method_parameters)
+
 
 class UnlearningTrainer(Trainer):
-    """A Trainer whose loss is `forget_weight * objective + retain_weight * cross-entropy`.
+    """A Trainer whose loss is `forget_weight * method + retain_weight * cross-entropy`.
 
-    Each step runs the model once over forget and retain rows together. Both losses are means over
-    tokens of the whole optimizer step, also under gradient accumulation and on several devices.
+    Each step runs the model once over forget and retain rows together, and its lm_head once, too,
+    unless the method compares two answers. Both losses are means over tokens, or over sequences
+    where the method is one of sequences, of the whole optimizer step, also under gradient
+    accumulation and on several devices.
+
+    A method that needs the starting model (NPO, DPO, TNPO) needs no second model: the Trainer asks
+    the model it is given for the log-probabilities of the forget rows before the first step.
 
     Args:
         model: a Hugging Face causal LM.
         args: the settings.
         forget: examples to forget: `input_ids` (or `inputs_embeds`) and `labels`, `[T]` each.
         retain: examples whose loss keeps the rest of the model in place.
+        refusals: for methods that take them (DPO, FLAT): what the model should say instead of each
+            forget example, in their order.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
         options: passed on to `Trainer`, such as `callbacks` or `optimizers`.
 
     Raises:
-        DataError: a set is empty.
+        DataError: a set is empty, or there is not one refusal for each forget example.
+        MethodError: the method needs refusals, or has no use for them.
         ValueError: several GPUs in one process.
 
     Example:
@@ -101,6 +124,7 @@ class UnlearningTrainer(Trainer):
         *,
         forget: Sequence[Features],
         retain: Sequence[Features],
+        refusals: Sequence[Features] = (),
         pad_id: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
@@ -111,7 +135,15 @@ class UnlearningTrainer(Trainer):
                 "and the copies have no lm_head to replace: start with `accelerate launch` or "
                 "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        self._pairs = PairedDataset(forget, retain)
+        self._method = args.resolved_method()
+        if self._method.needs_refusals != bool(refusals):
+            takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"
+            raise MethodError(f"method {args.method!r} {takes} forget example")
+        self._pairs = PairedDataset(forget, retain, refusals)
+        if self._method.needs_reference:
+            self._pairs = _with_reference(
+                model, self._pairs, pad_id, args.per_device_train_batch_size
+            )
         self._sums: dict[str, Tensor] = {}
         self._logged_step = 0
         super().__init__(
@@ -129,19 +161,21 @@ class UnlearningTrainer(Trainer):
         return PairSampler(self._pairs, self.args.retain_per_forget, self.args.seed)
 
     def _forget_rows(self, labels: Tensor) -> int:
-        """How many rows of a batch are forget rows; they come first."""
-        return len(labels) // (1 + self.args.retain_per_forget)
+        """How many rows of a batch are forget rows, or refusals; they come first."""
+        members = 2 if self._method.needs_refusals else 1
+        return len(labels) * members // (members + self.args.retain_per_forget)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Features], device: torch.device
     ) -> Tensor | None:
-        """Tokens with loss in the whole step: `[forget, retain]`, over all devices."""
+        """What the means of the whole step are over: `[forget, retain]`, over all devices."""
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batch_samples:
             # The first token of a row is not predicted.
-            each = (batch["labels"][:, 1:] != IGNORED).sum(-1)
-            forget_rows = self._forget_rows(each)
-            counts += torch.stack([each[:forget_rows].sum(), each[forget_rows:].sum()]).cpu()
+            counted = batch["labels"][:, 1:] != IGNORED
+            forget_rows = self._forget_rows(counted)
+            forget = self._method.items(counted[:forget_rows])
+            counts += torch.stack([forget, counted[forget_rows:].sum()]).cpu()
         counts = counts.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -158,9 +192,11 @@ class UnlearningTrainer(Trainer):
 
         Args:
             model: the model, as accelerate wrapped it.
-            inputs: a batch: forget rows first, then `retain_per_forget` times as many retain rows.
+            inputs: a batch: refusals, if the method takes them, then forget rows, then
+                `retain_per_forget` times as many retain rows.
             return_outputs: not supported, since there are no logits to return.
-            num_items_in_batch: `[forget, retain]` tokens of the step; those of the batch if None.
+            num_items_in_batch: `[forget, retain]`, what the step's means are over; those of
+                the batch if None.
 
         Returns:
             The loss of the batch as a share of its step's.
@@ -172,35 +208,39 @@ class UnlearningTrainer(Trainer):
             raise ValueError("the fused loss has no logits to return; use evaluate_rows instead")
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        reference = inputs.pop(_REFERENCE, None)
         forget_rows = self._forget_rows(labels)
-        counts = (None, None) if num_items_in_batch is None else num_items_in_batch.unbind()
+        weights = self.args.forget_weight, self.args.retain_weight
 
-        def both(head: HeadCall) -> Tensor:
-            forget, retain = slice(None, forget_rows), slice(forget_rows, None)
-            return torch.stack(
-                [
-                    head.objective_loss(
-                        labels[forget],
-                        self.args.objective,
-                        rows=forget,
-                        num_items_in_batch=counts[0],
-                    ),
-                    head.objective_loss(
-                        labels[retain],
-                        "cross_entropy",
-                        rows=retain,
-                        num_items_in_batch=counts[1],
-                    ),
-                ]
+        def compute(head: HeadCall) -> Tensor:
+            if self._method.needs_refusals:
+                # Refusals and answers are two halves of one call; retain rows have no other half.
+                forget, retain = slice(None, forget_rows), slice(forget_rows, None)
+                counts = (None, None) if num_items_in_batch is None else num_items_in_batch.unbind()
+                objective = self._method.objective(None if reference is None else reference[forget])
+                dropped = head.objective_loss(
+                    labels[forget], objective, rows=forget, num_items_in_batch=counts[0]
+                )
+                kept = head.objective_loss(
+                    labels[retain], "cross_entropy", rows=retain, num_items_in_batch=counts[1]
+                )
+                return torch.stack([weights[0] * dropped + weights[1] * kept, dropped, kept])
+            mixed = head.mixed_loss(
+                labels,
+                [self._method.objective(reference), "cross_entropy"],
+                (torch.arange(len(labels), device=labels.device) >= forget_rows).long(),
+                weights=weights,
+                num_items_in_batch=num_items_in_batch,
             )
+            return torch.cat([mixed.loss[None], mixed.parts])
 
-        losses = run_head(model, both, **inputs)
+        losses = run_head(model, compute, **inputs)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The counts are of all devices, whose gradients are then averaged.
             losses = losses * self.accelerator.num_processes
-        self._add("forget_loss", losses[0])
-        self._add("retain_loss", losses[1])
-        return self.args.forget_weight * losses[0] + self.args.retain_weight * losses[1]
+        self._add("forget_loss", losses[1])
+        self._add("retain_loss", losses[2])
+        return losses[0]
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -215,9 +255,28 @@ class UnlearningTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _collate_pairs(pairs: Sequence[tuple[Features, list[Features]]], pad_id: int) -> Features:
-    """Forget rows first, retain rows after them."""
-    rows = [forget for forget, _ in pairs]
+def _with_reference(
+    model: nn.Module, pairs: PairedDataset, pad_id: int, batch_size: int
+) -> PairedDataset:
+    """The same examples, with `log p` of each label under the model as it is now."""
+
+    def scored(examples: Sequence[Features]) -> list[Features]:
+        found = token_log_probabilities(model, examples, pad_id=pad_id, batch_size=batch_size)
+        return [
+            {**example, _REFERENCE: log_p} for example, log_p in zip(examples, found, strict=True)
+        ]
+
+    # Retain rows are collated with the others; nobody reads theirs.
+    retain = [
+        {**example, _REFERENCE: torch.zeros(len(example["labels"]), dtype=torch.float64)}
+        for example in pairs.retain
+    ]
+    return PairedDataset(scored(pairs.forget), retain, scored(pairs.refusals))
+
+
+def _collate_pairs(pairs: Sequence[tuple[list[Features], list[Features]]], pad_id: int) -> Features:
+    """Refusals first, if there are any, then forget rows, then retain rows."""
+    rows = [example for members in zip(*(f for f, _ in pairs), strict=True) for example in members]
     rows += [example for _, retain in pairs for example in retain]
     return collate(rows, pad_id)
 

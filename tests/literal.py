@@ -1,0 +1,117 @@
+"""Each method as its paper writes it, over whole rows of logits, in the dtype of the logits.
+
+Nothing here comes from the package, `reference` apart, which is the paper's Unilogit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unilogit_kernels import reference
+
+Literal = Callable[[Tensor, Tensor], Tensor]
+"""From logits `[n, V]` and labels `[n]` to losses `[n]`."""
+
+
+def log_p(logits: Tensor, labels: Tensor) -> Tensor:
+    """`log p_y`, by the loss of every language model."""
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def unilogit(direction: str) -> Literal:
+    """Vasilev et al. 2025, arXiv 2505.06027."""
+    return lambda z, y: reference.unilogit_loss(z, y, direction=direction, reduction="none")
+
+
+def distillation(rewrite: Callable[[Tensor, Tensor], Tensor]) -> Literal:
+    """KL(q || p) for the softmax q of rewritten logits, its gradient stopped."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        log_q = torch.log_softmax(rewrite(z.detach().clone(), y), dim=-1)
+        terms = log_q.exp() * (log_q - torch.log_softmax(z, dim=-1))
+        return torch.where(log_q == -torch.inf, 0.0, terms).sum(-1)
+
+    return loss
+
+
+def without_label(z: Tensor, y: Tensor) -> Tensor:
+    """Yang 2025 (CE-U), arXiv 2503.01224: the label's logit is -inf."""
+    return z.scatter(1, y[:, None], -torch.inf)
+
+
+def lowered(gamma: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Dong et al. 2024 (UnDIAL), arXiv 2402.10052: the label's logit less gamma."""
+    return lambda z, y: z - gamma * F.one_hot(y, z.shape[1])
+
+
+def weighted(weight: Callable[[Tensor], Tensor]) -> Literal:
+    """Gradient ascent with a detached weight of p."""
+    return lambda z, y: weight(log_p(z, y).detach().exp()) * log_p(z, y)
+
+
+TOKEN: dict[str, Literal] = {
+    "unilogit": unilogit("reverse"),
+    "unilogit_forward": unilogit("forward"),
+    "cross_entropy": lambda z, y: -log_p(z, y),
+    "gradient_ascent": log_p,
+    "probability": lambda z, y: torch.softmax(z, dim=-1).gather(1, y[:, None])[:, 0],
+    "ceu": distillation(without_label),
+    "self_undial": distillation(lowered(10.0)),
+    # Wang et al. 2025, arXiv 2502.19301; Yang et al. 2025, arXiv 2505.11953.
+    "wga": weighted(lambda p: p),
+    "satimp": weighted(lambda p: p**5 * (1 - p)),
+}
+"""Methods of one token, by the package's names, with the default parameters."""
+
+
+def tnpo(reference_log_p: Tensor, beta: float, alpha: float) -> Literal:
+    """Wang et al. 2025, arXiv 2502.19301: TNPO, and WTNPO for alpha > 0."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        p, start = log_p(z, y).detach().exp(), reference_log_p.to(z.dtype).exp()
+        return 2 * p ** (beta + alpha) / (p**beta + start**beta) * log_p(z, y)
+
+    return loss
+
+
+def sequence_log_p(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """`[B]`, as OpenUnlearning's compute_batch_nll, without its shift and with its sign turned."""
+    losses = F.cross_entropy(
+        logits.transpose(-1, -2), labels, reduction="none", ignore_index=ignore_index
+    )
+    return -losses.sum(-1)
+
+
+def npo(log_ps: Tensor, start: Tensor, beta: float = 0.1) -> Tensor:
+    """Zhang et al. 2024, arXiv 2404.05868, equation 3."""
+    return 2 / beta * torch.log1p((log_ps - start).exp() ** beta)
+
+
+def simnpo(log_ps: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tensor:
+    """Fan et al. 2024, arXiv 2410.07163, with the margin outside of beta."""
+    return -2 / beta * F.logsigmoid(-beta / lengths * log_ps - gamma)
+
+
+def dpo(ratios: tuple[Tensor, ...], beta: float) -> Tensor:
+    """Rafailov et al. 2023, arXiv 2305.18290: log-ratios of model and starting model."""
+    chosen, rejected = ratios
+    return -F.logsigmoid(beta * chosen - beta * rejected)
+
+
+def flat(name: str, template: Tensor, forget: Tensor) -> Tensor:
+    """Wang et al. 2024, arXiv 2410.11143: g and f* from its table of f-divergences."""
+    divergences: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+        "flat": (lambda v: torch.tanh(v) / 2, lambda u: u),
+        "flat_kl": (lambda v: v, lambda u: torch.exp(u - 1)),
+        "flat_js": (
+            lambda v: torch.log(2 / (1 + torch.exp(-v))),
+            lambda u: -torch.log(2 - u.exp()),
+        ),
+        "flat_pearson": (lambda v: v, lambda u: u**2 / 4 + u),
+    }
+    g, conjugate = divergences[name]
+    return -g(template) + conjugate(g(forget))

@@ -1,0 +1,83 @@
+"""Losses as functions of the label's log-odds.
+
+`token` holds those of one token's own probability, `sequence` those of whole sequences; `base` says
+what an objective is and knows them by name.
+"""
+
+from unilogit_kernels.objectives.base import (
+    REGISTRY,
+    Mixture,
+    Objective,
+    Packed,
+    by_name,
+    is_registered,
+    pack,
+    parameter_names,
+    per_sequence,
+    per_token,
+    register,
+    resolve,
+    softplus,
+    uniform_log_odds,
+    unpack,
+)
+from unilogit_kernels.objectives.sequence import (
+    DPO,
+    FLAT,
+    FLATKL,
+    NPO,
+    FLATJensenShannon,
+    FLATPearson,
+    IdkDPO,
+    SequenceObjective,
+    SimNPO,
+)
+from unilogit_kernels.objectives.token import (
+    CEU,
+    TNPO,
+    WGA,
+    CrossEntropy,
+    GradientAscent,
+    Probability,
+    SatImp,
+    SelfUnDIAL,
+    UnilogitForward,
+    UnilogitReverse,
+)
+
+__all__ = [
+    "CEU",
+    "DPO",
+    "FLAT",
+    "FLATKL",
+    "NPO",
+    "REGISTRY",
+    "TNPO",
+    "WGA",
+    "CrossEntropy",
+    "FLATJensenShannon",
+    "FLATPearson",
+    "GradientAscent",
+    "IdkDPO",
+    "Mixture",
+    "Objective",
+    "Packed",
+    "Probability",
+    "SatImp",
+    "SelfUnDIAL",
+    "SequenceObjective",
+    "SimNPO",
+    "UnilogitForward",
+    "UnilogitReverse",
+    "by_name",
+    "is_registered",
+    "pack",
+    "parameter_names",
+    "per_sequence",
+    "per_token",
+    "register",
+    "resolve",
+    "softplus",
+    "uniform_log_odds",
+    "unpack",
+]

@@ -1,0 +1,324 @@
+"""What an objective is, and the registry that knows them by name.
+
+With `d = logit(p_y)` the log-odds of the label, `p_y = sigmoid(d)`, `log p_y = -softplus(-d)` and
+`log(1 - p_y) = -softplus(d)`. An objective is a value `f(d)` and its slope `f'(d)`; the kernels
+compute `d` and turn a slope into a gradient row, and know nothing else of the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor
+
+_PER_TOKEN = "per_token"
+_MIXTURE, _JOIN = "mixture", "+"
+
+
+def softplus(x: Tensor) -> Tensor:
+    """`log(1 + exp(x))`, accurate for every x in float32 and float64; NaN and infinities pass.
+
+    `torch.nn.functional.softplus` returns `x` above 20, which float64 can tell apart.
+    """
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def uniform_log_odds(vocab_size: int) -> float:
+    """`u = -log(V - 1)`: the log-odds of a token that has probability `1/V`."""
+    return -math.log(vocab_size - 1)
+
+
+def per_token() -> Any:
+    """A dataclass field that holds one number for each token, in the labels' shape."""
+    return dataclasses.field(metadata={_PER_TOKEN: True})
+
+
+def per_sequence() -> Any:
+    """A dataclass field that holds one number for each sequence."""
+    return dataclasses.field(metadata={_PER_TOKEN: False})
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss `f(d)` of the log-odds `d` of tokens.
+
+    Call an instance with log-odds for a differentiable value. Subclasses are frozen dataclasses;
+    their fields are float parameters, and tensors declared by `per_token()` or `per_sequence()`
+    (then with `eq=False`, as tensors do not compare to one truth value).
+
+    The slope need not be the value's derivative: a paper's stop-gradient, such as a weight that
+    follows the model but is not differentiated, belongs into `slope`.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels.objectives import UnilogitReverse
+        >>> d = torch.tensor([0.0, 5.0], requires_grad=True)
+        >>> UnilogitReverse()(d, vocab_size=100).sum().backward()
+        >>> bool((d.grad > 0).all())
+        True
+    """
+
+    name: ClassVar[str]
+    coupled: ClassVar[bool] = False
+    """Whether a token's loss depends on other tokens: then all of them are evaluated together."""
+
+    def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """`f(d)`, elementwise, in the dtype of `log_odds`."""
+        raise NotImplementedError
+
+    def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """`f'(d)`, elementwise. The default differentiates `value`."""
+        # Unlike autograd.grad, this works inside an operator, where autograd is off.
+        slope: Tensor = torch.func.grad(lambda d: self.value(d, vocab_size).sum())(log_odds)
+        return slope
+
+    def parameters(self) -> list[float]:
+        """The values of the float fields, in order."""
+        return [float(getattr(self, name)) for name in _declared(type(self)).floats]
+
+    def tensors(self) -> list[Tensor]:
+        """The values of the tensor fields, in order."""
+        return [getattr(self, name) for name in _declared(type(self)).tensors]
+
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Objective:
+        """The same objective with `function` applied to each per-token tensor."""
+        changed = {name: function(getattr(self, name)) for name in _declared(type(self)).per_token}
+        return dataclasses.replace(self, **changed) if changed else self
+
+    def at(self, rows: slice | Tensor) -> Objective:
+        """The objective of some of the tokens, where these are in one row, `[n]`."""
+        return self.map_tokens(lambda tensor: tensor[rows])
+
+    def __call__(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """`f(d)` with `f'(d)` as its derivative; differentiable twice where `slope` is once."""
+        result: Tensor = _ValueWithSlope.apply(log_odds, self, vocab_size)
+        return result
+
+
+class _Declared(NamedTuple):
+    """The names of an objective's fields: floats, tensors, those per token, those without default.
+
+    Attributes:
+        floats: In order.
+        options: Those of the floats that a user may set.
+        tensors: In order.
+        per_token: Those of the tensors that have one number per token.
+        required: Those of the tensors that a user must give.
+    """
+
+    floats: tuple[str, ...]
+    options: tuple[str, ...]
+    tensors: tuple[str, ...]
+    per_token: tuple[str, ...]
+    required: tuple[str, ...]
+
+
+_DECLARED: dict[type[Objective], _Declared] = {}
+"""Of registered objectives: torch.compile does not follow the question itself."""
+
+
+def _declared(cls: type[Objective]) -> _Declared:
+    if cls in _DECLARED:
+        return _DECLARED[cls]
+    fields = dataclasses.fields(cls)
+    floats = [field for field in fields if _PER_TOKEN not in field.metadata]
+    tensors = [field for field in fields if _PER_TOKEN in field.metadata]
+    return _Declared(
+        floats=tuple(field.name for field in floats),
+        options=tuple(field.name for field in floats if not field.kw_only),
+        tensors=tuple(field.name for field in tensors),
+        per_token=tuple(field.name for field in tensors if field.metadata[_PER_TOKEN]),
+        required=tuple(
+            field.name for field in tensors if field.default_factory is dataclasses.MISSING
+        ),
+    )
+
+
+class _ValueWithSlope(torch.autograd.Function):
+    """Pairs a value with its own slope formula, since differentiating the value loses digits."""
+
+    @staticmethod
+    def forward(log_odds: Tensor, objective: Objective, vocab_size: int) -> Tensor:
+        return objective.value(log_odds, vocab_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        log_odds, ctx.objective, ctx.vocab_size = inputs
+        ctx.save_for_backward(log_odds)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (log_odds,) = ctx.saved_tensors
+        return grad * ctx.objective.slope(log_odds, ctx.vocab_size), None, None
+
+
+REGISTRY: dict[str, type[Objective]] = {}
+"""Objectives by name. The fused losses can compute these with the gradient in the forward pass."""
+
+_ObjectiveType = TypeVar("_ObjectiveType", bound=type[Objective])
+
+
+def register(cls: _ObjectiveType) -> _ObjectiveType:
+    """Class decorator: make an objective available by its `name`, and to the fused losses.
+
+    Raises:
+        ValueError: The name is taken by another class, or is reserved: `mixture`, a `+` in it.
+    """
+    if _JOIN in cls.name or cls.name == _MIXTURE:
+        raise ValueError(f"an objective cannot have the name {cls.name!r}")
+    if REGISTRY.setdefault(cls.name, cls) is not cls:
+        raise ValueError(f"objective name {cls.name!r} is already taken by {REGISTRY[cls.name]}")
+    _DECLARED[cls] = _declared(cls)
+    return cls
+
+
+def parameter_names(name: str) -> list[str]:
+    """The float parameters of a registered objective that a user may set."""
+    return list(_declared(REGISTRY[name]).options)
+
+
+def by_name(name: str, **parameters: float) -> Objective:
+    """The registered objective of that name.
+
+    Args:
+        name: A key of `REGISTRY`.
+        parameters: Its float parameters, where they are not to be the defaults.
+
+    Raises:
+        ValueError: Unknown name or parameter, or an objective that needs tensors of its own.
+    """
+    if name not in REGISTRY:
+        known = ", ".join(sorted(REGISTRY))
+        raise ValueError(f"objective {name!r} is unknown; expected one of: {known}")
+    cls = REGISTRY[name]
+    needed = _declared(cls).required
+    if needed:
+        raise ValueError(
+            f"objective {name!r} needs tensors: pass objectives.{cls.__name__}"
+            f"({', '.join(f'{field}=...' for field in needed)}) instead of the name"
+        )
+    taken = parameter_names(name)
+    for parameter in parameters:
+        if parameter not in taken:
+            raise ValueError(
+                f"objective {name!r} has no parameter {parameter!r}; "
+                f"it has {', '.join(taken) or 'none'}"
+            )
+    return cls(**parameters)
+
+
+def resolve(
+    objective: str | Objective | Callable[[Tensor], Tensor],
+) -> Objective | Callable[[Tensor], Tensor]:
+    """Turn what a user may pass as `objective` into an instance, or leave a callable as it is.
+
+    Raises:
+        ValueError: Unknown name, or one of an objective that needs tensors.
+        TypeError: Neither a name, an instance nor a callable.
+    """
+    if isinstance(objective, str):
+        return by_name(objective)
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            "objective must be a name, an Objective instance or a function of the log-odds, "
+            f"got {objective!r}"
+        )
+    return objective
+
+
+def is_registered(objective: object) -> TypeGuard[Objective]:
+    """Whether the fused losses know this objective by name, so that they can rebuild it."""
+    if isinstance(objective, Mixture):
+        return all(is_registered(each) for each in objective.objectives)
+    return isinstance(objective, Objective) and REGISTRY.get(objective.name) is type(objective)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture(Objective):
+    """Several objectives in one call, each for its own tokens.
+
+    Attributes:
+        objectives: What tokens may take.
+        segments: int64, in the labels' shape: the index of each token's objective. A token of
+            another index has value and slope 0.
+    """
+
+    objectives: tuple[Objective, ...]
+    segments: Tensor = per_token()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # of an instance: it depends on the parts
+        """`mixture`, and the names of the objectives, joined by `+`."""
+        return _JOIN.join([_MIXTURE, *(each.name for each in self.objectives)])
+
+    @property
+    def coupled(self) -> bool:  # type: ignore[override]
+        """Whether one of the objectives is."""
+        return any(each.coupled for each in self.objectives)
+
+    def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """Each token's `f(d)`."""
+        return self._select([each.value(log_odds, vocab_size) for each in self.objectives])
+
+    def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """Each token's `f'(d)`."""
+        return self._select([each.slope(log_odds, vocab_size) for each in self.objectives])
+
+    def _select(self, candidates: list[Tensor]) -> Tensor:
+        result = torch.zeros_like(candidates[0])
+        for index, candidate in enumerate(candidates):
+            result = torch.where(self.segments == index, candidate, result)
+        return result
+
+    def parameters(self) -> list[float]:
+        """Those of the objectives, one after the other."""
+        return [value for each in self.objectives for value in each.parameters()]
+
+    def tensors(self) -> list[Tensor]:
+        """The segments, and what the objectives hold."""
+        return [self.segments, *(tensor for each in self.objectives for tensor in each.tensors())]
+
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Mixture:
+        """The same with `function` applied to each per-token tensor, the segments included."""
+        parts = tuple(each.map_tokens(function) for each in self.objectives)
+        return Mixture(parts, function(self.segments))
+
+
+class Packed(NamedTuple):
+    """A registered objective as what an operator takes.
+
+    Attributes:
+        name: Of the objective; a mixture's holds the names of its objectives.
+        parameters: Floats.
+        tensors: Per token and per sequence.
+    """
+
+    name: str
+    parameters: list[float]
+    tensors: list[Tensor]
+
+
+def pack(objective: Objective) -> Packed:
+    """Take a registered objective apart; `unpack` is the inverse."""
+    return Packed(objective.name, objective.parameters(), objective.tensors())
+
+
+def unpack(name: str, parameters: Sequence[float], tensors: Sequence[Tensor]) -> Objective:
+    """Rebuild an objective from what `pack` made of it."""
+    floats, given = iter(parameters), iter(tensors)
+
+    def build(cls: type[Objective]) -> Objective:
+        return cls(
+            **{name: next(floats) for name in _declared(cls).floats},
+            **{name: next(given) for name in _declared(cls).tensors},
+        )
+
+    kind, *names = name.split(_JOIN)
+    if kind != _MIXTURE:
+        return build(REGISTRY[name])
+    segments = next(given)
+    return Mixture(tuple(build(REGISTRY[each]) for each in names), segments)

@@ -1,0 +1,407 @@
+"""Losses of whole sequences, as functions of sums over their tokens.
+
+Each is an `Objective` whose tokens are coupled: once the log-odds of all tokens are known, sums
+over sequences and the slope of each token follow, without another look at a logit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.objectives.base import Objective, per_sequence, per_token, register
+from unilogit_kernels.objectives.token import Probability, log_sigmoid
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SequenceObjective(Objective):
+    """A loss `F` of the sums of one statistic over the labelled tokens of each sequence.
+
+    Subclasses say which statistic (`tokens`; `log p` unless they differ) and how losses come of the
+    sums (`losses`). Losses of `members` sequences each couple the first, second, ... part of the
+    batch: chosen answers first, rejected ones after them.
+
+    The fields of this class are filled in by the call (`placed`).
+
+    Attributes:
+        sequences: How many sequences there are.
+        length: Tokens in each, labelled or not.
+        positions: int64 per token: its place in `[sequences, length]`, or the place after the last
+            if it does not count.
+    """
+
+    members: ClassVar[int] = 1
+    coupled: ClassVar[bool] = True
+
+    sequences: float = 0.0
+    length: float = 0.0
+    positions: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64), metadata=per_token().metadata
+    )
+
+    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """The losses `[sequences / members]`, differentiable.
+
+        Args:
+            sums: float64 `[sequences]`, of the statistic over labelled tokens.
+            counts: float64 `[sequences]`, how many these are.
+        """
+        raise NotImplementedError
+
+    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """The derivative of the sum of all losses by each of the sums, `[sequences]`."""
+        raise NotImplementedError
+
+    def tokens(self, log_odds: Tensor) -> Tensor:
+        """The statistic of each token, `[n]`, differentiable: `log p`."""
+        return log_sigmoid(log_odds)
+
+    def token_slopes(self, log_odds: Tensor) -> Tensor:
+        """Its derivative by the log-odds, `[n]`."""
+        return torch.sigmoid(-log_odds)
+
+    def placed(self, counted: Tensor) -> SequenceObjective:
+        """The objective of a batch.
+
+        Args:
+            counted: bool `[..., T]`: which tokens count.
+
+        Raises:
+            ValueError: The number of sequences does not fit, or a tensor's shape.
+        """
+        sequences = math.prod(counted.shape[:-1])
+        if sequences % self.members:
+            raise ValueError(
+                f"{self.name!r} takes {self.members} equally large parts of the batch, "
+                f"got {sequences} sequences"
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "positions":
+                self._check(field.name, value, counted)
+        place = torch.arange(counted.numel(), device=counted.device)
+        flat = {
+            field.name: getattr(self, field.name).detach().reshape(-1)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        flat["positions"] = torch.where(counted.reshape(-1), place, counted.numel())
+        return dataclasses.replace(
+            self, sequences=float(sequences), length=float(counted.shape[-1]), **flat
+        )
+
+    def _check(self, name: str, value: Tensor, counted: Tensor) -> None:
+        if value.shape != counted.shape[:-1]:
+            raise ValueError(
+                f"{name} must hold one number for each sequence, shape "
+                f"{list(counted.shape[:-1])}, got {list(value.shape)}"
+            )
+        if value.device != counted.device:
+            raise ValueError(
+                f"{name} must be on the labels' device {counted.device}, got {value.device}"
+            )
+
+    def _grid(self, values: Tensor) -> Tensor:
+        """Per-token values `[n]` in their places, `[sequences, length]`, and 0 elsewhere."""
+        sequences, length = int(self.sequences), int(self.length)
+        grid = values.new_zeros(sequences * length + 1).scatter(0, self.positions, values)
+        return grid[:-1].view(sequences, length)
+
+    def _counted(self) -> Tensor:
+        """Which tokens of each group of sequences count, bool `[groups, members * length]`."""
+        counted = self._grid(torch.ones_like(self.positions, dtype=torch.bool))
+        return counted.view(self.members, -1, counted.shape[1]).transpose(0, 1).flatten(1)
+
+    def _sums(self, log_odds: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums and counts, `[sequences]` each; in a fixed order, without atomics."""
+        sums = self._grid(self.tokens(log_odds.double())).sum(1)
+        return sums, self._grid(torch.ones_like(self.positions, dtype=torch.float64)).sum(1)
+
+    def per_sequence(self, log_odds: Tensor) -> Tensor:
+        """The losses `[sequences / members]`, differentiable; 0 for one without a token.
+
+        In float64: a long answer has hundreds of nats, of which float32 would lose digits that
+        its exponential needs. These are a few numbers per token.
+        """
+        losses = self.losses(*self._sums(log_odds))
+        return torch.where(self._counted().any(1), losses, 0.0).to(log_odds.dtype)
+
+    def groups(self) -> Tensor:
+        """How many losses there are, 0-d: groups of sequences with a token that counts."""
+        return self._counted().any(1).sum()
+
+    def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """The loss of each sequence (or pair) at its first token that counts, 0 at the others."""
+        groups, length = int(self.sequences) // self.members, int(self.length)
+        counted = self._counted()
+        first = counted.int().argmax(1)
+        member, offset = first // length, first % length
+        group = torch.arange(groups, device=first.device)
+        places = torch.where(
+            counted.any(1),
+            (member * groups + group) * length + offset,
+            int(self.sequences) * length,
+        )
+        grid = log_odds.new_zeros(int(self.sequences) * length + 1)
+        return grid.scatter(0, places, self.per_sequence(log_odds))[self.positions]
+
+    def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
+        """The derivative of the sum of all losses by each token's log-odds."""
+        of_sums = self.derivatives(*self._sums(log_odds)).repeat_interleave(int(self.length))
+        of_sums = torch.cat((of_sums, of_sums.new_zeros(1)))[self.positions]
+        return (of_sums * self.token_slopes(log_odds.double())).to(log_odds.dtype)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class NPO(SequenceObjective):
+    """Negative preference optimisation (arXiv 2404.05868).
+
+    `-(2 / beta) log sigmoid(-beta (log p(y) - log p_ref(y)))`, both summed over the answer.
+
+    Attributes:
+        reference: `log p_ref(y)` of each sequence under the starting model.
+        beta: Inverse temperature; the paper's 0.1.
+    """
+
+    name: ClassVar[str] = "npo"
+    reference: Tensor = per_sequence()
+    beta: float = 0.1
+
+    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """See `SequenceObjective.losses`."""
+        return -2 / self.beta * log_sigmoid(-self.beta * (sums - self.reference))
+
+    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """`2 sigmoid(beta (log p(y) - log p_ref(y)))`."""
+        return 2 * torch.sigmoid(self.beta * (sums - self.reference))
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class SimNPO(SequenceObjective):
+    """SimNPO (arXiv 2410.07163): NPO without a reference, with the mean log-probability.
+
+    `-(2 / beta) log sigmoid(-beta (log p(y) / |y| + delta))`, with `|y|` the labelled tokens. The
+    paper writes its margin outside beta, `gamma = beta delta`; this is the authors' code and
+    OpenUnlearning's, whose defaults these are.
+
+    Attributes:
+        beta: Inverse temperature.
+        delta: Margin.
+    """
+
+    name: ClassVar[str] = "simnpo"
+    beta: float = 1.0
+    delta: float = 0.0
+
+    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """See `SequenceObjective.losses`."""
+        mean = sums / counts.clamp(min=1)
+        return -2 / self.beta * log_sigmoid(-self.beta * (mean + self.delta))
+
+    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """`2 sigmoid(beta (log p(y) / |y| + delta)) / |y|`."""
+        lengths = counts.clamp(min=1)
+        return 2 * torch.sigmoid(self.beta * (sums / lengths + self.delta)) / lengths
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class DPO(SequenceObjective):
+    """Direct preference optimisation (arXiv 2305.18290).
+
+    `-log sigmoid(beta (chosen - rejected))`, each the log-ratio of model and starting model, summed
+    over the answer. The first half of the batch holds the chosen answers, the second the rejected.
+
+    Attributes:
+        reference: `log p_ref(y)` of each sequence of the batch, both halves.
+        beta: Inverse temperature.
+    """
+
+    name: ClassVar[str] = "dpo"
+    members: ClassVar[int] = 2
+    reference: Tensor = per_sequence()
+    beta: float = 0.1
+
+    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """See `SequenceObjective.losses`."""
+        chosen, rejected = (sums - self.reference).chunk(2)
+        return -log_sigmoid(self.beta * (chosen - rejected))
+
+    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """`-beta sigmoid(-beta (chosen - rejected))` for the chosen, minus that for the other."""
+        chosen, rejected = (sums - self.reference).chunk(2)
+        slope = self.beta * torch.sigmoid(-self.beta * (chosen - rejected))
+        return torch.cat((-slope, slope))
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class IdkDPO(DPO):
+    """DPO that prefers a refusal ("I don't know") to the answer to forget (TOFU, arXiv 2401.06121).
+
+    `2 / beta` times DPO's loss, as in the code of NPO and OpenUnlearning. Refusals come first.
+    """
+
+    name: ClassVar[str] = "idk_dpo"
+
+    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """See `SequenceObjective.losses`."""
+        return 2 / self.beta * super().losses(sums, counts)
+
+    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """`2 / beta` times DPO's."""
+        return 2 / self.beta * super().derivatives(sums, counts)
+
+
+class _FLATBase(SequenceObjective):
+    """FLAT (arXiv 2410.11143): `-g(P(template)) + f*(g(P(forget)))`, `P` the mean probability.
+
+    The paper's f-divergence losses, which differ in the variational function `g` and the conjugate
+    `f*` (its table of f-divergences). Template answers come first in the batch, forget answers
+    second. The authors' code averages p over padding as well; this is the paper's mean over the
+    answer's tokens.
+    """
+
+    members: ClassVar[int] = 2
+
+    def tokens(self, log_odds: Tensor) -> Tensor:
+        """The probability of each token."""
+        return Probability()(log_odds, 0)
+
+    def token_slopes(self, log_odds: Tensor) -> Tensor:
+        """`p (1 - p)`."""
+        return Probability().slope(log_odds, 0)
+
+    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """See `SequenceObjective.losses`."""
+        template, forget = (sums / counts.clamp(min=1)).chunk(2)
+        return self.conjugate(forget) - self.variational(template)
+
+    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Those of `-g` for templates and of `f*(g)` for forget answers, over their lengths."""
+        lengths = counts.clamp(min=1)
+        template, forget = (sums / lengths).chunk(2)
+        slopes = torch.cat((-self.variational_slope(template), self.conjugate_slope(forget)))
+        return slopes / lengths
+
+    def variational(self, x: Tensor) -> Tensor:
+        """`g(x)`."""
+        raise NotImplementedError
+
+    def variational_slope(self, x: Tensor) -> Tensor:
+        """`g'(x)`."""
+        raise NotImplementedError
+
+    def conjugate(self, x: Tensor) -> Tensor:
+        """`f*(g(x))`."""
+        raise NotImplementedError
+
+    def conjugate_slope(self, x: Tensor) -> Tensor:
+        """The derivative of `f*(g(x))`."""
+        raise NotImplementedError
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class FLAT(_FLATBase):
+    """FLAT with the total variation, the authors' default: `g = tanh(x) / 2`, `f*(g) = g`."""
+
+    name: ClassVar[str] = "flat"
+
+    def variational(self, x: Tensor) -> Tensor:
+        """`tanh(x) / 2`."""
+        return torch.tanh(x) / 2
+
+    def variational_slope(self, x: Tensor) -> Tensor:
+        """`(1 - tanh(x)^2) / 2`."""
+        return (1 - torch.tanh(x).square()) / 2
+
+    def conjugate(self, x: Tensor) -> Tensor:
+        """`tanh(x) / 2`."""
+        return torch.tanh(x) / 2
+
+    def conjugate_slope(self, x: Tensor) -> Tensor:
+        """`(1 - tanh(x)^2) / 2`."""
+        return self.variational_slope(x)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class FLATKL(_FLATBase):
+    """FLAT with the KL divergence: `g = x`, `f*(g) = exp(x - 1)`."""
+
+    name: ClassVar[str] = "flat_kl"
+
+    def variational(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return x
+
+    def variational_slope(self, x: Tensor) -> Tensor:
+        """`1`."""
+        return torch.ones_like(x)
+
+    def conjugate(self, x: Tensor) -> Tensor:
+        """`exp(x - 1)`."""
+        return torch.exp(x - 1)
+
+    def conjugate_slope(self, x: Tensor) -> Tensor:
+        """`exp(x - 1)`."""
+        return torch.exp(x - 1)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class FLATJensenShannon(_FLATBase):
+    """FLAT with the Jensen-Shannon divergence.
+
+    `g = log 2 - log(1 + e^-x)`, and `f*(u) = -log(2 - e^u)`, which is `log(1 + e^-x) + x - log 2`
+    at `u = g(x)`.
+    """
+
+    name: ClassVar[str] = "flat_js"
+
+    def variational(self, x: Tensor) -> Tensor:
+        """`log 2 + log sigmoid(x)`."""
+        return math.log(2) + log_sigmoid(x)
+
+    def variational_slope(self, x: Tensor) -> Tensor:
+        """`sigmoid(-x)`."""
+        return torch.sigmoid(-x)
+
+    def conjugate(self, x: Tensor) -> Tensor:
+        """`x - log 2 - log sigmoid(x)`."""
+        return x - math.log(2) - log_sigmoid(x)
+
+    def conjugate_slope(self, x: Tensor) -> Tensor:
+        """`sigmoid(x)`."""
+        return torch.sigmoid(x)
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class FLATPearson(_FLATBase):
+    """FLAT with Pearson's chi-squared divergence: `g = x`, `f*(g) = x^2 / 4 + x`."""
+
+    name: ClassVar[str] = "flat_pearson"
+
+    def variational(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return x
+
+    def variational_slope(self, x: Tensor) -> Tensor:
+        """`1`."""
+        return torch.ones_like(x)
+
+    def conjugate(self, x: Tensor) -> Tensor:
+        """`x^2 / 4 + x`."""
+        return x.square() / 4 + x
+
+    def conjugate_slope(self, x: Tensor) -> Tensor:
+        """`x / 2 + 1`."""
+        return x / 2 + 1
