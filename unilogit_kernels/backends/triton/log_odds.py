@@ -31,6 +31,10 @@ from unilogit_kernels.backends.triton.settings import Settings
 OBJECTIVES = ("unilogit", "unilogit_forward", "cross_entropy", "gradient_ascent")
 """What `row_maths.evaluate_objective` knows."""
 
+LARGEST_TILE = 16384
+"""Columns of a tile in a sweep. What fills no tile of a row is walked over under masks, which at
+twice as many costs more instructions than rescaling the sum half as often saves."""
+
 LEAST_EFFICIENCY = 2 / 3
 """A sweep moves two thirds of the bytes of two visits: it pays while no more of the device idles
 in the last wave of rows."""
@@ -170,7 +174,9 @@ def sweep(
     values = torch.empty(n, device=logits.device)
     multiprocessors, cache_bytes = settings.sizes(logits, chosen)
     row_bytes = v * logits.element_size()
-    warps = settings.sweep_warps(row_bytes, multiprocessors, cache_bytes, chosen)
+    warps = chosen.warps  # without a gradient a row is visited once
+    if out is not None:
+        warps = settings.sweep_warps(row_bytes, multiprocessors, cache_bytes, chosen)
     at_a_time = multiprocessors * (chosen.resident_warps // warps)
     # Too few rows would leave multiprocessors idle; nearly all of them fit into the cache.
     if n < LEAST_EFFICIENCY * triton.cdiv(n, at_a_time) * at_a_time:
@@ -184,6 +190,7 @@ def sweep(
     place = Place.of(logits)
     out_place = place if out is None else Place.of(out)
     threads = warps * chosen.warp_threads
+    lanes = min(_lanes(transform, chosen), LARGEST_TILE // threads)
     log_odds_sweep_kernel[(n,)](
         place.base,
         labels,
@@ -199,7 +206,7 @@ def sweep(
         OBJECTIVE=objective,
         # For a gradient the logits are read again, from the cache: they should leave it last.
         LOGITS=logits_of(place, out_place, transform, "" if out is None else "evict_last"),
-        WALK=walk_over(v, out_place, (place,), _lanes(transform, chosen), threads),
+        WALK=walk_over(v, out_place, (place,), lanes, threads),
         **options_of(chosen, warps),
     )
     return values
