@@ -36,7 +36,8 @@ def exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> Result:
     """In float64."""
     x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     loss = F.cross_entropy(F.linear(x, w), labels)
-    return Result(loss.detach(), *torch.autograd.grad(loss, (x, w)))
+    gradients = torch.autograd.grad(loss, (x, w))
+    return Result(loss.detach(), *(gradient.detach() for gradient in gradients))
 
 
 def ours(hidden: Tensor, weight: Tensor, labels: Tensor, chunks: int) -> Result:
@@ -45,7 +46,8 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor, chunks: int) -> Result:
     plan = Plan("vocabulary_chunks", len(x) // chunks, len(w) // chunks)
     with patch.object(compaction, "plan_linear", lambda *_, **__: plan):
         loss = linear_objective_loss(x, w, labels, "cross_entropy")
-    return Result(loss.detach(), *torch.autograd.grad(loss, (x, w)))
+    gradients = torch.autograd.grad(loss, (x, w))
+    return Result(loss.detach(), *(gradient.detach() for gradient in gradients))
 
 
 def _gradient_rows(x: Tensor, w: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ def table(n: int, h: int, v: int, dtype: torch.dtype, chunk_counts: list[int]) -
     for name, way in WAYS.items():
         for chunks in chunk_counts:
             errors = [
-                float((ours_.double() - true).norm() / true.norm())
+                float((ours_.double() - true).norm().item() / true.norm().item())
                 for ours_, true in zip(way(hidden, weight, labels, chunks), truth, strict=True)
             ]
             lines.append(f"| {name} | {chunks} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")

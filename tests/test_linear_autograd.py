@@ -22,8 +22,12 @@ from unilogit_kernels import (
     loops,
     unilogit_loss,
 )
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.kept import KeptInGradient, KeptLogits
+from unilogit_kernels.objectives import CrossEntropy
 from unilogit_kernels.plan import LinearOptions, LinearShape, Plan, plan_linear
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs, multiply
+from unilogit_kernels.rows import RowProblem, Weighted
 
 N, H, V = 12, 16, 300
 
@@ -154,16 +158,19 @@ class TestGpuBranch:
 
     @pytest.mark.parametrize("train_weight", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("n", [8192, 70_000])
     def test_default_plan_runs_on_tensors_without_data(
-        self, monkeypatch: pytest.MonkeyPatch, train_weight: bool, dtype: torch.dtype
+        self, monkeypatch: pytest.MonkeyPatch, n: int, train_weight: bool, dtype: torch.dtype
     ) -> None:
-        """The loop at 8192 x 128,256 x 4096 with the plan, dtypes and GEMMs of a GPU."""
-        n, h, v = 8192, 4096, 128_256
+        """The loop at n x 128,256 x 4096 with the plan, dtypes and GEMMs of a GPU.
+
+        70,000 tokens are more than a launch has rows of blocks, and n * V is beyond 2^32.
+        """
+        h, v = 4096, 128_256
         monkeypatch.setattr("unilogit_kernels.projection.writes_wider", lambda _: True)
         dtypes = GemmDtypes.of(dtype, "cuda")
         needs = Needs(hidden=True, weight=train_weight, bias=False)
         plan = plan_linear(LinearShape(n, h, v, dtypes, dtype, "cuda", needs), visits=2)
-        # A copy on this device would count as memory: the fake one has no data.
         products: list[tuple[torch.dtype, torch.dtype]] = []
 
         def watched(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
@@ -183,10 +190,6 @@ class TestGpuBranch:
                 torch.empty_like(weight, dtype=dtypes.results) if train_weight else None,
                 None,
             )
-            from unilogit_kernels.backends import LogitTransform
-            from unilogit_kernels.objectives import CrossEntropy
-            from unilogit_kernels.rows import RowProblem, Weighted
-
             rows = RowProblem(
                 torch.empty(n, dtype=torch.int64, device="meta"), LogitTransform(), v, _NoKernels()
             )
@@ -215,17 +218,18 @@ class _NoKernels:
         assert logits.shape[0] == labels.shape[0] == state.shape[1] == slope.shape[0]
 
 
-def test_more_than_2_31_logits(backend: str) -> None:
-    """CASES 23: n * V beyond 2^31 without holding it, with more than 65,535 tokens.
-
-    Every hidden state is the same, so one row's result is everybody's.
-    """
-    n, h, v = 70_000, 1, 33_000
-    hidden = torch.ones(1, h).expand(n, h)
-    weight = (torch.arange(v) % 7).float()[:, None]
-    labels = torch.zeros(n, dtype=torch.int64)
-    labels[: n - 3] = -100  # the last rows alone are computed: their offsets are what matters
-    x = hidden.clone().requires_grad_()
-    d = linear_target_log_odds(x, weight, labels, compact=True, backend=backend)
-    single = linear_target_log_odds(hidden[:1], weight, labels[-1:], backend=backend)
-    assert torch.equal(d[-3:], single.expand(3))
+def test_kept_tiles_beyond_32_bits() -> None:
+    """CASES 23: V * H and n * V beyond 2^32 entries; without data, offsets are what matters."""
+    v, h, n = 1 << 21, 4096, 70_000
+    gradient = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
+    kept = KeptInGradient(gradient, torch.bfloat16, h, finished=True)
+    columns = slice(v - 512, v)
+    place = kept.place(slice(4000, h), columns)
+    assert place is not None
+    assert place.shape == (96, 512)
+    assert place.storage_offset() == (v - 512) * h + 4000 * 512 > 1 << 32
+    logits = KeptLogits(torch.empty(n * v, device="meta"), n)
+    place = logits.place(slice(n - 5, n), columns)
+    assert place is not None
+    assert place.shape == (5, 512)
+    assert place.storage_offset() == (v - 512) * n + (n - 5) * 512 > 1 << 32
