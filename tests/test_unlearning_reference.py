@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import make_model, one_thread
+from tiny_models import FORGET, RETAIN, encoded, make_model, one_thread, save_model, write_rows
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from unilogit_kernels import Shift, Uniform, kl_loss
 from unilogit_kernels.divergence import count_ignored_positions
 from unilogit_kernels.testing import assert_within_budget
+from unilogit_kernels.unlearning.data import PairSampler, collate
+from unilogit_kernels.unlearning.methods import MethodError
 from unilogit_kernels.unlearning.reference_model import frozen_copy, fused_kl_loss
+from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
+from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -185,3 +190,136 @@ def test_averaging_ignored_positions_can_be_reproduced() -> None:
     assert not torch.allclose(gradients[0], gradients[2])
     with pytest.raises(ValueError, match=r"ignore_index must be in \[-50, 0\)"):
         count_ignored_positions(labels, 50)
+
+
+def arguments(folder: Path, **options: Any) -> UnlearningArguments:
+    return UnlearningArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        forget_weight=0.7,
+        retain_weight=1.3,
+        **options,
+    )
+
+
+def gradient_ascent(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(student, labels)
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(student, labels)
+
+
+TRAINED = {
+    "undial": (undial, cross_entropy, {"method": "undial", "method_parameters": {"gamma": 3.0}}),
+    "kl minimisation": (
+        gradient_ascent,
+        kl_minimisation,
+        {"method": "gradient_ascent", "retain_loss": "kl"},
+    ),
+    "unilogit from the starting model": (
+        unilogit_from_the_starting_model,
+        kl_minimisation,
+        {"method": "unilogit_starting_model", "retain_loss": "kl"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("drop", "keep", "options"), TRAINED.values(), ids=TRAINED)
+def test_a_step_against_a_teacher_is_the_literal_step(  # type: ignore[no-untyped-def]
+    tmp_path: Path, drop, keep, options
+) -> None:
+    """Over two batches of unequal length, with a teacher that is another model."""
+    model, teacher = make_model(0), frozen_copy(make_model(1))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = UnlearningTrainer(
+        model,
+        arguments(tmp_path, **options),
+        forget=encoded(FORGET),
+        retain=encoded(RETAIN),
+        teacher=teacher,
+    )
+    pairs = list(PairSampler(trainer._pairs, 1, trainer.args.seed))
+    trainer.train()
+    assert all(map(torch.equal, before.values(), teacher.state_dict().values()))
+
+    literal = make_model(0).double()
+    reference = frozen_copy(make_model(1)).double()
+    rows = (
+        collate([trainer._pairs.forget[f] for f, _ in pairs], 0),
+        collate([trainer._pairs.retain[r] for _, kept in pairs for r in kept], 0),
+    )
+    losses = []
+    for formula, examples in zip((drop, keep), rows, strict=True):
+        given = {name: examples[name] for name in ("input_ids", "attention_mask")}
+        labels = examples["labels"][:, 1:]
+        counted = labels != -100
+        with torch.no_grad():
+            q = reference(**given).logits[:, :-1][counted]
+        losses.append(formula(literal(**given).logits[:, :-1][counted], q, labels[counted]))
+    (0.7 * losses[0] + 1.3 * losses[1]).backward()
+    logged = trainer.state.log_history[0]
+    assert logged["forget_loss"] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert logged["retain_loss"] == pytest.approx(losses[1].item(), rel=1e-5)
+    assert trainer.state.global_step == 1
+    for (name, found), expected in zip(model.named_parameters(), literal.parameters(), strict=True):
+        assert expected.grad is not None
+        wanted = expected.detach() - 0.5 * expected.grad
+        # Of a step in float32: rounding of the parameters, and of a gradient of order 1.
+        assert torch.allclose(found.detach().double(), wanted, rtol=1e-4, atol=1e-6), name
+
+
+def test_the_default_teacher_is_the_model_as_it_was_given(tmp_path: Path) -> None:
+    """So that the divergence of the first step is 0, and that of a later one is not."""
+    args = arguments(tmp_path, method="npo", retain_loss="kl")
+    args.num_train_epochs = 3
+    trainer = UnlearningTrainer(make_model(), args, forget=encoded(FORGET), retain=encoded(RETAIN))
+    trainer.train()
+    losses = [log["retain_loss"] for log in trainer.state.log_history if "retain_loss" in log]
+    assert losses[0] == 0
+    assert losses[-1] > 0
+
+
+def test_teachers_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="retain_loss must be one of cross_entropy, kl"):
+        arguments(tmp_path, retain_loss="mse")
+    with pytest.raises(MethodError, match="'unilogit' with retain_loss 'cross_entropy' takes no"):
+        UnlearningTrainer(
+            make_model(),
+            arguments(tmp_path),
+            forget=encoded(FORGET),
+            retain=encoded(RETAIN),
+            teacher=make_model(),
+        )
+    with pytest.raises(MethodError, match="'undial' has no parameter 'beta'; it has gamma"):
+        arguments(tmp_path, method="undial", method_parameters={"beta": 1.0})
+
+
+def test_a_run_from_files(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    settings = Settings(
+        model=str(tmp_path / "model"),
+        forget=write_rows(tmp_path / "forget.jsonl", FORGET),
+        retain=write_rows(tmp_path / "retain.jsonl", RETAIN),
+        output=tmp_path / "out",
+        method="undial",
+        method_parameters={"gamma": 5.0},
+        retain_loss="kl",
+        epochs=1,
+    )
+    done = execute(prepare(settings))
+    assert done["steps"] > 0
+    assert (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(RunError, match="retain_loss must be one of"):
+        prepare(Settings(**{**vars(settings), "retain_loss": "l2", "output": tmp_path / "other"}))

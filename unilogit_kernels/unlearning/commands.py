@@ -61,7 +61,7 @@ def unlearn(
     beta: Annotated[float | None, typer.Option(help="Parameter of npo, dpo, tnpo...")] = None,
     beta1: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
     beta2: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
-    gamma: Annotated[float | None, typer.Option(help="Parameter of self_undial.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Parameter of undial, self_undial.")] = None,
     delta: Annotated[float | None, typer.Option(help="Parameter of simnpo.")] = None,
     refusals: Annotated[
         Path | None,
@@ -86,8 +86,11 @@ def unlearn(
     forget_weight: Annotated[
         float, typer.Option(help="Factor of the forget loss.")
     ] = Settings.forget_weight,
+    retain_loss: Annotated[
+        str, typer.Option(help="Loss of the retain rows: cross_entropy, or kl to the model.")
+    ] = Settings.retain_loss,
     retain_weight: Annotated[
-        float, typer.Option(help="Factor of the retain rows' cross-entropy.")
+        float, typer.Option(help="Factor of the retain rows' loss.")
     ] = Settings.retain_weight,
     stop_at_probability: Annotated[
         float | None,

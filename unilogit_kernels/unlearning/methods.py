@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels import objectives
+from unilogit_kernels.divergence import Rewrite, Shift, Uniform
 from unilogit_kernels.objectives import Objective, SequenceObjective
 
 _REFERENCE = "reference"
+
+
+class _Divergence(NamedTuple):
+    """A method that compares the model with the starting model, token by token of the vocabulary.
+
+    Attributes:
+        rewrite: of the teacher's label entry.
+        direction: of the divergence.
+        defaults: the rewrite's parameters.
+    """
+
+    rewrite: type[Rewrite]
+    direction: str
+    defaults: Mapping[str, float]
+
+
+_DIVERGENCES = {
+    # gamma as in the paper and in OpenUnlearning.
+    "undial": _Divergence(Shift, "forward", {"gamma": 10.0}),
+    "unilogit_starting_model": _Divergence(Uniform, "reverse", {}),
+}
+
+RETAIN_LOSSES = ("cross_entropy", "kl")
+"""Losses of the retain rows: of their labels, or the divergence from the starting model."""
+
+
+def method_names() -> list[str]:
+    """Every method by name."""
+    return sorted([*objectives.REGISTRY, *_DIVERGENCES])
 
 
 class MethodError(ValueError):
@@ -20,10 +51,11 @@ class MethodError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A registered objective with its parameters.
+    """A method with its parameters.
 
     Attributes:
-        name: a key of `objectives.REGISTRY`.
+        name: a key of `objectives.REGISTRY`; or `"undial"`, with the starting model as teacher, or
+            `"unilogit_starting_model"`, Unilogit with the starting model's target.
         parameters: its float parameters, where they differ from the defaults.
     """
 
@@ -32,10 +64,13 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check name and parameters."""
-        if self.name not in objectives.REGISTRY:
-            known = ", ".join(sorted(objectives.REGISTRY))
+        if self.name not in method_names():
+            known = ", ".join(method_names())
             raise MethodError(f"method must be one of {known}, got {self.name!r}")
-        known_parameters = objectives.parameter_names(self.name)
+        divergence = _DIVERGENCES.get(self.name)
+        known_parameters = (
+            objectives.parameter_names(self.name) if divergence is None else divergence.defaults
+        )
         for parameter in self.parameters:
             if parameter not in known_parameters:
                 raise MethodError(
@@ -45,7 +80,7 @@ class Method:
 
     @property
     def _class(self) -> type[Objective]:
-        return objectives.REGISTRY[self.name]
+        return objectives.REGISTRY.get(self.name, Objective)
 
     @property
     def of_sequences(self) -> bool:
@@ -56,6 +91,17 @@ class Method:
     def needs_reference(self) -> bool:
         """Whether it takes log-probabilities under the starting model."""
         return any(field.name == _REFERENCE for field in dataclasses.fields(self._class))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it takes the starting model's whole distributions."""
+        return self.name in _DIVERGENCES
+
+    def divergence(self) -> dict[str, Any]:
+        """What `heads_kl_loss` takes, of a method that needs a teacher."""
+        rewrite, direction, defaults = _DIVERGENCES[self.name]
+        parameters = {**defaults, **self.parameters}
+        return {"rewrite": rewrite(**parameters), "direction": direction}
 
     @property
     def needs_refusals(self) -> bool:

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from unilogit_kernels.divergence import Rewrite, linear_kl_loss
 from unilogit_kernels.functional import shift_labels
 from unilogit_kernels.unlearning.head import HeadCall, evaluating, run_head
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+
+def frozen_copy(model: _Model) -> _Model:
     """The model as it is now, on its device, in eval mode, with no parameter that learns.
 
     Args:
         model: a Hugging Face causal LM, not wrapped. Memory for its weights is taken once more.
     """
-    reference: PreTrainedModel = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     reference.requires_grad_(False)
     reference.eval()
     return reference

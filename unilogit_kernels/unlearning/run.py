@@ -28,7 +28,7 @@ from unilogit_kernels.unlearning.data import (
     read_rows,
 )
 from unilogit_kernels.unlearning.head import observe_logit_transform
-from unilogit_kernels.unlearning.methods import Method, MethodError
+from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
 from unilogit_kernels.unlearning.trainer import (
     UnlearningArguments,
     UnlearningTrainer,
@@ -55,7 +55,7 @@ class Settings:
         forget: JSONL file of the rows to forget.
         retain: JSONL file of the rows to keep.
         output: directory for the model; checkpoints lie there until the run is done.
-        method: loss of the forget rows, a name from `unilogit_kernels.objectives`.
+        method: loss of the forget rows, a name from `methods.method_names()`.
         method_parameters: the method's float parameters, where they differ from its defaults.
         refusals: text file of what to say instead, one a line, for methods that take them; forget
             rows take them in turn.
@@ -66,7 +66,8 @@ class Settings:
         gradient_accumulation: batches in a step.
         retain_per_forget: retain rows for each forget row.
         forget_weight: factor of the forget loss.
-        retain_weight: factor of the retain rows' cross-entropy.
+        retain_loss: of the retain rows: `"cross_entropy"` or `"kl"`, see `UnlearningArguments`.
+        retain_weight: factor of that loss.
         stop_at_probability: stop at this mean probability of a forget token, or None.
         train_layers: train only so many of the top layers, or None for all parameters.
         max_length: rows are cut after so many tokens.
@@ -92,6 +93,7 @@ class Settings:
     gradient_accumulation: int = 1
     retain_per_forget: int = 1
     forget_weight: float = 0.1
+    retain_loss: str = "cross_entropy"
     retain_weight: float = 1.0
     stop_at_probability: float | None = None
     train_layers: int | None = None
@@ -211,6 +213,9 @@ def _check(settings: Settings) -> None:
         method = Method(settings.method, settings.method_parameters)
     except MethodError as error:
         raise RunError(str(error)) from error
+    if settings.retain_loss not in RETAIN_LOSSES:
+        known = ", ".join(RETAIN_LOSSES)
+        raise RunError(f"retain_loss must be one of {known}, got {settings.retain_loss!r}")
     if method.needs_refusals and settings.refusals is None:
         raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
     if settings.refusals is not None and not method.needs_refusals:
@@ -315,6 +320,7 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         method=settings.method,
         method_parameters=dict(settings.method_parameters),
         forget_weight=settings.forget_weight,
+        retain_loss=settings.retain_loss,
         retain_weight=settings.retain_weight,
         retain_per_forget=settings.retain_per_forget,
         stop_at_probability=settings.stop_at_probability,

@@ -28,7 +28,12 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities, token_probabilities
 from unilogit_kernels.unlearning.head import HeadCall, run_head
-from unilogit_kernels.unlearning.methods import Method, MethodError
+from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
+from unilogit_kernels.unlearning.reference_model import (
+    frozen_copy,
+    heads_kl_loss,
+    run_two_heads,
+)
 
 _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
@@ -41,12 +46,14 @@ class UnlearningArguments(TrainingArguments):
     `per_device_train_batch_size` counts forget rows; the retain rows come on top.
 
     Attributes:
-        method: loss of the forget rows, a name from `unilogit_kernels.objectives`.
+        method: loss of the forget rows, a name from `methods.method_names()`.
         method_parameters: the method's float parameters, where they differ from its defaults.
         forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
             cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
             of 1.
-        retain_weight: factor of the cross-entropy of the retain rows.
+        retain_loss: loss of the retain rows: `"cross_entropy"`, or `"kl"` for the divergence
+            KL(starting model || model), as in KL minimisation and NPO-KL.
+        retain_weight: factor of that loss.
         retain_per_forget: retain rows for each forget row.
         stop_at_probability: stop once the mean probability of a forget token has fallen to this.
         probability_steps: check that every so many steps.
@@ -55,6 +62,7 @@ class UnlearningArguments(TrainingArguments):
     method: str = field(default="unilogit")
     method_parameters: dict[str, float] = field(default_factory=dict)
     forget_weight: float = field(default=0.1)
+    retain_loss: str = field(default="cross_entropy")
     retain_weight: float = field(default=1.0)
     retain_per_forget: int = field(default=1)
     stop_at_probability: float | None = field(default=None)
@@ -66,6 +74,9 @@ class UnlearningArguments(TrainingArguments):
         self.remove_unused_columns = False
         super().__post_init__()
         self.resolved_method()
+        if self.retain_loss not in RETAIN_LOSSES:
+            known = ", ".join(RETAIN_LOSSES)
+            raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
         if self.retain_per_forget < 1:
             raise ValueError(f"retain_per_forget must be at least 1, got {self.retain_per_forget}")
         if self.stop_at_probability is not None and not 0 < self.stop_at_probability < 1:
@@ -83,7 +94,7 @@ class UnlearningArguments(TrainingArguments):
 
 
 class UnlearningTrainer(Trainer):
-    """A Trainer whose loss is `forget_weight * method + retain_weight * cross-entropy`.
+    """A Trainer whose loss is `forget_weight * method + retain_weight * retain loss`.
 
     Each step runs the model once over forget and retain rows together, and its lm_head once, too,
     unless the method compares two answers. Both losses are means over tokens, or over sequences
@@ -91,7 +102,9 @@ class UnlearningTrainer(Trainer):
     accumulation and on several devices.
 
     A method that needs the starting model (NPO, DPO, TNPO) needs no second model: the Trainer asks
-    the model it is given for the log-probabilities of the forget rows before the first step.
+    the model it is given for the log-probabilities of the forget rows before the first step. One
+    that compares whole distributions with the starting model's (UnDIAL, `retain_loss="kl"`) runs a
+    teacher beside the model, frozen and in eval mode, whose logits are never held either.
 
     Args:
         model: a Hugging Face causal LM.
@@ -100,13 +113,15 @@ class UnlearningTrainer(Trainer):
         retain: examples whose loss keeps the rest of the model in place.
         refusals: for methods that take them (DPO, FLAT): what the model should say instead of each
             forget example, in their order.
+        teacher: the model to compare with, where one is needed: any causal LM with the same
+            tokenizer. Default: a copy of the model as it is given, whole on each device.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
         options: passed on to `Trainer`, such as `callbacks` or `optimizers`.
 
     Raises:
         DataError: a set is empty, or there is not one refusal for each forget example.
-        MethodError: the method needs refusals, or has no use for them.
+        MethodError: the method needs refusals or a teacher, or has no use for them.
         ValueError: several GPUs in one process.
 
     Example:
@@ -125,6 +140,7 @@ class UnlearningTrainer(Trainer):
         forget: Sequence[Features],
         retain: Sequence[Features],
         refusals: Sequence[Features] = (),
+        teacher: nn.Module | None = None,
         pad_id: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
@@ -144,6 +160,14 @@ class UnlearningTrainer(Trainer):
             self._pairs = _with_reference(
                 model, self._pairs, pad_id, args.per_device_train_batch_size
             )
+        needs_teacher = self._method.needs_teacher or args.retain_loss == "kl"
+        if teacher is None and needs_teacher:
+            teacher = frozen_copy(model)
+        if teacher is not None and not needs_teacher:
+            raise MethodError(
+                f"method {args.method!r} with retain_loss {args.retain_loss!r} takes no teacher"
+            )
+        self._teacher = teacher
         self._sums: dict[str, Tensor] = {}
         self._logged_step = 0
         super().__init__(
@@ -154,6 +178,8 @@ class UnlearningTrainer(Trainer):
             processing_class=tokenizer,
             **options,
         )
+        if self._teacher is not None:
+            self._teacher.to(args.device)
         if args.stop_at_probability is not None:
             self.add_callback(_StopAtProbability(self, forget, pad_id))
 
@@ -209,38 +235,73 @@ class UnlearningTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         reference = inputs.pop(_REFERENCE, None)
-        forget_rows = self._forget_rows(labels)
-        weights = self.args.forget_weight, self.args.retain_weight
 
-        def compute(head: HeadCall) -> Tensor:
-            if self._method.needs_refusals:
-                # Refusals and answers are two halves of one call; retain rows have no other half.
-                forget, retain = slice(None, forget_rows), slice(forget_rows, None)
-                counts = (None, None) if num_items_in_batch is None else num_items_in_batch.unbind()
-                objective = self._method.objective(None if reference is None else reference[forget])
-                dropped = head.objective_loss(
-                    labels[forget], objective, rows=forget, num_items_in_batch=counts[0]
-                )
-                kept = head.objective_loss(
-                    labels[retain], "cross_entropy", rows=retain, num_items_in_batch=counts[1]
-                )
-                return torch.stack([weights[0] * dropped + weights[1] * kept, dropped, kept])
-            mixed = head.mixed_loss(
-                labels,
-                [self._method.objective(reference), "cross_entropy"],
-                (torch.arange(len(labels), device=labels.device) >= forget_rows).long(),
-                weights=weights,
-                num_items_in_batch=num_items_in_batch,
-            )
-            return torch.cat([mixed.loss[None], mixed.parts])
+        def compute(head: HeadCall, teacher: HeadCall | None = None) -> Tensor:
+            if self._method.needs_refusals or teacher is not None:
+                return self._apart(head, teacher, labels, reference, num_items_in_batch)
+            return self._together(head, labels, reference, num_items_in_batch)
 
-        losses = run_head(model, compute, **inputs)
+        if self._teacher is None:
+            losses = run_head(model, compute, **inputs)
+        else:
+            losses = run_two_heads(model, self._teacher, compute, **inputs)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The counts are of all devices, whose gradients are then averaged.
             losses = losses * self.accelerator.num_processes
         self._add("forget_loss", losses[1])
         self._add("retain_loss", losses[2])
         return losses[0]
+
+    def _together(
+        self, head: HeadCall, labels: Tensor, reference: Tensor | None, counts: Tensor | None
+    ) -> Tensor:
+        """The loss, the forget rows' and the retain rows', from one call of the lm_head."""
+        retain = torch.arange(len(labels), device=labels.device) >= self._forget_rows(labels)
+        mixed = head.mixed_loss(
+            labels,
+            [self._method.objective(reference), "cross_entropy"],
+            retain.long(),
+            weights=(self.args.forget_weight, self.args.retain_weight),
+            num_items_in_batch=counts,
+        )
+        return torch.cat([mixed.loss[None], mixed.parts])
+
+    def _apart(
+        self,
+        head: HeadCall,
+        teacher: HeadCall | None,
+        labels: Tensor,
+        reference: Tensor | None,
+        counts: Tensor | None,
+    ) -> Tensor:
+        """The same from a call each.
+
+        Refusals and answers are two halves of one call, in which retain rows have no other half;
+        and a loss against a teacher is another one than a loss of the label alone.
+        """
+        forget, retain = (
+            slice(None, self._forget_rows(labels)),
+            slice(self._forget_rows(labels), None),
+        )
+        items = (None, None) if counts is None else counts.unbind()
+        if teacher is not None and self._method.needs_teacher:
+            options = {"num_items_in_batch": items[0], **self._method.divergence()}
+            dropped = heads_kl_loss(head, teacher, labels[forget], rows=forget, **options)
+        else:
+            objective = self._method.objective(None if reference is None else reference[forget])
+            dropped = head.objective_loss(
+                labels[forget], objective, rows=forget, num_items_in_batch=items[0]
+            )
+        if teacher is not None and self.args.retain_loss == "kl":
+            kept = heads_kl_loss(
+                head, teacher, labels[retain], rows=retain, num_items_in_batch=items[1]
+            )
+        else:
+            kept = head.objective_loss(
+                labels[retain], "cross_entropy", rows=retain, num_items_in_batch=items[1]
+            )
+        loss = self.args.forget_weight * dropped + self.args.retain_weight * kept
+        return torch.stack([loss, dropped, kept])
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach()
