@@ -1,0 +1,47 @@
+"""The CUDA sources as C++ for the CPU, under AddressSanitizer and ThreadSanitizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from ptxsim.cuda_cpu import Sanitizer, build, run
+
+from cuda_kernels.test_faults import BUGS, sources_with
+from unilogit_kernels.backends.cuda import sources
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")
+PROGRAM = Path(__file__).with_name("sanitized.cpp")
+SEEDS = ("0", "1", "2")
+
+
+def compiled(headers: Path, folder: Path, sanitizer: Sanitizer) -> Path:
+    program = folder / f"kernels-{sanitizer}"
+    options = [f"-I{headers}", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+    options += ["-Wno-unknown-pragmas", "-Wno-unused-variable"]  # nvcc's pragmas
+    build(PROGRAM, program, sanitizer=sanitizer, options=options)
+    return program
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sources_are_clean(sanitizer: Sanitizer, tmp_path: Path) -> None:
+    program = compiled(sources.directory(), tmp_path, sanitizer)
+    for seed in SEEDS:
+        result = run(program, seed)
+        assert result.stdout == "correct\n", result.stdout + result.stderr
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("bug", "sanitizer", "message"),
+    [
+        ("a vector too many in the tail", "address", "heap-buffer-overflow"),
+        ("missing barrier before the warps' parts are read", "thread", "data race"),
+    ],
+)
+def test_bugs_are_caught(bug: str, sanitizer: Sanitizer, message: str, tmp_path: Path) -> None:
+    program = compiled(sources_with(BUGS[bug], tmp_path), tmp_path, sanitizer)
+    result = run(program, SEEDS[0])
+    assert result.returncode != 0
+    assert message in result.stderr, result.stdout + result.stderr
