@@ -1,5 +1,5 @@
 // Every kernel there is, for the fatbin that is built where nvcc is installed.
-#include "kernels.h"
+#include "pair_kernels.h"
 
 #define UNILOGIT_PAIR(LOGITS, OUT)                                                                \
   LOG_ODDS_GRADIENT(LOGITS, OUT, plain)                                                           \
@@ -16,6 +16,9 @@
   SCALE(TYPE)
 
 MERGE_PARTS()
+DIVERGENCE_UPDATE()
+MERGE_PAIRS()
+DIVERGENCE_GRADIENT()
 UNILOGIT_TYPE(Float32)
 UNILOGIT_TYPE(Bfloat16)
 UNILOGIT_TYPE(Float16)

@@ -43,12 +43,6 @@ UNILOGIT_DEVICE Part merge_block(Part part) {
   return part;
 }
 
-// A label's column among these `v`, or -1: no label becomes an address unchecked.
-UNILOGIT_DEVICE int label_column(const int64* labels, int64 row, int64 first_column, int v) {
-  const int64 column = labels[row] - first_column;
-  return column >= 0 && column < v ? static_cast<int>(column) : -1;
-}
-
 // The label's z, for a label that exists.
 template <class Logits, bool kCapped>
 UNILOGIT_DEVICE float target_of(const Matrix<Logits>& row, int label,

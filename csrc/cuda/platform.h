@@ -72,6 +72,15 @@ UNILOGIT_DEVICE float quick_quotient(float a, float b) {
 #endif
 }
 
+// a + b of what has been rounded: no multiplication before it is fused into the addition.
+UNILOGIT_DEVICE float sum_of_rounded(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
 // ---- element types -----------------------------------------------------------------------------
 
 // A type says how a value is stored, how many of them fill a 32-bit word, and converts words.

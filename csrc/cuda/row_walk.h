@@ -68,13 +68,23 @@ struct Team {
   UNILOGIT_DEVICE int size() const { return parts * static_cast<int>(blockDim.x); }
 };
 
+// Elements from a boundary of `kVector` of them to this address.
+template <int kVector, class Stored>
+UNILOGIT_DEVICE int beyond_boundary(const Stored* at) {
+  return static_cast<int>(reinterpret_cast<address>(at) / sizeof(Stored) % kVector);
+}
+
+// A label's column among these `v`, or -1: no label becomes an address unchecked.
+UNILOGIT_DEVICE int label_column(const int64* labels, int64 row, int64 first_column, int v) {
+  const int64 column = labels[row] - first_column;
+  return column >= 0 && column < v ? static_cast<int>(column) : -1;
+}
+
 // The columns of a row in kinds: `peeled` before the first boundary; tiles of `kVectors` vectors for
 // each thread of a block; single vectors; the rest. A row whose columns are not neighbours in
 // memory is peeled altogether.
-template <class Anchor, int kVectors>
+template <int kVector, int kVectors>
 struct Layout {
-  static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Anchor::Stored));
-
   int peeled;
   int tiles;
   int tail;          // first column of the single vectors
@@ -82,9 +92,7 @@ struct Layout {
   int end;           // first column after the last vector
   int columns;
 
-  UNILOGIT_DEVICE Layout(const Matrix<Anchor>& row, int v, bool strided) : columns(v) {
-    const int beyond = static_cast<int>(reinterpret_cast<address>(row.data) /
-                                        sizeof(typename Anchor::Stored) % kVector);
+  UNILOGIT_DEVICE Layout(int beyond, int v, bool strided) : columns(v) {
     peeled = strided ? v : min_of((kVector - beyond) % kVector, v);
     divide(true);
   }
@@ -141,7 +149,10 @@ class RestStatistics {
 
   UNILOGIT_DEVICE RestStatistics(const Matrix<Logits>& row, int v, int label,
                                  const Transform<kCapped>& transform)
-      : row_(row), label_(label), transform_(transform), layout_(row, v, row.column_stride != 1) {}
+      : row_(row),
+        label_(label),
+        transform_(transform),
+        layout_(beyond_boundary<kVector>(row.data), v, row.column_stride != 1) {}
 
   UNILOGIT_DEVICE Part walk(Part part, Team team) const {
 #pragma unroll 1
@@ -183,7 +194,7 @@ class RestStatistics {
   const Matrix<Logits>& row_;
   int label_;
   const Transform<kCapped>& transform_;
-  Layout<Logits, kVectors> layout_;
+  Layout<kVector, kVectors> layout_;
 };
 
 // ---- gradient rows -----------------------------------------------------------------------------
@@ -203,7 +214,8 @@ class GradientWriter {
         out_(out),
         label_(label),
         transform_(transform),
-        layout_(out, v, row.column_stride != 1 || out.column_stride != 1) {
+        layout_(beyond_boundary<kVector>(out.data), v,
+                row.column_stride != 1 || out.column_stride != 1) {
     constexpr int kBytes = kVector * static_cast<int>(sizeof(typename Logits::Stored));
     constexpr int kBoundary = kBytes < kAccessBytes ? kBytes : kAccessBytes;
     whole_ = reinterpret_cast<address>(row.data + layout_.peeled) % kBoundary == 0;
@@ -304,7 +316,7 @@ class GradientWriter {
   const Matrix<Out>& out_;
   int label_;
   const Transform<kCapped>& transform_;
-  Layout<Out, kVectors> layout_;
+  Layout<kVector, kVectors> layout_;
   bool whole_;
 };
 

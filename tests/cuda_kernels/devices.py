@@ -33,6 +33,9 @@ READ_ONLY = {
     "LOG_ODDS_GRADIENT": (1, 2, 3),
     "LOG_ODDS_SWEEP": (1, 2),
     "SCALE": (1,),
+    "DIVERGENCE_UPDATE": (0, 1, 2),
+    "MERGE_PAIRS": (0,),
+    "DIVERGENCE_GRADIENT": (2, 3, 4),
 }
 """Arguments of each kernel that it must never write to, whatever else may share their memory."""
 
@@ -40,7 +43,7 @@ READ_ONLY = {
 def compile_ptx(
     source: str, arch: int, headers: Path | None = None, defines: Sequence[str] = ()
 ) -> str:
-    """PTX by nvcc of a source that includes `kernels.h`; kept in the executor's cache."""
+    """PTX by nvcc of a source that includes the package's headers; kept in the executor's cache."""
     assert NVCC is not None, WITHOUT_NVCC
     headers = headers or sources.directory()
     text = b"".join(path.read_bytes() for path in sorted(headers.iterdir()))

@@ -32,7 +32,8 @@ MOST_SHARED_BYTES = 1024
 def every_kernel() -> Iterator[Kernel]:
     """What the launch functions may ask for."""
     names = TYPES.values()
-    yield Kernel("MERGE_PARTS")
+    for macro in ("MERGE_PARTS", "DIVERGENCE_UPDATE", "MERGE_PAIRS", "DIVERGENCE_GRADIENT"):
+        yield Kernel(macro)
     for name in names:
         yield Kernel("SCALE", (name,))
     for name, cap in itertools.product(names, ("plain", "capped")):

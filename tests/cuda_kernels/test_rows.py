@@ -240,7 +240,7 @@ class TestShares:
     def test_few_rows_are_split(self, n: int, shares: Shares) -> None:
         logits = torch.empty(1, dtype=torch.bfloat16).expand(n, 128_256)
         device = devices.PtxLauncher(sms=132)
-        assert launch._shares(logits, rows.PLAIN, device) == shares
+        assert launch._shares(logits, 32, device) == shares
 
     def test_rows_in_flight_fit_into_the_cache(self) -> None:
         assert sweep_threads(2 * 128_256, 132, 50 << 20) == 1024

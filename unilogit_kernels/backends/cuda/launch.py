@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from ctypes import c_float, c_int32, c_int64
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels import row_state
+from unilogit_kernels import pair_state, row_state
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
 from unilogit_kernels.backends.cuda.launcher import Launcher, current
@@ -40,6 +40,12 @@ MOST_COLUMNS = 2**30
 
 _FLIGHT_BYTES, _CAPPED_FLIGHT_BYTES = 64, 32
 """`kFlightBytes` and `kCappedFlightBytes` of `csrc/cuda/row_walk.h`."""
+
+_PAIR_COLUMNS = 16
+"""`kPairVector * kPairVectors` of `csrc/cuda/pair_kernels.h`."""
+
+_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`Type` of `csrc/cuda/pair_kernels.h`."""
 
 _NO_OBJECTIVE = -1
 
@@ -98,17 +104,26 @@ class Shares(NamedTuple):
     threads: int
 
 
-def _shares(matrix: Tensor, transform: LogitTransform, launcher: Launcher) -> Shares:
-    """One block for each row where that keeps the device busy, else as many as it takes."""
+def _shares(matrix: Tensor, thread_columns: int, launcher: Launcher) -> Shares:
+    """One block for each row where that keeps the device busy, else as many as it takes.
+
+    Args:
+        matrix: The logits.
+        thread_columns: How many a thread has in flight.
+        launcher: Knows the device.
+    """
     n, v = matrix.shape
     threads = launcher.multiprocessors(matrix) * RESIDENT_THREADS
     if n * ROW_THREADS >= threads:
         return Shares(1, ROW_THREADS)
-    flight_bytes = _CAPPED_FLIGHT_BYTES if _is_capped(transform) else _FLIGHT_BYTES
-    tile_bytes = flight_bytes * SPLIT_THREADS
     wanted = threads // SPLIT_THREADS // n
-    tiles = v * matrix.element_size() // tile_bytes
+    tiles = v // (thread_columns * SPLIT_THREADS)
     return Shares(max(1, min(wanted, tiles, MOST_PARTS)), SPLIT_THREADS)
+
+
+def _thread_columns(logits: Tensor, transform: LogitTransform) -> int:
+    flight_bytes = _CAPPED_FLIGHT_BYTES if _is_capped(transform) else _FLIGHT_BYTES
+    return flight_bytes // logits.element_size()
 
 
 def sweep_threads(row_bytes: int, multiprocessors: int, cache_bytes: int) -> int:
@@ -158,7 +173,7 @@ def _update(
     """Fold columns into `state`, in one stage or two."""
     launcher = current()
     n, v = logits.shape
-    shares = _shares(logits, transform, launcher)
+    shares = _shares(logits, _thread_columns(logits, transform), launcher)
     parts = None
     if shares.parts > 1 or finish is not None:
         parts = torch.empty(2, n, shares.parts, device=logits.device)
@@ -215,7 +230,7 @@ def _gradient(
 ) -> None:
     launcher = current()
     n, v = logits.shape
-    shares = _shares(logits, transform, launcher)
+    shares = _shares(logits, _thread_columns(logits, transform), launcher)
     launcher.launch(
         Kernel("LOG_ODDS_GRADIENT", (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
         (n, shares.parts),
@@ -286,6 +301,99 @@ def _sweep(
     return values
 
 
+def _divergence_update(
+    a: Tensor,
+    b: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    a_transform: LogitTransform,
+    b_transform: LogitTransform,
+) -> None:
+    launcher = current()
+    n, v = a.shape
+    shares = _shares(a, _PAIR_COLUMNS, launcher)
+    parts = None
+    if shares.parts > 1:
+        parts = torch.empty(pair_state.B_SUM + 1, n, shares.parts, device=a.device)
+    launcher.launch(
+        Kernel("DIVERGENCE_UPDATE"),
+        (n, shares.parts),
+        shares.threads,
+        [
+            a,
+            b,
+            labels,
+            state,
+            parts,
+            *_strides(a),
+            *_strides(b),
+            c_int64(state.stride(0)),
+            c_int64(first_column),
+            c_int32(v),
+            c_int32(_TYPE_IDS[a.dtype]),
+            c_int32(_TYPE_IDS[b.dtype]),
+            *_factors(a_transform),
+            *_factors(b_transform),
+        ],
+        a,
+    )
+    if parts is not None:
+        launcher.launch(
+            Kernel("MERGE_PAIRS"),
+            (n, 1),
+            ROW_THREADS,
+            [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
+            a,
+        )
+
+
+def _divergence_gradient(
+    a: Tensor,
+    b: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    coefficients: Tensor,
+    student: Literal["a", "b"],
+    out: Tensor,
+    a_transform: LogitTransform,
+    b_transform: LogitTransform,
+) -> None:
+    launcher = current()
+    n, v = a.shape
+    shares = _shares(a, _PAIR_COLUMNS, launcher)
+    launcher.launch(
+        Kernel("DIVERGENCE_GRADIENT"),
+        (n, shares.parts),
+        shares.threads,
+        [
+            a,
+            b,
+            labels,
+            state,
+            coefficients,
+            out,
+            *_strides(a),
+            *_strides(b),
+            *_strides(out),
+            c_int64(state.stride(0)),
+            c_int64(coefficients.stride(0)),
+            c_int64(first_column),
+            c_int32(v),
+            c_int32(_TYPE_IDS[a.dtype]),
+            c_int32(_TYPE_IDS[b.dtype]),
+            c_int32(_TYPE_IDS[out.dtype]),
+            c_int32(student == "a"),
+            *_factors(a_transform),
+            c_float(a_transform.scale),
+            *_factors(b_transform),
+            c_float(b_transform.scale),
+        ],
+        a,
+    )
+
+
 def scale_(values: Tensor, factor: Tensor) -> None:
     """`values *= factor` in place and in float32, without a host synchronisation.
 
@@ -311,7 +419,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
 
 
 class CudaKernels:
-    """`SweepKernels` and `ScaleKernels` in CUDA C++.
+    """`SweepKernels`, `ScaleKernels` and `DivergenceKernels` in CUDA C++.
 
     Attributes:
         name: Name of the backend.
@@ -368,3 +476,50 @@ class CudaKernels:
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         """See `ScaleKernels.scale_`."""
         scale_(values, factor)
+
+    def divergence_update(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
+        _check(a, b)
+        if a.numel():
+            _divergence_update(a, b, labels, first_column, state, a_transform, b_transform)
+
+    def divergence_gradient(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        coefficients: Tensor,
+        student: Literal["a", "b"],
+        out: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_gradient`.
+
+        Rows of `state` and `coefficients` must be contiguous.
+        """
+        _check(a, b, out)
+        if a.numel():
+            _divergence_gradient(
+                a,
+                b,
+                labels,
+                first_column,
+                state,
+                coefficients,
+                student,
+                out,
+                a_transform,
+                b_transform,
+            )

@@ -11,7 +11,14 @@ _HERE = Path(__file__).parent
 _PACKAGED = _HERE / "csrc"
 _REPOSITORY = _HERE.parents[2] / "csrc" / "cuda"
 
-HEADERS = ("platform.h", "row_math.h", "row_walk.h", "kernels.h")
+HEADERS = (
+    "platform.h",
+    "row_math.h",
+    "row_walk.h",
+    "kernels.h",
+    "pair_math.h",
+    "pair_kernels.h",
+)
 """What a kernel is compiled from."""
 
 STANDARD = "c++17"
@@ -24,7 +31,7 @@ _DIGEST_CHARACTERS = 16
 
 
 class Kernel(NamedTuple):
-    """One kernel: a macro of `kernels.h` and its arguments.
+    """One kernel: a macro of `kernels.h` or `pair_kernels.h`, and its arguments.
 
     Attributes:
         macro: As `LOG_ODDS_UPDATE`.
@@ -47,7 +54,7 @@ class Kernel(NamedTuple):
     @property
     def source(self) -> str:
         """A source that defines this kernel alone, to be compiled where the headers are found."""
-        return f'#include "kernels.h"\n{self.macro}({", ".join(self.arguments)})\n'
+        return f'#include "pair_kernels.h"\n{self.macro}({", ".join(self.arguments)})\n'
 
 
 def directory() -> Path:
