@@ -200,7 +200,8 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
 
 // ---- entry points ------------------------------------------------------------------------------
 
-#define UNILOGIT_GLOBAL extern "C" __global__ void __launch_bounds__(unilogit::kMostThreads)
+// The 1 says that half of the registers are not worth a spill.
+#define UNILOGIT_GLOBAL extern "C" __global__ void __launch_bounds__(unilogit::kMostThreads, 1)
 #define UNILOGIT_IS_capped true
 #define UNILOGIT_IS_plain false
 
