@@ -21,6 +21,12 @@ class MixedLoss(NamedTuple):
         loss: 0-d, the weighted sum of the parts, differentiable.
         parts: `[K]`, the loss of each objective on its own tokens, unweighted and detached; 0 for
             one of weight 0, which is not computed.
+
+    Example:
+        >>> import torch
+        >>> loss, parts = MixedLoss(torch.tensor(3.0), torch.tensor([1.0, 2.0]))
+        >>> bool(loss == parts.sum())
+        True
     """
 
     loss: Tensor
