@@ -45,6 +45,19 @@ def _variants() -> list[Any]:
     return names
 
 
+WHOLE_ROWS_WILL_DO = ("test_chunking.py", "test_systems.py")
+"""Tests of what lies above the kernels: how the CUDA kernels share rows is nothing to them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spare these tests the second variant of the executed CUDA kernels."""
+    items[:] = [
+        item
+        for item in items
+        if item.path.name not in WHOLE_ROWS_WILL_DO or "cuda-split rows" not in item.name
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
