@@ -34,6 +34,15 @@ bench: $(INSTALLED)
 bench-report: $(INSTALLED)
 	$(BIN)/unilogit bench --device cpu --json benchmarks/results/cpu.json
 
+# On a machine with a GPU: the suite on it, what only a GPU can show, and the benchmark, whose
+# results are named after it. torch from PyPI is a build for CUDA; for ROCm, install its own first.
+gpu: $(INSTALLED)
+	UNILOGIT_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_accuracy.py \
+		tests/test_tensors.py tests/test_calls.py tests/test_divergence_kernels.py
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/unilogit bench --device cuda --json "benchmarks/results/$$($(BIN)/python -c \
+		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
+
 sanitize: $(INSTALLED)
 	$(MAKE) -C csrc/cpu sanitize PYTHON=$(abspath $(BIN)/python)
 

@@ -21,6 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXECUTED_FOR = os.environ.get("UNILOGIT_KERNELS_EXECUTE_PTX")
 """Compute capability times ten for which Triton's kernels are compiled, and then executed here."""
 
+DEVICE = os.environ.get("UNILOGIT_KERNELS_TEST_DEVICE", "cpu")
+"""Where the tests' tensors live; `make gpu` says cuda, on which the backends for GPUs run."""
+
 if INTERPRETED:
     from triton_kernels import interpreter
 
@@ -32,6 +35,8 @@ def _variants() -> list[Any]:
 
     The CUDA kernels run as the PTX that nvcc makes of them, on an executor that checks each access.
     """
+    if DEVICE == "cuda":
+        return ["triton"] if torch.version.hip else ["triton", "cuda"]
     if INTERPRETED or EXECUTED_FOR:
         return [f"triton-{share}" for share in SHARES]
     names: list[Any] = ["eager"]
@@ -59,8 +64,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
+        yield
 
 
 @contextmanager

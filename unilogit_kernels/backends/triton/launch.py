@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import triton
 from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.backends.triton import log_odds, settings
+from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import check_dtypes, device_guard, options_of
 from unilogit_kernels.backends.triton.kernels.scale import scale_kernel
 
@@ -15,7 +17,7 @@ SCALE_BLOCK = 4096
 
 
 class TritonKernels:
-    """`SweepKernels` and `ScaleKernels` in Triton.
+    """`SweepKernels`, `DivergenceKernels` and `ScaleKernels` in Triton.
 
     Attributes:
         name: Name of the backend.
@@ -71,6 +73,52 @@ class TritonKernels:
             return row_weight.new_empty(0)
         with device_guard(logits):
             return log_odds.sweep(logits, labels, row_weight, objective, vocab_size, out, transform)
+
+    def divergence_update(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
+        check_dtypes(a, b)
+        if a.numel():
+            with device_guard(a):
+                divergence.update(a, b, labels, first_column, state, a_transform, b_transform)
+
+    def divergence_gradient(
+        self,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        first_column: int,
+        state: Tensor,
+        coefficients: Tensor,
+        student: Literal["a", "b"],
+        out: Tensor,
+        a_transform: LogitTransform,
+        b_transform: LogitTransform,
+    ) -> None:
+        """See `DivergenceKernels.divergence_gradient`. Rows of `state` must be contiguous."""
+        check_dtypes(a, b, out)
+        if a.numel():
+            with device_guard(a):
+                divergence.gradient(
+                    a,
+                    b,
+                    labels,
+                    first_column,
+                    state,
+                    coefficients,
+                    student,
+                    out,
+                    a_transform,
+                    b_transform,
+                )
 
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         """See `ScaleKernels.scale_`."""

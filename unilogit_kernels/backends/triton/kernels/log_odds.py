@@ -12,6 +12,7 @@ from unilogit_kernels.backends.triton.kernels.row_maths import (
     Vocabulary,
     evaluate_objective,
     fold,
+    load_target,
     log_odds,
     merge_parts,
     transformed,
@@ -20,7 +21,6 @@ from unilogit_kernels.backends.triton.kernels.row_walk import (
     UNALIGNED,
     UNSPECIALIZED,
     Row,
-    at_columns,
     body_of,
     fold_row,
     label_column,
@@ -95,14 +95,6 @@ def write_tile(
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_target(row, label, factors, LOGITS: tl.constexpr, STRIDED: tl.constexpr):
-    """The label's logit; meaningless where there is no label (it is -1)."""
-    x = tl.load(at_columns(row, label, STRIDED), mask=label >= 0, other=0.0)
-    z, _ = transformed(x, factors, LOGITS)
-    return z
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from unilogit_kernels.backends.triton.kernels.row_walk import at_columns
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 POSITIVE_INFINITY = tl.constexpr(float("inf"))
@@ -91,6 +93,14 @@ def transformed(x, factors, LOGITS: tl.constexpr):
     elif LOGITS.scaled:
         z = z * factors.scale
     return z, slope
+
+
+@triton.jit
+def load_target(row, label, factors, LOGITS: tl.constexpr, STRIDED: tl.constexpr):
+    """The label's logit; meaningless where there is no label (it is -1)."""
+    x = tl.load(at_columns(row, label, STRIDED), mask=label >= 0, other=0.0)
+    z, _ = transformed(x, factors, LOGITS)
+    return z
 
 
 # ---- running sums --------------------------------------------------------------------------------

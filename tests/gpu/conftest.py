@@ -1,0 +1,28 @@
+"""What only a GPU can show. Without one these tests are skipped; nothing else covers them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+WITHOUT_GPU = "needs an NVIDIA or AMD GPU that torch can see, and there is none"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason=WITHOUT_GPU))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend for GPUs; one that cannot run fails its tests, but for CUDA C++ on AMD."""
+    from unilogit_kernels import available_backends
+
+    name = str(request.param)
+    if name == "cuda" and torch.version.hip:
+        pytest.skip("CUDA C++ is for NVIDIA GPUs")
+    reason = available_backends()[name]
+    assert reason is None, f"backend {name!r} is not available here: {reason}"
+    return name

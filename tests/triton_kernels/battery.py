@@ -1,0 +1,155 @@
+"""Launches of every kernel and flag on hostile memory, judged against float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import objectives, row_state
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.eager import EagerKernels
+from unilogit_kernels.backends.triton.launch import TritonKernels
+from unilogit_kernels.testing import assert_within_budget
+
+TRITON, EAGER = TritonKernels(), EagerKernels()
+PLAIN = LogitTransform()
+SCALED = LogitTransform(scale=-1.5)
+CAPPED = LogitTransform(scale=0.7, softcap=5.0)
+LAYOUTS = ("contiguous", "odd", "strided")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem.
+
+    Attributes:
+        dtype: Of the logits.
+        transform: Of the logits.
+        objective: For the sweep.
+        layout: `contiguous`; `odd`, with rows of odd distance that begin anywhere; or `strided`,
+            with columns apart. What lies between is NaN.
+        in_place: Whether gradients overwrite the logits.
+        n: Tokens.
+        v: Columns.
+    """
+
+    dtype: torch.dtype = torch.float32
+    transform: LogitTransform = PLAIN
+    objective: str = "unilogit"
+    layout: str = "odd"
+    in_place: bool = False
+    n: int = 3
+    v: int = 3001
+
+
+def place(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """A copy of `values` in a layout, and the memory around it, filled with NaN."""
+    n, v = values.shape
+    row, column, start = {"contiguous": (v, 1, 0), "odd": (v + 6, 1, 3), "strided": (3 * v, 3, 1)}[
+        layout
+    ]
+    memory = torch.full((start + n * row + 5,), math.nan, dtype=values.dtype)
+    view = memory.as_strided((n, v), (row, column), start)
+    return view.copy_(values), memory
+
+
+def assert_only_written(view: Tensor, memory: Tensor) -> None:
+    """What lies around a matrix is still NaN."""
+    around = torch.ones(memory.shape, dtype=torch.bool)
+    around.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    assert memory[around].isnan().all(), "wrote outside of the matrix"
+
+
+def problem(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels and weights; the last row has weight 0, holds NaN and has no label."""
+    generator = torch.Generator().manual_seed(7)
+    logits = 3 * torch.randn(case.n, case.v, generator=generator)
+    labels = torch.randint(0, case.v, (case.n,), generator=generator)
+    labels[0], labels[1] = case.v - 1, 1  # where the ends are
+    weight = torch.linspace(-1.5, 2.0, case.n)
+    logits[-1], labels[-1], weight[-1] = math.nan, -100, 0.0
+    return logits.to(case.dtype), labels, weight
+
+
+def sweep_by_eager(
+    logits: Tensor, labels: Tensor, weight: Tensor, case: Case, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Values and gradient rows in `dtype`, by the eager kernels."""
+    n, v = logits.shape
+    state = row_state.empty_state(n, logits.device, dtype)
+    EAGER.log_odds_update(logits, labels, 0, state, case.transform)
+    d = row_state.log_odds(state, labels, v)
+    f = objectives.REGISTRY[case.objective]()
+    skipped = weight == 0
+    values = f.value(d, v).masked_fill(skipped, 0.0)
+    slope = (f.slope(d, v) * weight.to(dtype)).masked_fill(skipped, 0.0)
+    out = torch.empty(n, v, dtype=torch.float64 if dtype == torch.float64 else logits.dtype)
+    EAGER.log_odds_gradient(logits, labels, 0, state, slope, out, case.transform)
+    return values, out
+
+
+def check_sweep(case: Case) -> None:
+    """Values and gradients of one visit."""
+    logits, labels, weight = problem(case)
+    exact, exact_rows = sweep_by_eager(logits, labels, weight, case, torch.float64)
+    plain, plain_rows = sweep_by_eager(logits, labels, weight, case, torch.float32)
+    view, memory = place(logits, case.layout)
+    out, out_memory = (view, memory) if case.in_place else place(logits, case.layout)
+    values = TRITON.log_odds_sweep(
+        view, labels, weight, case.objective, case.v, out, case.transform
+    )
+    assert_within_budget(values, exact, plain, "values", smallest_scale=1.0)
+    assert_within_budget(out, exact_rows, plain_rows, "gradient")
+    assert out[-1].count_nonzero() == 0
+    assert_only_written(out, out_memory)
+
+
+def check_chunks(case: Case) -> None:
+    """Statistics folded chunk by chunk, then the gradient of each chunk."""
+    logits, labels, weight = problem(case)
+    logits[-1], labels[-1] = logits[0], 5
+    middle = case.v // 3
+    chunks = [(first, last) for first, last in ((0, middle), (middle, case.v)) if last > first]
+    states = {}
+    rows = {}
+    for dtype in (torch.float64, torch.float32):
+        states[dtype] = row_state.empty_state(case.n, logits.device, dtype)
+        EAGER.log_odds_update(logits, labels, 0, states[dtype], case.transform)
+        rows[dtype] = torch.empty_like(
+            logits, dtype=torch.float64 if dtype == torch.float64 else case.dtype
+        )
+        EAGER.log_odds_gradient(
+            logits, labels, 0, states[dtype], weight.to(dtype), rows[dtype], case.transform
+        )
+    state = row_state.empty_state(case.n, logits.device)
+    views = [place(logits[:, first:last], case.layout) for first, last in chunks]
+    for (first, _), (view, _) in zip(chunks, views, strict=True):
+        TRITON.log_odds_update(view, labels, first, state, case.transform)
+    d = [row_state.log_odds(s, labels, case.v) for s in (state, *states.values())]
+    assert_within_budget(d[0], d[1], d[2], "log-odds", smallest_scale=1.0)
+    for (first, last), (view, memory) in zip(chunks, views, strict=True):
+        out, out_memory = (view, memory) if case.in_place else place(view, case.layout)
+        TRITON.log_odds_gradient(view, labels, first, state, weight, out, case.transform)
+        part = slice(first, last)
+        # A part of a row is judged by the largest entry of its own.
+        assert_within_budget(
+            out, rows[torch.float64][:, part], rows[torch.float32][:, part], "gradient of a chunk"
+        )
+        assert out[-1].count_nonzero() == 0
+        assert_only_written(out, out_memory)
+
+
+def check_distant_rows(case: Case) -> None:
+    """Rows 2^30 elements apart, of a virtual allocation of which only touched pages exist."""
+    logits, labels, weight = problem(case)
+    logits[-1], labels[-1], weight[-1] = logits[0], 11, 1.0
+    stride = (1 << 30) + 8
+    memory = torch.empty((case.n - 1) * stride + case.v, dtype=case.dtype)
+    view = memory.as_strided((case.n, case.v), (stride, 1)).copy_(logits)
+    TRITON.log_odds_sweep(view, labels, weight, case.objective, case.v, view, case.transform)
+    _, exact = sweep_by_eager(logits, labels, weight, case, torch.float64)
+    _, plain = sweep_by_eager(logits, labels, weight, case, torch.float32)
+    assert_within_budget(view, exact, plain, "gradient")

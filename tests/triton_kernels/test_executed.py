@@ -1,0 +1,152 @@
+"""Triton's kernels as the PTX they compile to, executed with every access checked.
+
+`ptxsim` finds accesses out of bounds or misaligned, writes to what is read-only, races, divergent
+barriers and uninitialised values; results are judged against float64.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ptxsim import Schedule
+from ptxsim.triton_device import triton_device
+
+from triton_kernels.battery import (
+    CAPPED,
+    PLAIN,
+    SCALED,
+    TRITON,
+    Case,
+    check_chunks,
+    check_distant_rows,
+    check_sweep,
+    place,
+    problem,
+)
+from triton_kernels.small_problems import SHARES, small_problems
+from unilogit_kernels import linear_unilogit_loss, unilogit_loss
+from unilogit_kernels.testing import force_backend
+
+TESTS = Path(__file__).resolve().parent.parent
+SEQUENTIAL = Schedule()
+SCHEDULES = {
+    "sequential": SEQUENTIAL,
+    "reversed": Schedule("reversed"),
+    "random 1": Schedule("random", seed=1),
+    "random 2": Schedule("random", seed=2),
+}
+FLAGS = [
+    Case(torch.float32, PLAIN, "unilogit"),
+    Case(torch.float32, CAPPED, "cross_entropy", in_place=True),
+    Case(torch.bfloat16, SCALED, "unilogit_forward", in_place=True),
+    Case(torch.bfloat16, CAPPED, "unilogit", layout="contiguous", v=3000),
+    Case(torch.float16, PLAIN, "gradient_ascent"),
+    Case(torch.float32, SCALED, "unilogit", layout="strided", v=501),
+    Case(torch.bfloat16, PLAIN, "unilogit", layout="strided", v=7, in_place=True),
+]
+SHARED_SUITE = [
+    "test_accuracy.py",
+    "test_tensors.py",
+    "test_calls.py",
+    "test_divergence_kernels.py",
+]
+SHARED_FILTER = (
+    "(test_logits and torch.float32 and unilogit and not forward and not padded) or hard_rows "
+    "or (odd_sizes and bfloat16) or offset or extreme or empty_parts or negative "
+    "or (any_strides and logits and bfloat16) or (backward_twice and float16) or bitwise "
+    "or (poison and bfloat16) or all_ignored or out_of_range"
+)
+
+
+@pytest.mark.timeout(900)
+def test_shared_suite() -> None:
+    """The tests that every backend goes through, on the kernels compiled for sm_90."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", SHARED_FILTER, *SHARED_SUITE],
+        cwd=TESTS,
+        env={**os.environ, "UNILOGIT_KERNELS_EXECUTE_PTX": "90"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("case", FLAGS, ids=str)
+def test_every_kernel_and_flag(case: Case, share: str) -> None:
+    read_only = ["labels"] if case.in_place else ["labels", "logits"]
+    with small_problems(share), triton_device(90, read_only=read_only):
+        check_sweep(case)
+        check_chunks(case)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str) -> None:
+    case = Case(torch.bfloat16, PLAIN, in_place=True, n=5)
+    with small_problems(share), triton_device(arch, schedule=schedule):
+        check_sweep(case)
+        check_chunks(case)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_labels_out_of_range_read_nothing_and_give_nan(share: str) -> None:
+    case = Case(n=6)
+    logits, labels, weight = problem(case)
+    logits[-1], weight[:] = 0.0, 1.0
+    labels[:] = torch.tensor([-1, -100, case.v, case.v + 1, 2**40, 3])
+    view, _ = place(logits, "odd")
+    out, _ = place(logits, "odd")
+    with small_problems(share), triton_device(90):
+        values = TRITON.log_odds_sweep(view, labels, weight, "unilogit", case.v, out, PLAIN)
+    assert values[:5].isnan().all()
+    assert out[:5].isnan().all()
+    assert values[5].isfinite()
+    assert out[5].isfinite().all()
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_offsets_beyond_32_bits(share: str) -> None:
+    # Looking for races would take memory for every element in between.
+    with small_problems(share), triton_device(90, schedule=Schedule(check_races=False)):
+        check_distant_rows(Case(torch.bfloat16))
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.37, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scale(factor: float, dtype: torch.dtype) -> None:
+    values = torch.randn(2 * 4096 + 33).to(dtype)
+    expected = (values.float() * factor).to(dtype)
+    with small_problems(SHARES[0]), triton_device(90, read_only=["factor"]) as launches:
+        TRITON.scale_(values, torch.tensor(factor))
+    assert torch.equal(values.nan_to_num(9.0), expected.nan_to_num(9.0))
+    moved = launches[0].counters.global_bytes_stored
+    assert moved == (0 if factor == 1.0 else values.nbytes)
+
+
+def test_public_calls_reach_the_kernels() -> None:
+    """`force_backend` sends loss and backward there, for logits and for a fused linear."""
+    labels = torch.tensor([1, -100, 5])
+    logits = torch.randn(3, 1100, requires_grad=True)
+    hidden, weight = torch.randn(3, 16, requires_grad=True), torch.randn(1100, 16)
+    expected = []
+    for backend in ("eager", "triton"):
+        with (
+            force_backend(backend),
+            small_problems(SHARES[0]),
+            triton_device(80) as launches,
+        ):
+            loss = unilogit_loss(logits, labels) + linear_unilogit_loss(hidden, weight, labels)
+            expected.append(torch.autograd.grad(loss, (logits, hidden)))
+        names = {launch.name for launch in launches}
+    assert {"log_odds_sweep_kernel", "scale_kernel"} <= names
+    for eager, triton in zip(*expected, strict=True):
+        assert (eager - triton).abs().max() <= 1e-6 * eager.abs().max()
