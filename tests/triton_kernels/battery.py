@@ -153,3 +153,19 @@ def check_distant_rows(case: Case) -> None:
     _, exact = sweep_by_eager(logits, labels, weight, case, torch.float64)
     _, plain = sweep_by_eager(logits, labels, weight, case, torch.float32)
     assert_within_budget(view, exact, plain, "gradient")
+
+
+def check_bad_labels(case: Case) -> None:
+    """Labels that are in no column read nothing, and give NaN for their rows alone."""
+    logits, labels, weight = problem(case)
+    logits[-1], weight[:] = 0.0, 1.0
+    labels[:] = torch.tensor([-1, -100, case.v, case.v + 1, 2**40, 3])
+    view, _ = place(logits, case.layout)
+    out, _ = place(logits, case.layout)
+    values = TRITON.log_odds_sweep(
+        view, labels, weight, case.objective, case.v, out, case.transform
+    )
+    assert values[:5].isnan().all()
+    assert out[:5].isnan().all()
+    assert values[5].isfinite()
+    assert out[5].isfinite().all()

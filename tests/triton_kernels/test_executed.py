@@ -22,11 +22,10 @@ from triton_kernels.battery import (
     SCALED,
     TRITON,
     Case,
+    check_bad_labels,
     check_chunks,
     check_distant_rows,
     check_sweep,
-    place,
-    problem,
 )
 from triton_kernels.small_problems import SHARES, small_problems
 from unilogit_kernels import linear_unilogit_loss, unilogit_loss
@@ -49,25 +48,29 @@ FLAGS = [
     Case(torch.float32, SCALED, "unilogit", layout="strided", v=501),
     Case(torch.bfloat16, PLAIN, "unilogit", layout="strided", v=7, in_place=True),
 ]
-SHARED_SUITE = [
-    "test_accuracy.py",
-    "test_tensors.py",
-    "test_calls.py",
-    "test_divergence_kernels.py",
-]
-SHARED_FILTER = (
-    "(test_logits and torch.float32 and unilogit and not forward and not padded) or hard_rows "
-    "or (odd_sizes and bfloat16) or offset or extreme or empty_parts or negative "
-    "or (any_strides and logits and bfloat16) or (backward_twice and float16) or bitwise "
-    "or (poison and bfloat16) or all_ignored or out_of_range"
-)
+SHARED_SUITE = {
+    "one row": (
+        "test_accuracy.py test_tensors.py test_calls.py",
+        "(test_logits and torch.float32 and unilogit and not forward and not padded) "
+        "or (test_hard_rows and 37 and mean) or offset or (backward_twice and float16) "
+        "or (poison and nan and bfloat16 and mean)",
+    ),
+    "two rows": (
+        "test_divergence_kernels.py",
+        "(test_hard_rows and whole) or (test_state and float32 and split) "
+        "or (test_gradient and float32 and whole) or equal_rows",
+    ),
+}
+"""Tests that every backend goes through, and a filter: each dtype and flag costs a compilation."""
 
 
 @pytest.mark.timeout(900)
-def test_shared_suite() -> None:
-    """The tests that every backend goes through, on the kernels compiled for sm_90."""
+@pytest.mark.parametrize("part", SHARED_SUITE)
+def test_shared_suite(part: str) -> None:
+    """On the kernels compiled for sm_90."""
+    tests, matching = SHARED_SUITE[part]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", SHARED_FILTER, *SHARED_SUITE],
+        [sys.executable, "-m", "pytest", "-k", matching, *tests.split()],
         cwd=TESTS,
         env={**os.environ, "UNILOGIT_KERNELS_EXECUTE_PTX": "90"},
         capture_output=True,
@@ -99,18 +102,8 @@ def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str
 
 @pytest.mark.parametrize("share", SHARES)
 def test_labels_out_of_range_read_nothing_and_give_nan(share: str) -> None:
-    case = Case(n=6)
-    logits, labels, weight = problem(case)
-    logits[-1], weight[:] = 0.0, 1.0
-    labels[:] = torch.tensor([-1, -100, case.v, case.v + 1, 2**40, 3])
-    view, _ = place(logits, "odd")
-    out, _ = place(logits, "odd")
     with small_problems(share), triton_device(90):
-        values = TRITON.log_odds_sweep(view, labels, weight, "unilogit", case.v, out, PLAIN)
-    assert values[:5].isnan().all()
-    assert out[:5].isnan().all()
-    assert values[5].isfinite()
-    assert out[5].isfinite().all()
+        check_bad_labels(Case(n=6))
 
 
 @pytest.mark.parametrize("share", SHARES)

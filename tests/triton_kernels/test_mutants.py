@@ -20,6 +20,7 @@ from triton_kernels.battery import (
     PLAIN,
     SCALED,
     Case,
+    check_bad_labels,
     check_chunks,
     check_distant_rows,
     check_sweep,
@@ -67,7 +68,7 @@ MUTANTS = {
         "row_walk.py",
         "columns, inside = end_columns(share, WALK)\n        parts = FOLD(",
         "columns, inside = end_columns(share, WALK)\n        FOLD(",
-        case=BF16,
+        case=Case(objective="cross_entropy"),
     ),
     "64 bits of offsets": Mutant(
         "row_walk.py",
@@ -94,10 +95,10 @@ MUTANTS = {
         "peeled = tl.minimum(beyond, v)",
         case=BF16,
     ),
-    "last part alone owns the tail": Mutant(
+    "one part alone owns the tail": Mutant(
         "row_walk.py",
         "is_last = part == parts - 1",
-        "is_last = part == 0",
+        "is_last = part >= 0",
         share=SPLIT,
         case=Case(in_place=True),
     ),
@@ -152,7 +153,8 @@ MUTANTS = {
         "row_walk.py",
         "return tl.where((column >= 0) & (column < v), column, -1).to(tl.int32)",
         "return tl.where(column >= 0, column, -1).to(tl.int32)",
-        check_chunks,
+        check_bad_labels,
+        Case(n=6),
     ),
 }
 
