@@ -22,6 +22,10 @@ SELECTION = {
         "not float16 and ((test_linear and softcap and unilogit and not forward) or "
         "any_strides or (token_weights and logits) or (poison and nan) or all_ignored)",
     ),
+    "two rows": (
+        "test_divergence_kernels.py",
+        "equal_rows or (test_gradient and float32 and True and softcap)",
+    ),
 }
 """Tests and a filter. The interpreter is slow; compiled, the kernels run the whole suite."""
 
