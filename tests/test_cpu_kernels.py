@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unilogit_kernels import objectives, pair_state, row_state
+from unilogit_kernels import objective_loss, objectives, pair_state, row_state
 from unilogit_kernels.backends import DivergenceKernels, LogitTransform, cpu
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.testing import assert_within_budget
@@ -578,6 +578,18 @@ def test_gradient_rows_sum_to_zero(isa: str) -> None:
     KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 50_257, out, PLAIN)
     rows = out.double()
     assert bool((rows.sum(1).abs() <= 2**-22 * rows.abs().sum(1)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_hold_no_subnormal_numbers(isa: str, dtype: torch.dtype) -> None:
+    """A GEMM that reads them is many times slower; the caller's own arithmetic still has them."""
+    logits = (25 * torch.randn(8, 5000)).to(dtype).requires_grad_()
+    loss = objective_loss(logits, torch.arange(8), "cross_entropy", backend="cpu")
+    size = torch.autograd.grad(loss, logits)[0].abs()
+    tiny = torch.finfo(torch.float32).tiny
+    assert (size == 0).any()
+    assert not ((size > 0) & (size < tiny)).any()
+    assert (torch.full((100_000,), tiny) / 2 > 0).all()
 
 
 def test_offsets_beyond_32_bits(isa: str) -> None:
