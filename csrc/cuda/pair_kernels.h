@@ -285,8 +285,11 @@ UNILOGIT_DEVICE void write_pairs(const PairRows& rows, const PairGradient& gradi
   const PairLayout layout = pair_layout(rows.a, rows.b, rows.out, v);
 #pragma unroll 1
   for (int tile = team.part; tile < layout.tiles; tile += team.parts) {
-    write_pair<kPairVectors, kReads>(rows, gradient, layout.tile_column(tile),
-                                     layout.vector_step());
+    // One vector of three rows at a time is what 64 registers hold.
+#pragma unroll 1
+    for (int u = 0; u < kPairVectors; ++u) {
+      write_pair<1, kReads>(rows, gradient, layout.tile_column(tile) + u * layout.vector_step(), 0);
+    }
   }
 #pragma unroll 1
   for (int i = team.member(); i < layout.tail_vectors; i += team.size()) {
