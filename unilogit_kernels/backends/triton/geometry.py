@@ -126,7 +126,10 @@ def options_of(chosen: Settings, warps: int) -> dict[str, Any]:
 def walk_over(v: int, leading: Place, others: tuple[Place, ...], lanes: int, threads: int) -> Walk:
     """The walk of `threads` threads, each with `lanes` elements at once, over rows of `v`."""
     vector = vector_of(leading.base)
-    alignment = leading.alignment(leading)
+    strided = any(place.column_stride != 1 for place in (leading, *others))
+    # With a stride anywhere no access is whole: bodies begin at column 0, for columns that are
+    # peeled off are counted as neighbours in memory.
+    alignment = 1 if strided else leading.alignment(leading)
     unroll = lanes // vector
     block = unroll * threads * vector
     # The body may begin at any of the first `alignment` columns.
@@ -138,7 +141,7 @@ def walk_over(v: int, leading: Place, others: tuple[Place, ...], lanes: int, thr
         unroll=unroll,
         tail_unroll=min(in_tail, max(1, TAIL_LANES // vector)),
         alignment=alignment,
-        strided=any(place.column_stride != 1 for place in (leading, *others)),
+        strided=strided,
     )
 
 
