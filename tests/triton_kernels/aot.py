@@ -246,7 +246,7 @@ def _nvidia(launch: Launch) -> Resources:
         shared=metadata.shared,
         occupancy=blocks * warps / limits.warps,
         instructions=sum(isinstance(line, Instruction) for line in lines),
-        loop_accesses=_loop_accesses(lines),
+        loop_accesses=loop_accesses(lines),
     )
 
 
@@ -272,10 +272,17 @@ def _assemble(ptx: str, architecture: int) -> tuple[int, int]:
 
 
 class Instruction(NamedTuple):
-    """A machine instruction: its operation with modifiers, and the label it jumps to, if any."""
+    """A machine instruction.
+
+    Attributes:
+        operation: With modifiers.
+        target: The label it jumps to, if any.
+        goes_on: Whether the next instruction may follow it.
+    """
 
     operation: str
     target: str | None
+    goes_on: bool
 
 
 def machine_code(launch: Launch) -> list[Instruction | str]:
@@ -295,29 +302,54 @@ def _disassemble(cubin: bytes) -> list[Instruction | str]:
         label = re.match(r"(\.L_\w+):", line)
         if label:
             lines.append(label[1])
-        match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?(\S+)(.*);", line)
+        match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P[T\d]+\s+)?(\S+)(.*);", line)
         if match:
-            jump = re.search(r"`\((\.L_\w+)\)", match[2])
-            lines.append(Instruction(match[1], jump[1] if jump else None))
+            guard, operation, operands = match.groups()
+            jump = re.search(r"`\((\.L_\w+)\)", operands)
+            # `BRA P0, label` and `BRA.DIV` have their condition behind the operation.
+            always = operation == "BRA" and re.match(r"\s*`", operands)
+            ends = guard is None and (always or re.match(r"(EXIT|RET)\b", operation))
+            lines.append(Instruction(operation, jump[1] if jump else None, not ends))
     return lines
 
 
-def _loop_accesses(lines: list[Instruction | str]) -> dict[int, int]:
-    """Global accesses between a label and a jump back to it, by width."""
+def loop_accesses(lines: list[Instruction | str]) -> dict[int, int]:
+    """Global accesses that may be executed again, by width.
+
+    A jump back alone makes no loop: compilers put rare blocks behind the end and jump back from
+    there. What counts is whether the way leads there again.
+    """
     labels = {line: i for i, line in enumerate(lines) if isinstance(line, str)}
-    inside: set[int] = set()
+    after: list[list[int]] = []
+    before: list[list[int]] = [[] for _ in lines]
     for i, line in enumerate(lines):
+        goes_on = isinstance(line, str) or line.goes_on
+        after.append([i + 1] if goes_on and i + 1 < len(lines) else [])
         if isinstance(line, Instruction) and line.target is not None:
-            first = labels[line.target]
-            # Behind the end of a kernel stands a jump to itself.
-            if first < i - 1:
-                inside.update(range(first, i))
+            after[i].append(labels[line.target])
+        for following in after[i]:
+            before[following].append(i)
+    inside: set[int] = set()
+    for i, following_i in enumerate(after):
+        for first in following_i:
+            if first <= i:  # every loop has such a jump
+                inside |= _reachable(first, after) & _reachable(i, before)
     found: dict[int, int] = {}
     for i in inside:
         line = lines[i]
         bits = _width(line.operation) if isinstance(line, Instruction) else None
         if bits is not None:
             found[bits] = found.get(bits, 0) + 1
+    return found
+
+
+def _reachable(start: int, edges: list[list[int]]) -> set[int]:
+    """Where the edges lead from `start`, itself included."""
+    found, open_ends = {start}, [start]
+    while open_ends:
+        new = set(edges[open_ends.pop()]) - found
+        found |= new
+        open_ends += new
     return found
 
 
@@ -346,12 +378,13 @@ def _amd(launch: Launch) -> Resources:
         match = re.match(r"\s+([sv]_\w+|(?:global|buffer|scratch|flat|ds)_\w+)(.*)", line)
         if match:
             jump = re.search(r"(\.LBB\w+)", match[2]) if "branch" in match[1] else None
-            lines.append(Instruction(match[1], jump[1] if jump else None))
+            goes_on = match[1] not in ("s_branch", "s_endpgm")
+            lines.append(Instruction(match[1], jump[1] if jump else None, goes_on))
     return Resources(
         registers=number(r"\.vgpr_count:\s+(\d+)"),
         spilled=number(r"\.vgpr_spill_count:\s+(\d+)"),
         shared=launch.kernel.metadata.shared,
         occupancy=number(r"Occupancy:\s*(\d+)") / (8 if launch.target.warp_size == 64 else 16),
         instructions=sum(isinstance(line, Instruction) for line in lines),
-        loop_accesses=_loop_accesses(lines),
+        loop_accesses=loop_accesses(lines),
     )

@@ -7,7 +7,14 @@ import torch
 import triton
 from ptxsim import zoo_kernels
 
-from triton_kernels.aot import TARGETS, Launch, compiling_for, resources
+from triton_kernels.aot import (
+    TARGETS,
+    Instruction,
+    Launch,
+    compiling_for,
+    loop_accesses,
+    resources,
+)
 
 BLOCK = 2048
 
@@ -46,6 +53,22 @@ def test_width_of_accesses_in_loops(target: str, stride: int, widths: set[int]) 
     assert found.shared > 0  # the reduction over warps
 
 
+@pytest.mark.parametrize(("last", "found"), [("s_endpgm", {}), ("s_cbranch", {128: 1})])
+def test_a_block_behind_the_end_that_jumps_back_is_no_loop(
+    last: str, found: dict[int, int]
+) -> None:
+    """The rare block jumps back to a load, which leads there again only past the `last`."""
+    lines: list[Instruction | str] = [
+        Instruction("s_cbranch", ".rare", goes_on=True),
+        ".often",
+        Instruction("global_load_dwordx4", None, goes_on=True),
+        Instruction(last, None, goes_on=last != "s_endpgm"),
+        ".rare",
+        Instruction("s_branch", ".often", goes_on=False),
+    ]
+    assert loop_accesses(lines) == found
+
+
 def test_the_same_kernel_is_compiled_once_and_launched_twice() -> None:
     x = torch.zeros(BLOCK)
     with compiling_for("cuda:80") as launches:
@@ -56,12 +79,13 @@ def test_the_same_kernel_is_compiled_once_and_launched_twice() -> None:
 
 
 def test_shared_memory_that_no_multiprocessor_has_is_refused() -> None:
-    x = torch.zeros(128, 128)
+    """Two operands of 64 KiB; in TF32, since a dot on plain cores is unrolled for minutes."""
+    x = torch.zeros(16, 1024)
     with (
         compiling_for("cuda:86") as launches,
         pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"),
     ):
-        zoo_kernels.matmul[(1,)](x, x, x, 256, 256, 128, "ieee")
+        zoo_kernels.matmul[(1,)](x, x, x, 16, 16, 1024, "tf32")
     assert launches == []
 
 

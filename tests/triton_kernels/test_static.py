@@ -13,9 +13,6 @@ from triton_kernels.costs import Compiled, compile_ours
 
 V_ODD, V_EVEN = 50_257, 128_256
 WHOLE_ACCESS = 128
-SMALL = {"merge_parts_kernel"}
-"""Reads a few partial sums and no row of logits: its accesses may be single."""
-
 KERNELS = {
     "log_odds_update_kernel",
     "merge_parts_kernel",
@@ -31,8 +28,7 @@ def check(found: list[Compiled]) -> None:
     for kernel in found:
         what = f"{kernel.launch.name} ({kernel.use}): {kernel.resources}"
         assert kernel.resources.spilled == 0, what
-        if kernel.launch.name not in SMALL:
-            assert set(kernel.resources.loop_accesses) <= {WHOLE_ACCESS}, what
+        assert set(kernel.resources.loop_accesses) <= {WHOLE_ACCESS}, what
 
 
 @pytest.mark.parametrize("target", TARGETS)
