@@ -50,17 +50,27 @@ def _variants() -> list[Any]:
     return names
 
 
-WHOLE_ROWS_WILL_DO = ("test_chunking.py", "test_systems.py")
-"""Tests of what lies above the kernels: how the CUDA kernels share rows is nothing to them."""
+ABOVE_THE_KERNELS = {
+    "test_chunking.py": ("cuda-split rows",),
+    "test_systems.py": ("cuda-split rows",),
+    "test_divergence.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_linear_options.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+}
+"""Tests of what lies above the kernels, and the variants of a backend that are nothing to them: the
+kernels have every variant in test_accuracy.py, test_calls.py, test_tensors.py, test_cpu_kernels.py
+and test_divergence_kernels.py."""
+
+
+def _is_spared(item: pytest.Item) -> bool:
+    best = f"cpu-{cpu.instruction_set()}" if cpu.is_available() else None
+    spared = ABOVE_THE_KERNELS.get(item.path.name, ())
+    return any(variant in item.name for variant in spared if variant != best)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spare these tests the second variant of the executed CUDA kernels."""
-    items[:] = [
-        item
-        for item in items
-        if item.path.name not in WHOLE_ROWS_WILL_DO or "cuda-split rows" not in item.name
-    ]
+    """Spare tests of what lies above the kernels the variants that they cannot tell apart."""
+    items[:] = [item for item in items if not _is_spared(item)]
 
 
 @pytest.fixture(autouse=True)

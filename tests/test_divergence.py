@@ -504,7 +504,9 @@ def test_hard_rows(
     assert torch.allclose(losses[1], torch.tensor(expected), atol=1e-6, equal_nan=True)
     loss = kl_loss(x, ref_logits, labels, reduction=reduction, backend=two_row_backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
-    assert torch.equal(gradient[[0, 2]], others_gradient)
+    # Alone, a row may begin at another alignment, and its sums in another order.
+    tolerance = 8 * torch.finfo(torch.float32).eps * others_gradient.abs().amax(1, keepdim=True)
+    assert ((gradient[[0, 2]] - others_gradient).abs() <= tolerance).all()
     if math.isnan(expected):
         assert gradient[1].isnan().all()
     elif expected < INF:
