@@ -169,7 +169,8 @@ class TestPlan:
         dtypes = GemmDtypes.of(torch.bfloat16, "cuda")
         shape = LinearShape(64, 33, 1000, dtypes, torch.bfloat16, "cuda", Needs(True, True, False))
         assert plan_linear(shape, visits=2, coupled=True).kept_tokens == 0
-        assert self.plan(64, 33, 1000, weight=True, device="cpu").kept_tokens == 33
+        # Few tokens more: with many, adding the weight's gradient up is cheaper.
+        assert self.plan(36, 33, 1000, weight=True, device="cpu").kept_tokens == 33
 
     def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
         plan = self.plan(4096, 64, 1 << 23, weight=False)

@@ -22,8 +22,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends import cpu
-
 KEPT_VARIABLE = "UNILOGIT_KERNELS_KEPT_MIB"
 """Environment variable: MiB of freed CPU memory to keep for later calls; 0 keeps nothing."""
 
@@ -48,6 +46,9 @@ class _Block:
         self._start = -first % _HUGE_PAGE
         self.size = size
         self._advise("MADV_HUGEPAGE")
+        # Here, so that importing the package does not import what loads the library.
+        from unilogit_kernels.backends import cpu
+
         cpu.populate(first + self._start, size)
 
     def view(self, size: int) -> memoryview:

@@ -159,7 +159,9 @@ def plan_linear(
         visits: 2 if statistics and gradients are computed in one call, else 1.
         coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
     """
-    budget = (options or LinearOptions()).budget(shape.device_type) - vector_bytes(shape)
+    given = (options or LinearOptions()).budget(shape.device_type)
+    # Vectors grow with the tokens; logits get their share of the budget all the same.
+    budget = max(given - vector_bytes(shape), given // MIN_BUFFER_SHARE)
     if not coupled and _suits_tokens(shape, budget, visits=visits):
         left = max(budget - weight_sum_bytes(shape), budget // MIN_BUFFER_SHARE)
         tokens = _token_chunk(shape, left, row_bytes(shape))

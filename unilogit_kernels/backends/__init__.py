@@ -211,7 +211,7 @@ def load_divergence(name: str) -> DivergenceKernels:
     kernels = load(name)
     if isinstance(kernels, DivergenceKernels):
         return kernels
-    _warn_once(f"the {name!r} kernels do not compare two models' rows")
+    _warn_once("eager", f"the {name!r} kernels do not compare two models' rows")
     eager = load("eager")
     assert isinstance(eager, DivergenceKernels)
     return eager

@@ -217,8 +217,9 @@ def _linear_objective_context(
 
 
 def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    factor, *gradients = ctx.saved_tensors[:4]
-    hidden, weight, bias, labels, row_weight, *tensors = ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # asked for once, as activation checkpointing wants it
+    factor, *gradients = saved[:4]
+    hidden, weight, bias, labels, row_weight, *tensors = saved[4:]
     rest = (*no_gradients(ctx.objective, tensors), *(None,) * 7)
     if upstream is None:
         return None, None, None, *rest
