@@ -98,4 +98,3 @@ def test_spills_are_seen() -> None:
         zoo_kernels.cross_entropy[(1,)](x, labels, out, out, v, v, BLOCK=v, num_warps=1)
     found = resources(launches[0])
     assert found.spilled > 0
-    assert found.registers == 255

@@ -70,8 +70,11 @@ _CDNA: dict[str, Any] = {
 }
 _RDNA: dict[str, Any] = {**_CDNA, "warp_threads": 32, "resident_warps": 32, "warps": 4}
 
+# With 32 lanes triton 3.9 spills on sm_80.
+_SM_80: dict[str, Any] = {**_NVIDIA, "lanes": 16}
+
 TABLE: dict[str, Settings] = {
-    "cuda:80": Settings(**_NVIDIA, multiprocessors=108, cache_bytes=40 << 20),  # A100
+    "cuda:80": Settings(**_SM_80, multiprocessors=108, cache_bytes=40 << 20),  # A100
     "cuda:86": Settings(**_NVIDIA, multiprocessors=84, cache_bytes=6 << 20),  # RTX 3090, A40
     "cuda:89": Settings(**_NVIDIA, multiprocessors=142, cache_bytes=96 << 20),  # L40S
     "cuda:90": Settings(**_NVIDIA, multiprocessors=132, cache_bytes=50 << 20),  # H100

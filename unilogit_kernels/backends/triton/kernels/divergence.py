@@ -243,7 +243,7 @@ def divergence_update_kernel(
     state += row_index
     thread = tl.arange(0, WALK.threads)
     # What is known of the row so far, if this is all of it, is where the first thread begins.
-    seen = load_pair_parts(state + thread * 0, state_stride, (thread == 0) & (count == 1))
+    seen = load_pair_parts(state + thread * 0, state_stride, tl.where(thread == 0, count, 0) == 1)
     seen = fold_row(seen, rows, body, label, share, fold_pair_tile, PAIR, WALK)
     whole = merge_pair_parts(seen)
     if parts is None:
