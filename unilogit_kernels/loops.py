@@ -71,7 +71,7 @@ class VocabularyLoop:
             for tokens, state in zip(tiles, states, strict=True):
                 place = None if kept is None or kept.finished else kept.place(tokens, columns)
                 for part, here in _parts(columns, plan):
-                    tile = _tile(scratch, tokens, part) if place is None else place[:, here]
+                    tile = tile_view(scratch, tokens, part) if place is None else place[:, here]
                     head.project(tokens, part, weight[here], out=tile)
                     rows.kernels.log_odds_update(
                         tile, rows.labels[tokens], part.start, state, rows.transform
@@ -90,7 +90,7 @@ class VocabularyLoop:
         buffer = self._buffer(plan.row_tokens * rows.vocab_size, head.dtypes.logits)
         states = []
         for tokens in slices(kept.tokens, plan.row_tokens):
-            logits, labels = _tile(buffer, tokens, vocabulary), rows.labels[tokens]
+            logits, labels = tile_view(buffer, tokens, vocabulary), rows.labels[tokens]
             state = self._empty_state(tokens)
             for part in slices(rows.vocab_size, plan.row_columns):
                 head.project(tokens, part, head.weight_columns(part), out=logits[:, part])
@@ -129,7 +129,7 @@ class VocabularyLoop:
                     weight_sum = torch.empty_like(weight_sum, dtype=exact)
             for i, tiles in enumerate(groups):
                 tokens = slice(tiles[0].start, tiles[-1].stop)
-                out = _tile(scratch[1], tokens, columns)
+                out = tile_view(scratch[1], tokens, columns)
                 for tile in tiles:
                     here = slice(tile.start - tokens.start, tile.stop - tokens.start)
                     self._gradient_rows(tile, columns, weight, state, slope, scratch[0], out[here])
@@ -171,7 +171,7 @@ class VocabularyLoop:
             _take(source, index, out)
             return
         for part, here in _parts(columns, self.plan):
-            logits = out if scratch is None else _tile(scratch, tokens, part)
+            logits = out if scratch is None else tile_view(scratch, tokens, part)
             if source is None:
                 self.head.project(tokens, part, weight[here], out=logits)
             elif index is None:
@@ -223,7 +223,7 @@ def _longest(tiles: list[slice]) -> int:
     return max(int(tile.stop - tile.start) for tile in tiles)
 
 
-def _tile(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
+def tile_view(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
     """A contiguous `[tokens, columns]` view of the front of a flat buffer."""
     shape = (tokens.stop - tokens.start, columns.stop - columns.start)
     return scratch[: shape[0] * shape[1]].view(shape)
@@ -257,7 +257,8 @@ def by_tokens(
         if d_weight.dtype != dtypes.exact:
             weight_sum = allocate(d_weight.shape, dtypes.exact, device)
     for tokens in slices(head.hidden.shape[0], plan.tokens):
-        logits, out = _tile(buffer, tokens, vocabulary), _tile(row_buffer, tokens, vocabulary)
+        logits = tile_view(buffer, tokens, vocabulary)
+        out = tile_view(row_buffer, tokens, vocabulary)
         hidden = head.hidden[tokens]
         for part in slices(rows.vocab_size, plan.tile_columns):
             head.project(tokens, part, weight[part], out=logits[:, part])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unilogit_kernels import pair_state
 from unilogit_kernels.divergence.pairs import PairProblem
-from unilogit_kernels.loops import Gradients
+from unilogit_kernels.loops import Gradients, tile_view
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.plan import (
     ALIGNED_COLUMNS,
@@ -179,7 +179,7 @@ class PairLoop:
                 logits = self._place(kept, scratch, tokens, columns)
                 if kept is None or not kept.holds(tokens):
                     self._project(tokens, columns, weights, logits)
-                rows = _tile(row_scratch, tokens, columns)
+                rows = tile_view(row_scratch, tokens, columns)
                 part = slice(tokens.start, tokens.stop)
                 self.pair.at(part).gradient(
                     *logits,
@@ -217,7 +217,7 @@ class PairLoop:
         for tokens in slices(self.student.hidden.shape[0], self.plan.tokens):
             logits = self._place(None, scratch, tokens, vocabulary)
             self._project(tokens, vocabulary, weights, logits)
-            yield tokens, logits, _tile(row_scratch, tokens, vocabulary)
+            yield tokens, logits, tile_view(row_scratch, tokens, vocabulary)
 
     def _hidden_gradient(self, tokens: slice, rows: Tensor, out: Gradients) -> None:
         vocabulary = slice(0, self.pair.vocab_size)
@@ -251,7 +251,7 @@ class PairLoop:
         """Where both models' logits of a tile are."""
         if kept is not None and kept.holds(tokens):
             return kept.tiles(tokens, columns)
-        return _tile(scratch[0], tokens, columns), _tile(scratch[1], tokens, columns)
+        return tile_view(scratch[0], tokens, columns), tile_view(scratch[1], tokens, columns)
 
     def _token_tiles(self) -> list[slice]:
         """Tiles that do not straddle the border between kept and recomputed tokens."""
@@ -302,12 +302,6 @@ class _KeptPair:
             for start, size, dtype in zip(starts, sizes, self._dtypes, strict=True)
         )
         return student, teacher
-
-
-def _tile(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
-    """A contiguous `[tokens, columns]` view of the front of a flat buffer."""
-    shape = (tokens.stop - tokens.start, columns.stop - columns.start)
-    return scratch[: shape[0] * shape[1]].view(shape)
 
 
 def _store(gradient: Tensor, total: Tensor) -> None:
