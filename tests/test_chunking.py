@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from problems import Problem, check, linear_problem
 
 from unilogit_kernels import (
     compaction,
+    linear_objective_loss,
     linear_target_log_odds,
     linear_unilogit_loss,
     loops,
@@ -17,6 +21,8 @@ from unilogit_kernels.plan import (
     CHUNK_BYTES,
     MEMORY_BUDGET,
     MIN_TILE_COLUMNS,
+    ONE_VISIT_COLUMNS,
+    LinearOptions,
     LinearShape,
     Plan,
     plan_linear,
@@ -110,19 +116,54 @@ def test_any_cut_is_within_the_budget(
         return  # cast chunk by chunk on CPU, so never cut by tokens
     for plan in frozen:
         monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
-        _check_frozen(problem, backend)
+        _check_frozen(problem, backend, (0, 2))
 
 
-def _check_frozen(problem: Problem, backend: str) -> None:
-    hidden, weight, bias = problem.operands
-    inputs = hidden.detach().requires_grad_(), bias.detach().requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_one_visit_is_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Any cut of the order that a frozen lm_head takes on CPU."""
+    v = 130
+    problem = linear_problem(17, 24, v, dtype, bias=True, softcap=softcap)
+    for tokens, columns in ((17, v), (17, 50), (5, 17), (1, 7), (3, 1)):
+        plan = Plan("one_visit", tokens, columns)
+        monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
+        _check_frozen(problem, backend, (0,))
+
+
+def test_one_visit_never_launders(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """A row that overflows or holds NaN poisons its own gradient; a column of -inf, none."""
+    plan = Plan("one_visit", 3, 100)
+    monkeypatch.setattr(compaction, "plan_linear", lambda *_, **__: plan)
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 10.0], [2.0, 0.0], [torch.nan, 1.0]]).requires_grad_()
+    weight, bias = torch.randn(400, 2), torch.zeros(400)
+    weight[200] = torch.tensor([0.5, 3e38])
+    bias[:150] = -torch.inf
+    labels = torch.tensor([151, 152, 399, 153])
+    options: dict[str, Any] = {"num_items_in_batch": 4, "backend": backend}
+    loss = linear_objective_loss(hidden, weight, labels, "cross_entropy", bias=bias, **options)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    expected = [False, True, False, True]
+    assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == expected
+    possible = linear_objective_loss(
+        hidden[::2], weight[150:], labels[::2] - 150, "cross_entropy", **options
+    )
+    (without,) = torch.autograd.grad(possible, hidden)
+    assert torch.allclose(gradient[::2], without[::2], rtol=1e-5, atol=0)
+
+
+def _check_frozen(problem: Problem, backend: str, trained: tuple[int, ...]) -> None:
+    hidden, weight, bias = (x.detach() for x in problem.operands)
+    inputs = [x.requires_grad_() for i, x in enumerate((hidden, weight, bias)) if i in trained]
     loss = linear_unilogit_loss(
-        inputs[0], weight, problem.labels, bias=inputs[1], softcap=4.0, backend=backend
+        hidden, weight, problem.labels, bias=bias, backend=backend, **problem.options
     )
     gradients = torch.autograd.grad(loss, inputs)
     _, exact = problem.plain(torch.float64)
     _, plain = problem.plain(hidden.dtype)
-    for i, ours in zip((0, 2), gradients, strict=True):
+    for i, ours in zip(trained, gradients, strict=True):
         assert_within_budget(ours, exact[i], plain[i])
 
 
@@ -142,16 +183,37 @@ def test_weight_gradient_error_does_not_grow_with_chunks(
 
 
 class TestPlan:
-    def plan(self, n: int, h: int, v: int, *, weight: bool, device: str = "cpu") -> Plan:
+    def plan(
+        self, n: int, h: int, v: int, *, weight: bool, device: str = "cpu", skip_below: float = 0.0
+    ) -> Plan:
         dtypes = GemmDtypes.of(torch.bfloat16, device)
         needs = Needs(hidden=True, weight=weight, bias=False)
         shape = LinearShape(n, h, v, dtypes, torch.bfloat16, device, needs)
-        return plan_linear(shape, visits=2)
+        return plan_linear(shape, LinearOptions(skip_below=skip_below), visits=2)
 
     def test_frozen_weight_goes_by_tokens_within_the_budget(self) -> None:
-        plan = self.plan(1024, 1024, 131_072, weight=False)
+        plan = self.plan(1024, 1024, 131_072, weight=False, device="cuda")
         assert plan.order == "token_chunks"
-        assert plan.tokens * plan.columns * 2 <= MEMORY_BUDGET["cpu"]
+        assert plan.tokens * plan.columns * 6 <= MEMORY_BUDGET["cuda"]
+
+    def test_frozen_weight_takes_one_visit_on_a_cpu(self) -> None:
+        plan = self.plan(1024, 1024, 131_072, weight=False)
+        assert plan.order == "one_visit"
+        assert plan.tokens == 1024
+        assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
+
+    def test_one_visit_takes_tokens_in_groups_of_one_size(self) -> None:
+        plan = self.plan(100_001, 64, 131_072, weight=False)
+        assert plan.order == "one_visit"
+        groups = -(-100_001 // plan.tokens)
+        assert groups > 1
+        assert plan.tokens - (100_001 - (groups - 1) * plan.tokens) < groups
+        assert plan.columns >= ONE_VISIT_COLUMNS
+
+    def test_rows_to_be_skipped_go_by_tokens(self) -> None:
+        """One visit knows the slopes only when every GEMM is done."""
+        plan = self.plan(1024, 1024, 131_072, weight=False, skip_below=1e-6)
+        assert plan.order == "token_chunks"
 
     def test_trainable_weight_goes_by_columns_and_keeps_the_logits(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=True)
@@ -173,12 +235,12 @@ class TestPlan:
         assert self.plan(36, 33, 1000, weight=True, device="cpu").kept_tokens == 33
 
     def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
-        plan = self.plan(4096, 64, 1 << 23, weight=False)
+        plan = self.plan(4096, 64, 1 << 23, weight=False, device="cuda")
         assert plan.order == "vocabulary_chunks"
 
     def test_many_tokens_are_cut_too(self) -> None:
         plan = self.plan(1 << 20, 64, 1 << 17, weight=True)
-        assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
+        assert plan.tokens * plan.columns * 2 <= MEMORY_BUDGET["cpu"]
         assert plan.columns >= MIN_TILE_COLUMNS
 
 
@@ -219,6 +281,14 @@ class TestRowState:
             row_state.merge_parts(torch.stack(parts)),
         ):
             assert torch.allclose(row_state.log_odds(merged, labels, 90), whole, rtol=1e-14)
+
+    def test_share_of_a_part(self) -> None:
+        inf, nan = torch.inf, torch.nan
+        part = torch.tensor([[1.0, -inf, -inf, 900.0, inf], [2.0, 0.0, 0.0, 1.0, nan], [0.0] * 5])
+        whole = torch.tensor([[3.0, 2.0, -inf, 900.0, inf], [2.0, 5.0, 0.0, 4.0, nan], [0.0] * 5])
+        share = row_state.rest_share(part, whole)
+        expected = torch.tensor([math.exp(-2), 0.0, 0.0, 0.25, nan])
+        assert torch.allclose(share, expected, rtol=1e-6, equal_nan=True)
 
     def test_empty_is_neutral(self) -> None:
         state = torch.tensor([[1.0], [2.0], [-3.0]])

@@ -138,8 +138,9 @@ def linear_unilogit_loss(
             where the device's GEMM can write it (GPUs), else hidden's dtype. hidden's dtype
             reproduces an eager Hugging Face model; float32 on CPU takes float32 GEMMs.
         skip_below: Tokens whose slope (weight times `f'(d)`) is below this share of the largest
-            get no gradient. Default 0: only exact zeros are skipped. A skipped token's own
-            gradient is off by at most `2 * skip_below * max slope * max |W_j|`.
+            get no gradient. Default 0: only exact zeros are skipped, and on CPU none of a frozen
+            `weight`, whose gradient comes along with the loss. A skipped token's own gradient is
+            off by at most `2 * skip_below * max slope * max |W_j|`.
         compact: Whether tokens that cannot matter are dropped before each GEMM. Counting them
             synchronises a GPU; False does without, for CUDA graphs, at full cost.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from unilogit_kernels import row_state
 from unilogit_kernels.kept import Kept, KeptInGradient
 from unilogit_kernels.memory import allocate
+from unilogit_kernels.one_visit import gradient_in_one_visit
 from unilogit_kernels.plan import LinearOptions, Plan, slices, token_groups, token_tiles
 from unilogit_kernels.projection import LinearHead, multiply
 from unilogit_kernels.rows import RowProblem, Weighted, finish_rows, row_slope
@@ -344,13 +345,8 @@ def _objective_by_columns(
     gradients: Gradients,
     options: LinearOptions,
 ) -> Tensor:
-    """The vocabulary order of `linear_objective`."""
+    """The vocabulary orders of `linear_objective`."""
     dtypes, vocab_size = head.dtypes, rows.vocab_size
-    kept = None
-    if gradients.weight is not None and plan.kept_tokens:
-        dtype = dtypes.operands if plan.keeps_rows else dtypes.logits
-        kept = KeptInGradient(gradients.weight, dtype, plan.kept_tokens, finished=plan.keeps_rows)
-    loop = VocabularyLoop(head, rows, plan, kept)
 
     def slope_of(state: Tensor, tokens: slice) -> Tensor:
         part = weighted.at(tokens)
@@ -358,6 +354,18 @@ def _objective_by_columns(
         weight = part.slope_weight(fold_factor=dtypes.rows_hold_factor)
         return row_slope(part.objective, log_odds, weight, vocab_size)
 
+    def values_of(state: Tensor) -> Tensor:
+        log_odds = row_state.log_odds(state, rows.labels, vocab_size)
+        return weighted.objective.value(log_odds, vocab_size)
+
+    if plan.order == "one_visit":
+        assert gradients.hidden is not None
+        return values_of(gradient_in_one_visit(head, rows, plan, slope_of, gradients.hidden))
+    kept = None
+    if gradients.weight is not None and plan.kept_tokens:
+        dtype = dtypes.operands if plan.keeps_rows else dtypes.logits
+        kept = KeptInGradient(gradients.weight, dtype, plan.kept_tokens, finished=plan.keeps_rows)
+    loop = VocabularyLoop(head, rows, plan, kept)
     states = []
     if kept is not None and kept.finished:
         states.append(loop.finish_kept_rows(kept, slope_of))
@@ -371,7 +379,7 @@ def _objective_by_columns(
             _some_gradients(loop, index, state, slope, gradients)
         else:
             loop.gradients(state, slope, gradients)
-    return weighted.objective.value(row_state.log_odds(state, rows.labels, vocab_size), vocab_size)
+    return values_of(state)
 
 
 def _some_gradients(

@@ -1,10 +1,12 @@
 """How a fused linear call is cut into chunks: a function of shapes, dtypes and needs alone.
 
-Two orders. *Token chunks* hold a few tokens' logits over the whole vocabulary, so a gradient row is
-finished at once; they suit a frozen lm_head. *Vocabulary chunks* hold all tokens' logits over a few
-columns and visit them twice, statistics first and gradients second; each piece of the weight's
-gradient is then complete when it is written, so it needs no accumulator, and until it is written
-its memory keeps what the first visit found, which spares the second visit a GEMM.
+Three orders. *Token chunks* hold a few tokens' logits over the whole vocabulary, so a gradient row
+is finished at once; they suit a frozen lm_head. *One visit* does without that many logits where a
+chunk's sums are cheap, on a CPU: a frozen lm_head's columns come chunk by chunk and never again
+(`one_visit.py`). *Vocabulary chunks* hold all tokens' logits over a few columns and visit them
+twice, statistics first and gradients second; each piece of the weight's gradient is then complete
+when it is written, so it needs no accumulator, and until it is written its memory keeps what the
+first visit found, which spares the second visit a GEMM.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from unilogit_kernels.projection import GemmDtypes, Needs, writes_wider
 MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Default bytes that the buffers of one fused linear call may take, by device type."""
 
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
 
-TILE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 """Most bytes of logits between their GEMM and the row kernel that reads them: on GPUs they should
 stay in the L2 cache, 40 MB on an A100 and 50 MB on an H100."""
 
@@ -42,6 +44,10 @@ MIN_CHUNK_TOKENS = 16
 
 KEPT_PARTS = 8
 """Chunks of columns, at least, where some are kept for a recomputing backward."""
+
+ONE_VISIT_COLUMNS = 2048
+"""Columns that a chunk of the order "one visit" has at least: the GEMM into the hidden states'
+gradient reads and writes its sums once a chunk."""
 
 MIN_REPROJECTED = 1.125
 """Tokens, as a multiple of those that can be kept, from which on the vocabulary order projects so
@@ -128,7 +134,7 @@ class Plan:
         row_columns: Columns per tile of that pass.
     """
 
-    order: Literal["token_chunks", "vocabulary_chunks"]
+    order: Literal["token_chunks", "one_visit", "vocabulary_chunks"]
     tokens: int
     columns: int
     tile_columns: int = 0
@@ -162,6 +168,9 @@ def plan_linear(
     given = (options or LinearOptions()).budget(shape.device_type)
     # Vectors grow with the tokens; logits get their share of the budget all the same.
     budget = max(given - vector_bytes(shape), given // MIN_BUFFER_SHARE)
+    skips = options is not None and options.skip_below > 0
+    if visits == 2 and not (coupled or skips) and _suits_one_visit(shape):
+        return _one_visit(shape, budget)
     if not coupled and _suits_tokens(shape, budget, visits=visits):
         left = max(budget - weight_sum_bytes(shape), budget // MIN_BUFFER_SHARE)
         tokens = _token_chunk(shape, left, row_bytes(shape))
@@ -271,6 +280,31 @@ def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
         return False
     dtype = shape.dtypes.operands if shape.separate_rows else shape.dtypes.logits
     return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, dtype)
+
+
+def _suits_one_visit(shape: LinearShape) -> bool:
+    """Whether the hidden states' gradient is all there is, on a device where sums are cheap.
+
+    A GPU would read and write its sums more often than a few token chunks do their logits.
+    """
+    return shape.device_type == "cpu" and shape.needs == Needs(True, False, False)
+
+
+def _one_visit(shape: LinearShape, budget: int) -> Plan:
+    """As many tokens at a time as leave `ONE_VISIT_COLUMNS` to a chunk, in groups of one size."""
+    chunk = min(per_device(CHUNK_BYTES, shape.device_type), budget // MIN_BUFFER_SHARE)
+    most = chunk // (ONE_VISIT_COLUMNS * row_bytes(shape))
+    sum_bytes = hidden_sum_bytes(shape._replace(n=1))
+    if sum_bytes:
+        most = min(most, (budget - chunk) // sum_bytes)
+    groups = -(-shape.n // max(1, most))
+    tokens = -(-shape.n // groups)
+    columns = min((shape.vocab_size + 1) // 2, chunk // (tokens * row_bytes(shape)))
+    weight_bytes = _weight_bytes(shape, adds_up=False)
+    if weight_bytes:
+        columns = min(columns, (budget - chunk - tokens * sum_bytes) // weight_bytes)
+    columns = aligned_size(max(1, columns), per_device(ALIGNED_COLUMNS, shape.device_type))
+    return Plan("one_visit", tokens, columns)
 
 
 def weight_sum_bytes(shape: LinearShape) -> int:

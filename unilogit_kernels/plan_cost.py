@@ -12,6 +12,7 @@ from typing import NamedTuple
 from unilogit_kernels.plan import (
     LinearShape,
     Plan,
+    hidden_sum_bytes,
     row_bytes,
     slices,
     token_groups,
@@ -62,6 +63,9 @@ class Costs:
         if self.plan.order == "token_chunks":
             yield from self._token_chunks(cache_bytes)
             return
+        if self.plan.order == "one_visit":
+            yield from self._one_visit(cache_bytes)
+            return
         if self.statistics:
             if self.plan.keeps_rows:
                 yield from self._kept_rows(cache_bytes)
@@ -78,6 +82,12 @@ class Costs:
             buffers = plan.tokens * v * row_bytes(shape)
             buffers += weight_sum_bytes(shape)
             return buffers + self._projection_bytes(plan.tokens) + vectors
+        if plan.order == "one_visit":
+            buffers = plan.tokens * plan.columns * row_bytes(shape)
+            weight = plan.columns * shape.h * dtypes.operands.itemsize if shape.casts_weight else 0
+            projection = self._projection_bytes(plan.tokens)
+            product = hidden_sum_bytes(shape._replace(n=plan.tokens))
+            return buffers + weight + projection + product + vectors
         tiles = self._longest() * plan.tile_columns * dtypes.logits.itemsize
         cast = plan.columns * shape.h * dtypes.operands.itemsize if shape.casts_weight else 0
         phases = [tiles + cast + self._projection_bytes(self._longest())]
@@ -116,6 +126,24 @@ class Costs:
                 yield self._gemm("weight's gradient", v, h, t, size)
         if shape.needs.weight and d.results != d.exact:
             yield Launch("rounding", 0, v * h * (d.exact.itemsize + d.results.itemsize))
+
+    def _one_visit(self, cache: int) -> Iterator[Launch]:
+        shape, plan, d = self.shape, self.plan, self.shape.dtypes
+        h, exact = shape.h, d.exact.itemsize
+        for tokens in slices(shape.n, plan.tokens):
+            t = tokens.stop - tokens.start
+            for columns in slices(shape.vocab_size, plan.columns):
+                c = columns.stop - columns.start
+                yield self._project(t, c)
+                yield self._read_tile("statistics", t, c, cache)
+                written = Launch("gradient rows", 0, t * c * d.operands.itemsize)
+                yield written._replace(bytes=written.bytes + self._read_tile("", t, c, cache).bytes)
+                if columns.start:
+                    yield Launch("rescaling", 0, 2 * t * h * exact)
+                reads = exact if columns.start else 0
+                yield self._gemm("hidden's gradient", t, h, c, exact + reads)
+            yield Launch("labels' rows", 0, t * h * (shape.input_dtype.itemsize + 2 * exact))
+            yield Launch("slopes", 0, t * h * (exact + d.results.itemsize))
 
     def _kept_rows(self, cache: int) -> Iterator[Launch]:
         shape, plan, d = self.shape, self.plan, self.shape.dtypes

@@ -38,6 +38,22 @@ def merge_parts(parts: Tensor) -> Tensor:
     return torch.stack((row_max, row_sum, parts[:, TARGET].amax(0)))
 
 
+def rest_share(part: Tensor, whole: Tensor) -> Tensor:
+    """`exp(R_part - R_whole)`, `[n]`: the share of the rest's probability that a part of it has.
+
+    `whole` holds the columns of `part` and others. A part without a finite logit has none of it.
+    """
+    scaled = part[ROW_SUM] * torch.exp(part[ROW_MAX] - finite_shift(whole[ROW_MAX]))
+    return torch.where(part[ROW_MAX] == float("-inf"), 0.0, scaled / whole[ROW_SUM])
+
+
+def with_some_rest(part: Tensor) -> Tensor:
+    """The state, with a rest that has no finite logit yet taken for 1: its columns then get 0."""
+    empty = part[ROW_MAX] == float("-inf")
+    row_max = torch.where(empty, 0.0, part[ROW_MAX])
+    return torch.stack((row_max, torch.where(empty, 1.0, part[ROW_SUM]), part[TARGET]))
+
+
 def finite_shift(row_max: Tensor) -> Tensor:
     """What is subtracted from a row before `exp`: its maximum, or 0 if every logit is -inf."""
     return torch.where(row_max == float("-inf"), 0.0, row_max)
