@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import row_state
-from unilogit_kernels.backends import LogitTransform, RowKernels, SweepKernels
+from unilogit_kernels.backends import LogitTransform, RowKernels, sweep_kernels
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.objectives import Objective
 
@@ -108,8 +108,9 @@ def finish_rows(
     """Values `f(d)` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`."""
     kernels, objective = rows.kernels, weighted.objective
     slope_weight = weighted.slope_weight(fold_factor=fold_factor)
-    if isinstance(kernels, SweepKernels) and objective.name in kernels.swept_objectives:
-        return kernels.log_odds_sweep(
+    sweep = sweep_kernels(kernels)
+    if sweep is not None and objective.name in sweep.swept_objectives:
+        return sweep.log_odds_sweep(
             logits, rows.labels, slope_weight, objective.name, rows.vocab_size, out, rows.transform
         )
     state = logits_state(logits, rows)

@@ -51,6 +51,9 @@ class RowKernels(Protocol):
 
     name: str
 
+    def __hash__(self) -> int:
+        """Kernels hold no data: each set is itself."""
+
     def log_odds_update(
         self,
         logits: Tensor,
@@ -199,6 +202,18 @@ def load(name: str) -> RowKernels:
     from unilogit_kernels.backends.eager import EagerKernels
 
     return EagerKernels()
+
+
+@cache
+def sweep_kernels(kernels: RowKernels) -> SweepKernels | None:
+    """The kernels as ones that finish whole rows at once, if they do; looked up once."""
+    return kernels if isinstance(kernels, SweepKernels) else None
+
+
+@cache
+def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
+    """The kernels as ones that scale in place, if they do; looked up once."""
+    return kernels if isinstance(kernels, ScaleKernels) else None
 
 
 def load_divergence(name: str) -> DivergenceKernels:

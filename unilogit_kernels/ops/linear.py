@@ -15,18 +15,17 @@ from unilogit_kernels.compaction import (
     compacted_objective,
 )
 from unilogit_kernels.ops.registration import (
-    LIBRARY,
     NEEDS,
     OPTIONS,
     ROWS,
     WEIGHTED,
     check_twice_differentiable,
+    differentiable,
     fake,
     linear_inputs,
     literal_log_odds,
     literal_objective,
     losses_of,
-    no_gradients,
     operator,
     or_empty,
     row_problem,
@@ -117,15 +116,14 @@ def _linear_log_odds_context(
 
 def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, active, labels, state, kept = ctx.saved_tensors
-    rest = (None,) * 11
     if slope is None:
-        return None, None, None, *rest
+        return None, None, None
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         logits = torch.nn.functional.linear(hidden, weight, bias)
         d, valid = literal_log_odds(logits, labels, *ctx.settings)
-        return *_grad_of_some((hidden, weight, bias), needs, d, slope[valid]), *rest
+        return tuple(_grad_of_some((hidden, weight, bias), needs, d, slope[valid]))
     gradients = torch.ops.unilogit_kernels.linear_log_odds_backward(
         hidden,
         weight,
@@ -139,7 +137,7 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tens
         slope.contiguous(),
         *needs,
     )
-    return *_wanted(gradients, needs), *rest
+    return tuple(_wanted(gradients, needs))
 
 
 def _wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -155,12 +153,7 @@ def _grad_of_some(
     return [next(found) if need else None for need in needs]
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::linear_log_odds",
-    _linear_log_odds_grad,
-    setup_context=_linear_log_odds_context,
-    lib=LIBRARY,
-)
+differentiable("linear_log_odds", _linear_log_odds_grad, _linear_log_odds_context)
 
 
 # ---- objectives of a fused linear --------------------------------------------------------------
@@ -216,30 +209,23 @@ def _linear_objective_context(
     ctx.set_materialize_grads(False)
 
 
-def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once, as activation checkpointing wants it
     factor, *gradients = saved[:4]
     hidden, weight, bias, labels, row_weight, *tensors = saved[4:]
-    rest = (*no_gradients(ctx.objective, tensors), *(None,) * 7)
     if upstream is None:
-        return None, None, None, *rest
+        return None, None, None
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         logits = torch.nn.functional.linear(hidden, weight, bias)
         objective = (*ctx.objective, tensors)
         loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
-        return *_grad_of_some((hidden, weight, bias), needs, loss, upstream), *rest
-    results = [
+        return tuple(_grad_of_some((hidden, weight, bias), needs, loss, upstream))
+    return tuple(
         scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
         for gradient, need in zip(gradients, needs, strict=True)
-    ]
-    return *results, *rest
+    )
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::linear_objective_loss",
-    _linear_objective_grad,
-    setup_context=_linear_objective_context,
-    lib=LIBRARY,
-)
+differentiable("linear_objective_loss", _linear_objective_grad, _linear_objective_context)

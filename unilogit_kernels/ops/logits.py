@@ -9,15 +9,14 @@ from torch import Tensor
 
 from unilogit_kernels import row_state
 from unilogit_kernels.ops.registration import (
-    LIBRARY,
     ROWS,
     WEIGHTED,
     check_twice_differentiable,
+    differentiable,
     fake,
     literal_log_odds,
     literal_objective,
     losses_of,
-    no_gradients,
     operator,
     or_empty,
     row_problem,
@@ -66,22 +65,19 @@ def _log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 def _log_odds_grad(ctx: Any, slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     logits, labels, state = ctx.saved_tensors
-    rest = (None,) * 5
     if slope is None:
-        return None, *rest
+        return (None,)
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         d, valid = literal_log_odds(logits, labels, *ctx.settings)
-        return *torch.autograd.grad(d, logits, slope[valid], create_graph=True), *rest
+        return tuple(torch.autograd.grad(d, logits, slope[valid], create_graph=True))
     gradient = torch.ops.unilogit_kernels.log_odds_backward(
         logits, labels, *ctx.settings, state, slope
     )
-    return gradient, *rest
+    return (gradient,)
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::log_odds", _log_odds_grad, setup_context=_log_odds_context, lib=LIBRARY
-)
+differentiable("log_odds", _log_odds_grad, _log_odds_context)
 
 
 # ---- objectives of logits ----------------------------------------------------------------------
@@ -115,24 +111,18 @@ def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     factor, gradient, logits, labels, row_weight, *tensors = ctx.saved_tensors
-    rest = (*no_gradients(ctx.objective, tensors), None)
     if upstream is None:
-        return None, *rest
+        return (None,)
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         objective = (*ctx.objective, tensors)
         loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
-        return *torch.autograd.grad(loss, logits, upstream, create_graph=True), *rest
+        return tuple(torch.autograd.grad(loss, logits, upstream, create_graph=True))
     if ctx.dtype == torch.float16:
         upstream = upstream * factor
-    return scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]), *rest
+    return (scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]),)
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::objective_loss",
-    _objective_grad,
-    setup_context=_objective_context,
-    lib=LIBRARY,
-)
+differentiable("objective_loss", _objective_grad, _objective_context)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import backends, objectives, reference
-from unilogit_kernels.backends import LogitTransform, ScaleKernels
+from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.compaction import LinearInputs
 from unilogit_kernels.plan import LinearOptions
 from unilogit_kernels.rows import RowProblem, Weighted
@@ -53,6 +53,70 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return decorate
+
+
+def differentiable(
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+) -> None:
+    """Give an operator a gradient, as `torch.library.register_autograd` does in more host time.
+
+    torch's own walks the arguments of an operator with a list of tensors as a tree, several times
+    a step; on a few rows that takes as long as the kernels.
+
+    Args:
+        name: The operator.
+        backward: From the context and the results' gradients to those of the first arguments; the
+            others have none.
+        setup_context: From the context, the arguments and the results; saves what backward needs.
+    """
+    overload = getattr(torch.ops.unilogit_kernels, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *flat, sizes = args
+        inputs = _nested(flat, sizes)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*inputs)
+        ctx.arguments = len(args)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def backward_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        first = backward(ctx, *gradients)
+        return *first, *(None,) * (ctx.arguments - len(first))
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_all)}
+    function: Any = type(f"{name}_function", (torch.autograd.Function,), functions)
+
+    def run(*args: Any) -> Any:
+        flat, sizes = _flat(args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+            return function.apply(*flat, sizes)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    LIBRARY.impl(name, run, "Autograd")
+
+
+def _flat(args: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
+    """The arguments with lists of tensors spread out, and each one's length, -1 for no list."""
+    flat: list[Any] = []
+    sizes: list[int] = []
+    for argument in args:
+        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            flat += argument
+            sizes.append(len(argument))
+        else:
+            flat.append(argument)
+            sizes.append(-1)
+    return flat, sizes
+
+
+def _nested(flat: list[Any], sizes: list[int]) -> tuple[Any, ...]:
+    """The inverse of `_flat`."""
+    rest = iter(flat)
+    return tuple(next(rest) if n < 0 else [next(rest) for _ in range(n)] for n in sizes)
 
 
 def _device_type(args: tuple[Any, ...]) -> str:
@@ -107,14 +171,6 @@ def losses_of(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[0], dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def no_gradients(objective: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The gradients of the arguments `ROWS` and `WEIGHTED`, in the structure torch asks for.
-
-    To it, a list that holds a number is one argument, and an empty one is a list of tensors.
-    """
-    return *(None,) * 8, None if objective[1] else [], [None] * len(tensors)
-
-
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """`upstream * gradient` in `dtype`, at no cost where the upstream gradient is exactly 1.
 
@@ -126,8 +182,8 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str)
         and gradient.dtype == dtype
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     ):
-        kernels = backends.load(backend)
-        if isinstance(kernels, ScaleKernels):
+        kernels = backends.scale_kernels(backends.load(backend))
+        if kernels is not None:
             kernels.scale_(gradient, upstream)
             return gradient
         if upstream.device.type == "cpu" and upstream.item() == 1.0:
