@@ -250,7 +250,7 @@ def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend:
     original = loops.linear_gradient
 
     def spy(loop, *args):  # type: ignore[no-untyped-def]
-        sizes.append(loop.head.hidden.shape[0])
+        sizes.append(loop.heads[0].hidden.shape[0])
         return original(loop, *args)
 
     monkeypatch.setattr(compaction, "linear_gradient", spy)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from unilogit_kernels import Mask, Shift, Uniform, kl_loss, linear_kl_loss, reference, unilogit_loss
 from unilogit_kernels.divergence import Rewrite
-from unilogit_kernels.divergence.loops import PairPlan
-from unilogit_kernels.plan import MEMORY_BUDGET
+from unilogit_kernels.plan import MEMORY_BUDGET, Plan
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 DIVERGENCES: dict[str, dict[str, Any]] = {
@@ -564,13 +563,13 @@ def test_any_cut_is_within_the_budget(
     assert pair.labels is not None
     active = int((pair.labels != -100).sum())
     plans = [
-        PairPlan("vocabulary_chunks", tokens, columns, kept)
+        Plan("vocabulary_chunks", tokens, columns, kept_tokens=kept)
         for tokens, columns in ((active, v), (active, 31), (7, 100), (3, 7))
         for kept in (0, min(active, h // 2))
     ]
     for plan in plans:
         monkeypatch.setattr(
-            "unilogit_kernels.divergence.calls.plan_pair", lambda *_, plan=plan, **__: plan
+            "unilogit_kernels.compaction.plan_linear", lambda *_, plan=plan, **__: plan
         )
         check(pair, two_row_backend)
     if dtype == torch.float16:
@@ -579,9 +578,9 @@ def test_any_cut_is_within_the_budget(
     _, plain = pair.plain(dtype)
     hidden, weight, bias = pair.student
     for tokens in (active, 3, 1):
-        plan = PairPlan("token_chunks", tokens, v)
+        plan = Plan("token_chunks", tokens, v)
         monkeypatch.setattr(
-            "unilogit_kernels.divergence.calls.plan_pair", lambda *_, plan=plan, **__: plan
+            "unilogit_kernels.compaction.plan_linear", lambda *_, plan=plan, **__: plan
         )
         for reduction in ("mean", "none"):
             inputs = hidden.detach().requires_grad_(), weight, bias.detach().requires_grad_()
@@ -655,6 +654,7 @@ def test_compiles_without_graph_breaks(two_row_backend: str, reduction: str) -> 
 def test_operators_are_registered_correctly() -> None:
     logits, ref_logits = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
     pair = (torch.arange(3), 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")
+    options = (0, 0.0, True, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair), test_utils=tests
@@ -663,12 +663,12 @@ def test_operators_are_registered_correctly() -> None:
     teacher = (torch.randn(3, 5), torch.randn(9, 5), torch.randn(9))
     torch.library.opcheck(
         torch.ops.unilogit_kernels.linear_divergence,
-        (*heads, *teacher, torch.tensor([True, False, True]), *pair),
+        (*heads, *teacher, torch.tensor([True, False, True]), *pair, *options, True),
         test_utils=tests,
     )
     torch.library.opcheck(
         torch.ops.unilogit_kernels.linear_divergence_loss,
-        (*heads, *teacher, *pair, torch.rand(3), torch.ones(()), True, True, False),
+        (*heads, *teacher, *pair, torch.rand(3), torch.ones(()), *options, True, True, False),
         test_utils=tests,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from test_linear_options import GemmCounter
 from torch import Tensor
 
-from unilogit_kernels import explain_plan, linear_unilogit_loss
+from unilogit_kernels import explain_plan, linear_kl_loss, linear_unilogit_loss
 from unilogit_kernels.explain import ACCELERATORS, PlanReport
 from unilogit_kernels.plan import MEMORY_BUDGET
 
@@ -26,6 +27,22 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "recomputed, much memory": (192, 48, {"memory_budget": 1 << 28, "reduction": "none"}),
     "float32 logits": (192, 48, {"logits_dtype": torch.float32}),
 }
+PAIR_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "logits kept whole": (60, 128, {}),
+    "rows kept whole": (96, 128, {}),
+    "rows kept, another hidden size": (96, 100, {"ref_h": 72}),
+    "rows kept in part": (192, 48, {"memory_budget": 2 << 20}),
+    "many tokens": (1500, 32, {}),
+    "frozen weight": (96, 64, {"train_weight": False}),
+    "frozen hidden": (96, 64, {"train_hidden": False}),
+    "statistics alone": (96, 64, {"train_weight": False, "train_hidden": False}),
+    "recomputed": (96, 64, {"reduction": "none"}),
+    "recomputed, frozen weight": (96, 64, {"reduction": "none", "train_weight": False}),
+    "much memory": (192, 48, {"memory_budget": 1 << 28}),
+    "recomputed, much memory": (192, 48, {"memory_budget": 1 << 28, "reduction": "none"}),
+    "float32 logits": (192, 48, {"logits_dtype": torch.float32}),
+    "teacher of another dtype": (192, 48, {"ref_dtype": torch.float16}),
+}
 V = 8003
 
 
@@ -35,8 +52,14 @@ def _measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, 
     hidden = torch.randn(n, h).to(dtype).requires_grad_(options.pop("train_hidden", True))
     weight = torch.randn(V, h).to(dtype).requires_grad_(options.pop("train_weight", True))
     labels = torch.randint(0, V, (n,))
+    loss_of: Callable[..., Tensor] = linear_unilogit_loss
+    operands = [hidden, weight, labels]
+    if "ref_h" in options:
+        ref_h, ref_dtype = options.pop("ref_h"), options.pop("ref_dtype", dtype)
+        teacher = torch.randn(n, ref_h).to(ref_dtype), torch.randn(V, ref_h).to(ref_dtype)
+        loss_of, operands = linear_kl_loss, [hidden, weight, *teacher, labels]
     with GemmCounter() as counter:
-        loss = linear_unilogit_loss(hidden, weight, labels, backend="cpu", **options)
+        loss = loss_of(*operands, backend="cpu", **options)
         if loss.requires_grad:
             loss.sum().backward()
     results: list[Tensor] = [x for x in (hidden, weight) if x.requires_grad]
@@ -62,17 +85,48 @@ def test_operations_and_peak_are_those_of_the_loops(case: str, dtype: torch.dtyp
     assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
 
 
+@pytest.mark.parametrize("case", PAIR_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_and_peak_against_a_reference_model(case: str, dtype: torch.dtype) -> None:
+    n, h, options = PAIR_CASES[case]
+    options = {"ref_h": h, **options}
+    flops, peak = _measured(n, h, dtype, **options)
+    report = _predicted(n, h, dtype, **options)
+    assert report.gemm_flops == flops
+    assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
+
+
+@pytest.mark.parametrize(
+    ("n", "train_weight", "gemms"), [(64, True, 4), (128, True, 4), (1024, False, 3)]
+)
+def test_a_pair_needs_no_gemm_beyond_its_own(n: int, train_weight: bool, gemms: int) -> None:
+    """In bfloat16 on CPU: two heads' logits and the gradients, up to H tokens of a trained head."""
+    report = explain_plan(
+        n, 128, 32_000, device="cpu", ref_h=128, train_weight=train_weight, quiet=True
+    )
+    assert report.gemms == gemms
+    assert report.kept_share == (1.0 if train_weight else 0.0)
+
+
 @pytest.mark.parametrize("n", [64, 1024, 8192, 65_536])
+@pytest.mark.parametrize("ref_h", [None, 2048])
 @pytest.mark.parametrize("train_weight", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_peak_is_within_the_budget(
-    n: int, train_weight: bool, dtype: torch.dtype, device: str
+    n: int, ref_h: int | None, train_weight: bool, dtype: torch.dtype, device: str
 ) -> None:
     """Up to sums of the hidden states' gradient, where they alone leave less than they should."""
     h = 1024
     report = explain_plan(
-        n, h, 128_256, dtype=dtype, device=device, train_weight=train_weight, quiet=True
+        n,
+        h,
+        128_256,
+        dtype=dtype,
+        device=device,
+        train_weight=train_weight,
+        ref_h=ref_h,
+        quiet=True,
     )
     sums = n * h * 4 + n * h * 2 if dtype != torch.float32 and train_weight else 0
     budget = MEMORY_BUDGET[device]
@@ -133,3 +187,9 @@ def test_errors() -> None:
         explain_plan(5, 4, 1)
     with pytest.raises(ValueError, match="reduction must be one of"):
         explain_plan(5, 4, 10, reduction="max")
+    with pytest.raises(ValueError, match="ref_h must be at least 1"):
+        explain_plan(5, 4, 10, ref_h=0)
+    with pytest.raises(TypeError, match="logits_dtype must be the operands' dtype"):
+        explain_plan(
+            5, 4, 10, ref_h=4, ref_dtype=torch.float16, logits_dtype=torch.bfloat16, quiet=True
+        )

@@ -28,7 +28,7 @@ from unilogit_kernels.kept import KeptInGradient, KeptLogits
 from unilogit_kernels.objectives import CrossEntropy
 from unilogit_kernels.plan import LinearOptions, LinearShape, Plan, plan_linear
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs, multiply
-from unilogit_kernels.rows import RowProblem, Weighted
+from unilogit_kernels.rows import ObjectiveLoss, RowProblem, Weighted
 
 N, H, V = 12, 16, 300
 
@@ -200,7 +200,8 @@ class TestGpuBranch:
             ones = torch.ones(n, device="meta")
             weighted = Weighted(CrossEntropy(), ones, torch.ones((), device="meta"))
             options = LinearOptions(compact=False)
-            values = loops.linear_objective(head, rows, plan, weighted, gradients, options)
+            loss = ObjectiveLoss(rows, weighted)
+            values = loops.linear_loss((head,), loss, plan, gradients, options)
             assert values.shape == (n,)
         # Sums are float32; a finished gradient is written at once in its own dtype.
         assert {out for _, out in products} <= {torch.float32, dtypes.results}
@@ -226,14 +227,14 @@ def test_kept_tiles_beyond_32_bits() -> None:
     """CASES 23: V * H and n * V beyond 2^32 entries; without data, offsets are what matters."""
     v, h, n = 1 << 21, 4096, 70_000
     gradient = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
-    kept = KeptInGradient(gradient, torch.bfloat16, h, finished=True)
+    kept = KeptInGradient(gradient, [torch.bfloat16], h, finished=True)
     columns = slice(v - 512, v)
     place = kept.place(slice(4000, h), columns)
     assert place is not None
-    assert place.shape == (96, 512)
-    assert place.storage_offset() == (v - 512) * h + 4000 * 512 > 1 << 32
-    logits = KeptLogits(torch.empty(n * v, device="meta"), n)
+    assert place[0].shape == (96, 512)
+    assert place[0].storage_offset() == (v - 512) * h + 4000 * 512 > 1 << 32
+    logits = KeptLogits([torch.empty(n * v, device="meta")], n)
     place = logits.place(slice(n - 5, n), columns)
     assert place is not None
-    assert place.shape == (5, 512)
-    assert place.storage_offset() == (v - 512) * n + (n - 5) * 512 > 1 << 32
+    assert place[0].shape == (5, 512)
+    assert place[0].storage_offset() == (v - 512) * n + (n - 5) * 512 > 1 << 32

@@ -8,6 +8,7 @@ import torch
 
 from unilogit_kernels import inputs
 from unilogit_kernels.plan import (
+    HeadShape,
     LinearOptions,
     LinearShape,
     Plan,
@@ -15,7 +16,7 @@ from unilogit_kernels.plan import (
     plan_keeping,
     plan_linear,
 )
-from unilogit_kernels.plan_cost import Costs, Launch
+from unilogit_kernels.plan_cost import Costs, Launch, gemm
 from unilogit_kernels.projection import GemmDtypes, Needs
 
 
@@ -59,7 +60,8 @@ class PlanReport:
     Attributes:
         title: The call.
         plan: The cut of a loss that is finished in the forward, or of the backward otherwise.
-        gemms: Matrix products in units of `2 n h V` operations; 3 are needed to train an lm_head.
+        gemms: Matrix products in units of `2 n h V` operations; 3 are needed to train an lm_head,
+            4 against a reference model of the same hidden size.
         gemm_flops: Floating-point operations of the matrix products.
         moved_bytes: Bytes that the launches read and write, caches apart.
         launches: Kernels on the device.
@@ -120,6 +122,8 @@ def explain_plan(
     reduction: str = "mean",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    ref_h: int | None = None,
+    ref_dtype: torch.dtype | None = None,
     quiet: bool = False,
 ) -> PlanReport:
     """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
@@ -139,6 +143,9 @@ def explain_plan(
             `linear_target_log_odds`, whose backward is a call of its own.
         memory_budget: See `linear_unilogit_loss`.
         logits_dtype: See `linear_unilogit_loss`.
+        ref_h: The reference model's hidden size, for a call of `linear_kl_loss`; None for a loss of
+            one model.
+        ref_dtype: Of its hidden states and lm_head; default: `dtype`.
         quiet: Do not print.
 
     Returns:
@@ -159,10 +166,18 @@ def explain_plan(
     """
     if min(n, h) < 1 or vocab_size < 2:
         raise ValueError(f"expected n, h >= 1 and vocab_size >= 2, got {n}, {h}, {vocab_size}")
+    if ref_h is not None and ref_h < 1:
+        raise ValueError(f"ref_h must be at least 1, or None for a loss of one model, got {ref_h}")
     options = inputs.check_linear_options(memory_budget, logits_dtype, dtype)
     needs = Needs(train_hidden, train_weight, train_bias)
     dtypes = GemmDtypes.of(dtype, device, logits_dtype)
-    shape = LinearShape(n, h, vocab_size, dtypes, dtype, device, needs)
+    reference = None
+    if ref_h is not None:
+        ref_dtype = ref_dtype or dtype
+        inputs.check_linear_options(None, logits_dtype, ref_dtype)
+        ref_dtypes = GemmDtypes.of(ref_dtype, device, logits_dtype)
+        reference = HeadShape(ref_h, ref_dtypes, ref_dtype)
+    shape = LinearShape(n, h, vocab_size, dtypes, dtype, device, needs, reference)
     if reduction not in inputs.REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(inputs.REDUCTIONS)}, got {reduction!r}"
@@ -200,13 +215,15 @@ def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
     flops = sum(launch.flops for launch in launches)
     unit = 2 * shape.n * shape.h * shape.vocab_size
     projected = sum(launch.flops for launch in launches if launch.name == "logits")
+    once = 2 * shape.n * shape.vocab_size * sum(head.h for head in shape.heads)
     visits = 2 if shape.needs.any() and calls[-1].plan.order == "vocabulary_chunks" else 1
-    gemms = 1 + shape.needs.hidden + shape.needs.weight
+    whole = [_whole_gemm(shape, head) for head in shape.heads]
+    whole += (shape.needs.hidden + shape.needs.weight) * whole[:1]
     predicted, bare = {}, {}
     if shape.device_type == "cuda":
         for name, gpu in ACCELERATORS.items():
             predicted[name] = _seconds(calls, gpu)
-            bare[name] = gemms * gpu.seconds(_whole_gemm(shape), shape.dtypes.operands)
+            bare[name] = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in whole)
     return PlanReport(
         title=_title(shape),
         plan=calls[-1].plan,
@@ -215,7 +232,7 @@ def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
         moved_bytes=sum(launch.bytes for launch in launches),
         launches=len(launches),
         peak_bytes=max(call.peak_bytes() for call in calls),
-        kept_share=visits - projected / unit,
+        kept_share=visits - projected / once,
         predicted_seconds=predicted,
         bare_gemm_seconds=bare,
     )
@@ -228,16 +245,19 @@ def _seconds(calls: list[Costs], gpu: Accelerator) -> float:
     return max(on_device, len(launches) * gpu.launch_seconds)
 
 
-def _whole_gemm(shape: LinearShape) -> Launch:
-    """One matrix product in one piece: n x h, h x V and n x V, each moved once."""
-    n, h, v, size = shape.n, shape.h, shape.vocab_size, shape.dtypes.operands.itemsize
-    return Launch("bare", 2 * n * h * v, size * (n * h + h * v + n * v))
+def _whole_gemm(shape: LinearShape, head: HeadShape) -> Launch:
+    """A matrix product of a head in one piece: n x h, h x V and n x V, each moved once."""
+    operands = head.dtypes.operands
+    return gemm("bare", shape.n, shape.vocab_size, head.h, operands, operands.itemsize)
 
 
 def _title(shape: LinearShape) -> str:
     names = ("hidden states", "weight", "bias")
     trained = [name for name, need in zip(names, shape.needs, strict=True) if need]
+    against = ""
+    if shape.reference is not None:
+        against = f" against a reference model of {shape.reference.h:,}"
     return (
         f"{shape.n:,} tokens x {shape.h:,} x {shape.vocab_size:,}, {shape.input_dtype} on "
-        f"{shape.device_type}, trains {', '.join(trained) or 'nothing'}"
+        f"{shape.device_type}, trains {', '.join(trained) or 'nothing'}{against}"
     )

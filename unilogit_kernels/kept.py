@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -21,20 +22,24 @@ class Kept(Protocol):
     in_gradient: bool
     tokens: int
 
-    def place(self, tokens: slice, columns: slice) -> Tensor | None:
-        """The memory of a tile, `[tokens, columns]`, or None where there is no room for it."""
+    def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
+        """The memory of tiles `[tokens, columns]`, None where there is no room for them.
+
+        A tile of gradient rows, or a tile of each model's logits.
+        """
 
 
 class KeptInGradient:
     """In the memory of a weight gradient that is not written yet.
 
     Columns `[a, b)` of the vocabulary own rows `[a, b)` of the gradient, `(b - a) * h` elements,
-    which hold what is kept of these columns for up to `h` tokens (`h / 2` where float32 logits are
-    kept in a 16-bit gradient).
+    which hold what is kept of these columns for up to `h` tokens (`h / 2` where float32 logits, or
+    the logits of two models, are kept in a 16-bit gradient). Tiles of several models lie one after
+    the other, the widest dtype first, so that each is aligned.
 
     Args:
         weight_gradient: `[V, h]`, contiguous.
-        dtype: Of what is kept.
+        dtypes: Of what is kept: of gradient rows, or of each model's logits.
         tokens: How many leading tokens are kept.
         finished: See `Kept`.
     """
@@ -42,39 +47,51 @@ class KeptInGradient:
     in_gradient = True
 
     def __init__(
-        self, weight_gradient: Tensor, dtype: torch.dtype, tokens: int, *, finished: bool
+        self,
+        weight_gradient: Tensor,
+        dtypes: Sequence[torch.dtype],
+        tokens: int,
+        *,
+        finished: bool,
     ) -> None:
         self.finished = finished
         self.tokens = tokens
-        self._gradient, self._dtype = weight_gradient, dtype
+        self._gradient, self._dtypes = weight_gradient, dtypes
 
-    def place(self, tokens: slice, columns: slice) -> Tensor | None:
+    def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
         """See `Kept.place`."""
         if tokens.stop > self.tokens:
             return None
         v = columns.stop - columns.start
-        memory = self._gradient[columns].view(-1).view(self._dtype)
-        return memory[: self.tokens * v].view(self.tokens, v)[tokens]
+        memory = self._gradient[columns].view(-1)
+        tiles: dict[int, Tensor] = {}
+        first_byte = 0
+        for i, dtype in sorted(enumerate(self._dtypes), key=lambda each: -each[1].itemsize):
+            first = first_byte // dtype.itemsize
+            tile = memory.view(dtype)[first : first + self.tokens * v].view(self.tokens, v)
+            tiles[i] = tile[tokens]
+            first_byte += self.tokens * v * dtype.itemsize
+        return [tiles[i] for i in range(len(tiles))]
 
 
 class KeptLogits:
-    """Logits in a flat tensor of their own, whole chunks of columns from the first one on.
+    """Logits in flat tensors of their own, whole chunks of columns from the first one on.
 
     Args:
-        memory: 1-d; as many chunks are kept as fit.
+        memories: 1-d, one of each model; as many chunks are kept as fit.
         tokens: How many tokens there are.
     """
 
     finished = False
     in_gradient = False
 
-    def __init__(self, memory: Tensor, tokens: int) -> None:
+    def __init__(self, memories: Sequence[Tensor], tokens: int) -> None:
         self.tokens = tokens
-        self._memory = memory
+        self._memories = memories
 
-    def place(self, tokens: slice, columns: slice) -> Tensor | None:
+    def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
         """See `Kept.place`."""
         first, last = columns.start * self.tokens, columns.stop * self.tokens
-        if last > self._memory.numel():
+        if last > self._memories[0].numel():
             return None
-        return self._memory[first:last].view(self.tokens, -1)[tokens]
+        return [memory[first:last].view(self.tokens, -1)[tokens] for memory in self._memories]

@@ -1,4 +1,8 @@
-"""The chunk loops of a fused linear call: GEMMs, row kernels and objectives, tile by tile."""
+"""The chunk loops of a fused linear call: GEMMs, row kernels and losses, tile by tile.
+
+They run on one lm_head or on two, that of a model which learns and that of its reference: what is a
+tile of logits here is then a tile of each.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unilogit_kernels import row_state
 from unilogit_kernels.kept import Kept, KeptInGradient
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.one_visit import gradient_in_one_visit
 from unilogit_kernels.plan import LinearOptions, Plan, slices, token_groups, token_tiles
 from unilogit_kernels.projection import LinearHead, multiply
-from unilogit_kernels.rows import RowProblem, Weighted, finish_rows, row_slope
+from unilogit_kernels.rows import RowLoss, RowProblem, Rows
 from unilogit_kernels.selection import gather_in_place, significant, spread, worthwhile_index
+
+Heads = tuple[LinearHead, ...]
+"""The lm_heads of a call, the one that learns first."""
 
 
 class Gradients(NamedTuple):
@@ -35,48 +41,59 @@ class VocabularyLoop:
     """The visits of the vocabulary order: statistics of all columns, then gradients.
 
     Attributes:
-        head: With the tokens that count.
+        heads: With the tokens that count; the first one learns.
         rows: Their labels, and the kernels.
         plan: The cut.
         kept: What the first visit keeps for the second, if anything.
         index: Ascending, which of the first visit's tokens these are; None for all of them.
     """
 
-    head: LinearHead
-    rows: RowProblem
+    heads: Heads
+    rows: Rows
     plan: Plan
     kept: Kept | None = None
     index: Tensor | None = None
 
+    @property
+    def student(self) -> LinearHead:
+        """The head that learns."""
+        return self.heads[0]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.student.hidden.shape[0]
+
     def select(self, index: Tensor) -> VocabularyLoop:
         """The loop over some of the tokens, after the first visit saw all of them."""
-        head = replace(self.head, hidden=self.head.hidden[index])
-        rows = self.rows._replace(labels=self.rows.labels[index])
+        heads = tuple(replace(head, hidden=head.hidden[index]) for head in self.heads)
         still_kept = int((index < self.plan.kept_tokens).sum())
         plan = replace(self.plan, kept_tokens=still_kept)
-        return VocabularyLoop(head, rows, plan, self.kept, index)
+        return VocabularyLoop(heads, self.rows.at(index), plan, self.kept, index)
 
     def statistics(self, first_token: int = 0) -> Tensor:
-        """The complete states of the tokens from `first_token` on, `[3, m]`.
+        """The complete states of the tokens from `first_token` on, `[k, m]`.
 
         Logits are kept where there is room; otherwise one tile of them exists at a time.
         """
-        head, rows, plan, kept = self.head, self.rows, self.plan, self.kept
-        tiles = [t for t in token_tiles(head.hidden.shape[0], plan) if t.start >= first_token]
-        states = [self._empty_state(tokens) for tokens in tiles]
+        plan, kept = self.plan, self.kept
+        tiles = [t for t in token_tiles(self.tokens, plan) if t.start >= first_token]
+        states = [_empty_state(self.heads, self.rows, tokens) for tokens in tiles]
         if not tiles:
-            return self._empty_state(slice(0, 0))
-        scratch = self._buffer(_longest(tiles) * plan.tile_columns, head.dtypes.logits)
-        for columns in slices(rows.vocab_size, plan.columns):
-            weight = head.weight_columns(columns)
+            return _empty_state(self.heads, self.rows, slice(0, 0))
+        buffers = _logit_buffers(self.heads, _longest(tiles) * plan.tile_columns)
+        for columns in slices(self.rows.vocab_size, plan.columns):
+            weights = _weights(self.heads, columns)
             for tokens, state in zip(tiles, states, strict=True):
                 place = None if kept is None or kept.finished else kept.place(tokens, columns)
+                rows = self.rows.at(tokens)
                 for part, here in _parts(columns, plan):
-                    tile = tile_view(scratch, tokens, part) if place is None else place[:, here]
-                    head.project(tokens, part, weight[here], out=tile)
-                    rows.kernels.log_odds_update(
-                        tile, rows.labels[tokens], part.start, state, rows.transform
-                    )
+                    logits = [tile_view(buffer, tokens, part) for buffer in buffers]
+                    if place is not None:
+                        logits = [tile[:, here] for tile in place]
+                    _project(self.heads, tokens, part, [w[here] for w in weights], logits)
+                    rows.update(logits, part.start, state)
+            del weights  # copies in another dtype, if they are: never two chunks of them
         return torch.cat(states, dim=1)
 
     def finish_kept_rows(
@@ -86,43 +103,43 @@ class VocabularyLoop:
 
         They go by token chunks: `slope_of(state, tokens)` needs the statistics of its tokens alone.
         """
-        head, rows, plan = self.head, self.rows, self.plan
-        vocabulary = slice(0, rows.vocab_size)
-        buffer = self._buffer(plan.row_tokens * rows.vocab_size, head.dtypes.logits)
+        heads, plan = self.heads, self.plan
+        vocabulary = slice(0, self.rows.vocab_size)
+        buffers = _logit_buffers(heads, plan.row_tokens * self.rows.vocab_size)
         states = []
         for tokens in slices(kept.tokens, plan.row_tokens):
-            logits, labels = tile_view(buffer, tokens, vocabulary), rows.labels[tokens]
-            state = self._empty_state(tokens)
+            rows = self.rows.at(tokens)
+            logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
+            state = _empty_state(heads, rows, tokens)
             for part in slices(rows.vocab_size, plan.row_columns):
-                head.project(tokens, part, head.weight_columns(part), out=logits[:, part])
-                rows.kernels.log_odds_update(
-                    logits[:, part], labels, part.start, state, rows.transform
-                )
+                tiles = [z[:, part] for z in logits]
+                _project(heads, tokens, part, _weights(heads, part), tiles)
+                rows.update(tiles, part.start, state)
             slope = slope_of(state, tokens)
             for columns in slices(rows.vocab_size, plan.columns):
-                out = kept.place(tokens, columns)
-                assert out is not None
-                rows.kernels.log_odds_gradient(
-                    logits[:, columns], labels, columns.start, state, slope, out, rows.transform
-                )
+                place = kept.place(tokens, columns)
+                assert place is not None
+                tiles = [z[:, columns] for z in logits]
+                rows.gradient(tiles, columns.start, state, slope, place[0])
             states.append(state)
         return torch.cat(states, dim=1)
 
     def gradients(self, state: Tensor, slope: Tensor, gradients: Gradients) -> None:
-        """Write the gradients of `sum_i slope_i d_i`: `hidden`'s has a row for each token."""
-        head, plan = self.head, self.plan
+        """Write the gradients for a `slope` `[..., n]`: `hidden`'s has a row for each token."""
+        student, plan = self.student, self.plan
         d_hidden, d_weight, d_bias = gradients
-        exact = head.dtypes.exact
-        groups = token_groups(head.hidden.shape[0], plan)
-        scratch = self._gradient_scratch(groups)
+        dtypes = student.dtypes
+        exact = dtypes.exact
+        groups = token_groups(self.tokens, plan)
+        scratch, row_scratch = self._gradient_scratch(groups)
         hidden_sum = d_hidden
         if d_hidden is not None and d_hidden.dtype != exact:
             hidden_sum = torch.empty_like(d_hidden, dtype=exact)
         # Several groups add up in float32, and not where something kept is still to be read.
         in_gradient = self.kept is not None and self.kept.in_gradient
-        adds_up = len(groups) > 1 and (in_gradient or head.dtypes.results != exact)
+        adds_up = len(groups) > 1 and (in_gradient or dtypes.results != exact)
         for columns in slices(self.rows.vocab_size, plan.columns):
-            weight = head.weight_columns(columns)
+            weights = _weights(self.heads, columns)
             weight_sum = None
             if d_weight is not None:
                 weight_sum = d_weight[columns]
@@ -130,66 +147,67 @@ class VocabularyLoop:
                     weight_sum = torch.empty_like(weight_sum, dtype=exact)
             for i, tiles in enumerate(groups):
                 tokens = slice(tiles[0].start, tiles[-1].stop)
-                out = tile_view(scratch[1], tokens, columns)
+                out = tile_view(row_scratch, tokens, columns)
                 for tile in tiles:
                     here = slice(tile.start - tokens.start, tile.stop - tokens.start)
-                    self._gradient_rows(tile, columns, weight, state, slope, scratch[0], out[here])
+                    self._gradient_rows(tile, columns, weights, state, slope, scratch, out[here])
                 if hidden_sum is not None:
-                    multiply(out, weight, hidden_sum[tokens], accumulate=columns.start > 0)
+                    multiply(out, weights[0], hidden_sum[tokens], accumulate=columns.start > 0)
                 if weight_sum is not None:
-                    multiply(out.t(), head.hidden[tokens], weight_sum, accumulate=i > 0)
+                    multiply(out.t(), student.hidden[tokens], weight_sum, accumulate=i > 0)
                 if d_bias is not None:
                     d_bias[columns] += out.sum(0, dtype=exact)
             if d_weight is not None and weight_sum is not None and adds_up:
                 d_weight[columns] = weight_sum
+            del weights, weight_sum  # as in `statistics`
         if d_hidden is not None and hidden_sum is not None and hidden_sum is not d_hidden:
             d_hidden.copy_(hidden_sum)
 
-    def _gradient_scratch(self, groups: list[list[slice]]) -> tuple[Tensor | None, Tensor]:
-        """A tile of logits, None where they pass through the rows' memory, and a chunk of rows."""
-        plan, dtypes = self.plan, self.head.dtypes
+    def _gradient_scratch(self, groups: list[list[slice]]) -> tuple[list[Tensor | None], Tensor]:
+        """A tile of each head's logits, and a chunk of rows.
+
+        No tile of the learning head's where its logits pass through the rows' memory.
+        """
+        plan, dtypes = self.plan, self.student.dtypes
         tokens = max(group[-1].stop - group[0].start for group in groups)
-        row_scratch = self._buffer(tokens * plan.columns, dtypes.operands)
-        if dtypes.operands == dtypes.logits and plan.tile_columns >= plan.columns:
-            return None, row_scratch
+        rows = _buffer(self.student, tokens * plan.columns, dtypes.operands)
         longest = _longest([tile for group in groups for tile in group])
-        return self._buffer(longest * plan.tile_columns, dtypes.logits), row_scratch
+        through_rows = dtypes.operands == dtypes.logits and plan.tile_columns >= plan.columns
+        own = [] if not through_rows else [None]
+        others = self.heads[len(own) :]
+        return [*own, *_logit_buffers(others, longest * plan.tile_columns)], rows
 
     def _gradient_rows(
         self,
         tokens: slice,
         columns: slice,
-        weight: Tensor,
+        weights: list[Tensor],
         state: Tensor,
         slope: Tensor,
-        scratch: Tensor | None,
+        scratch: list[Tensor | None],
         out: Tensor,
     ) -> None:
         """Gradient rows `[tokens, columns]`: as kept, or from logits kept or projected again."""
-        rows = self.rows
-        source, index = self._kept_tile(tokens, columns)
-        if source is not None and self.kept is not None and self.kept.finished:
-            _take(source, index, out)
+        sources, index = self._kept_tiles(tokens, columns)
+        if sources is not None and self.kept is not None and self.kept.finished:
+            _take(sources[0], index, out)
             return
+        rows = self.rows.at(tokens)
+        state, slope = state[:, tokens].contiguous(), slope[..., tokens].contiguous()
         for part, here in _parts(columns, self.plan):
-            logits = out if scratch is None else tile_view(scratch, tokens, part)
-            if source is None:
-                self.head.project(tokens, part, weight[here], out=logits)
+            logits = [out if s is None else tile_view(s, tokens, part) for s in scratch]
+            if sources is None:
+                _project(self.heads, tokens, part, [w[here] for w in weights], logits)
             elif index is None:
-                logits = source[:, here]
+                logits = [source[:, here] for source in sources]
             else:
-                _take(source[:, here], index, logits)
-            rows.kernels.log_odds_gradient(
-                logits,
-                rows.labels[tokens],
-                part.start,
-                state[:, tokens].contiguous(),
-                slope[tokens],
-                out[:, here],
-                rows.transform,
-            )
+                for source, tile in zip(sources, logits, strict=True):
+                    _take(source[:, here], index, tile)
+            rows.gradient(logits, part.start, state, slope, out[:, here])
 
-    def _kept_tile(self, tokens: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
+    def _kept_tiles(
+        self, tokens: slice, columns: slice
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
         """What is kept of a tile, and which rows of it to take (None for all)."""
         kept = self.kept
         if kept is None or (kept.in_gradient and tokens.stop > self.plan.kept_tokens):
@@ -198,12 +216,33 @@ class VocabularyLoop:
             return kept.place(tokens, columns), None
         return kept.place(slice(0, kept.tokens), columns), self.index[tokens]
 
-    def _empty_state(self, tokens: slice) -> Tensor:
-        count, device = tokens.stop - tokens.start, self.head.hidden.device
-        return row_state.empty_state(count, device, self.head.dtypes.exact)
 
-    def _buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
-        return allocate((elements,), dtype, self.head.hidden.device)
+# ---- tiles -------------------------------------------------------------------------------------
+
+
+def _weights(heads: Heads, columns: slice) -> list[Tensor]:
+    return [head.weight_columns(columns) for head in heads]
+
+
+def _project(
+    heads: Heads, tokens: slice, columns: slice, weights: list[Tensor], logits: list[Tensor]
+) -> None:
+    for head, weight, tile in zip(heads, weights, logits, strict=True):
+        head.project(tokens, columns, weight, out=tile)
+
+
+def _logit_buffers(heads: Heads, elements: int) -> list[Tensor]:
+    """Flat memory for so many logits of each head."""
+    return [_buffer(head, elements, head.dtypes.logits) for head in heads]
+
+
+def _buffer(head: LinearHead, elements: int, dtype: torch.dtype) -> Tensor:
+    return allocate((elements,), dtype, head.hidden.device)
+
+
+def _empty_state(heads: Heads, rows: Rows, tokens: slice) -> Tensor:
+    student = heads[0]
+    return rows.empty_state(tokens.stop - tokens.start, student.hidden.device, student.dtypes.exact)
 
 
 def _parts(columns: slice, plan: Plan) -> list[tuple[slice, slice]]:
@@ -234,11 +273,11 @@ def tile_view(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
 
 
 def by_tokens(
-    head: LinearHead,
-    rows: RowProblem,
+    heads: Heads,
+    rows: Rows,
     plan: Plan,
     gradients: Gradients,
-    gradient_rows: Callable[[slice, Tensor, Tensor], Tensor | None],
+    gradient_rows: Callable[[slice, list[Tensor], Tensor], Tensor | None],
 ) -> None:
     """For each chunk of tokens: project, gradient rows, the gradients' GEMMs.
 
@@ -246,10 +285,11 @@ def by_tokens(
 
     `gradient_rows(tokens, logits, out)` writes them and returns which rows count, or None for all.
     """
-    vocabulary = slice(0, rows.vocab_size)
-    weight, dtypes, device = head.weight_columns(vocabulary), head.dtypes, head.hidden.device
+    vocabulary, student = slice(0, rows.vocab_size), heads[0]
+    weights, dtypes, device = _weights(heads, vocabulary), student.dtypes, student.hidden.device
     elements = plan.tokens * rows.vocab_size
-    buffer = row_buffer = allocate((elements,), dtypes.logits, device)
+    buffers = _logit_buffers(heads, elements)
+    row_buffer = buffers[0]
     if dtypes.operands != dtypes.logits:
         row_buffer = allocate((elements,), dtypes.operands, device)
     d_weight = weight_sum = None
@@ -257,18 +297,18 @@ def by_tokens(
         d_weight = weight_sum = gradients.weight[vocabulary]
         if d_weight.dtype != dtypes.exact:
             weight_sum = allocate(d_weight.shape, dtypes.exact, device)
-    for tokens in slices(head.hidden.shape[0], plan.tokens):
-        logits = tile_view(buffer, tokens, vocabulary)
+    for tokens in slices(student.hidden.shape[0], plan.tokens):
+        logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
         out = tile_view(row_buffer, tokens, vocabulary)
-        hidden = head.hidden[tokens]
+        hidden = student.hidden[tokens]
         for part in slices(rows.vocab_size, plan.tile_columns):
-            head.project(tokens, part, weight[part], out=logits[:, part])
+            _project(heads, tokens, part, [w[part] for w in weights], [z[:, part] for z in logits])
         index = gradient_rows(tokens, logits, out)
         if index is not None:
             out, hidden = gather_in_place(out, index), hidden[index]
         if gradients.hidden is not None:
             d_hidden = gradients.hidden[tokens]
-            multiply(out, weight, d_hidden[: out.shape[0]])
+            multiply(out, weights[0], d_hidden[: out.shape[0]])
             if index is not None:
                 spread(d_hidden, index)
         if weight_sum is not None:
@@ -282,104 +322,92 @@ def by_tokens(
 # ---- the two kinds of call ---------------------------------------------------------------------
 
 
-def linear_state(
-    head: LinearHead, rows: RowProblem, plan: Plan, kept: Kept | None = None
-) -> Tensor:
-    """The complete state `[3, n]` of the logits of `head`."""
-    return VocabularyLoop(head, rows, plan, kept).statistics()
+def linear_state(heads: Heads, rows: Rows, plan: Plan, kept: Kept | None = None) -> Tensor:
+    """The complete state `[k, n]` of the logits of `heads`."""
+    return VocabularyLoop(heads, rows, plan, kept).statistics()
 
 
 def linear_gradient(
-    loop: VocabularyLoop, state: Tensor, slope: Tensor, gradients: Gradients
+    loop: VocabularyLoop, state: Tensor, upstream: Tensor, gradients: Gradients
 ) -> None:
-    """Gradients of `sum_i slope_i d_i`, with logits kept from the forward or projected again."""
+    """Gradients of `sum_i upstream_i values_i`, with logits kept from the forward or made again."""
+    rows, slope = loop.rows, loop.rows.slope(state, upstream)
     if loop.plan.order == "vocabulary_chunks":
         loop.gradients(state, slope, gradients)
         return
-    rows = loop.rows
 
-    def gradient_rows(tokens: slice, logits: Tensor, out: Tensor) -> None:
-        part = rows.at(tokens)
-        part_state = state[:, tokens].contiguous()
-        part.kernels.log_odds_gradient(
-            logits, part.labels, 0, part_state, slope[tokens], out, part.transform
-        )
+    def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> None:
+        part_state, part_slope = state[:, tokens].contiguous(), slope[..., tokens].contiguous()
+        rows.at(tokens).gradient(logits, 0, part_state, part_slope, out)
 
-    by_tokens(loop.head, rows, loop.plan, gradients, gradient_rows)
+    by_tokens(loop.heads, rows, loop.plan, gradients, gradient_rows)
 
 
-def linear_objective(
-    head: LinearHead,
-    rows: RowProblem,
-    plan: Plan,
-    weighted: Weighted,
-    gradients: Gradients,
-    options: LinearOptions,
+def linear_loss(
+    heads: Heads, loss: RowLoss, plan: Plan, gradients: Gradients, options: LinearOptions
 ) -> Tensor:
-    """Losses `[n]` before weights, and gradients, in one call: 3 GEMMs, 2 with a frozen weight."""
-    fold = head.dtypes.rows_hold_factor
+    """Losses `[n]` before weights, and gradients, in one call.
+
+    Each head's logits take one GEMM, and each gradient.
+    """
+    student = heads[0]
+    fold = student.dtypes.rows_hold_factor
     if plan.order == "token_chunks":
-        values = head.hidden.new_empty(head.hidden.shape[0], dtype=head.dtypes.exact)
-        drop = _InactiveRows(options, rows)
+        values = student.hidden.new_empty(student.hidden.shape[0], dtype=student.dtypes.exact)
+        drop = _InactiveRows(options, student.hidden.device)
 
-        def gradient_rows(tokens: slice, logits: Tensor, out: Tensor) -> Tensor | None:
-            part = rows.at(tokens)
-            values[tokens] = finish_rows(logits, part, weighted.at(tokens), out, fold_factor=fold)
-            return drop.active(out, part.labels)
+        def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> Tensor | None:
+            part = loss.at(tokens)
+            values[tokens] = part.finish(logits, out, fold_factor=fold)
+            return drop.active(out, part)
 
-        by_tokens(head, rows, plan, gradients, gradient_rows)
+        by_tokens(heads, loss.rows, plan, gradients, gradient_rows)
     else:
-        values = _objective_by_columns(head, rows, plan, weighted, gradients, options)
+        values = _loss_by_columns(heads, loss, plan, gradients, options)
     if not fold:
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(weighted.factor)
+                gradient.mul_(loss.factor)
     return values
 
 
-def _objective_by_columns(
-    head: LinearHead,
-    rows: RowProblem,
-    plan: Plan,
-    weighted: Weighted,
-    gradients: Gradients,
-    options: LinearOptions,
+def _loss_by_columns(
+    heads: Heads, loss: RowLoss, plan: Plan, gradients: Gradients, options: LinearOptions
 ) -> Tensor:
-    """The vocabulary orders of `linear_objective`."""
-    dtypes, vocab_size = head.dtypes, rows.vocab_size
+    """The vocabulary orders of `linear_loss`."""
+    dtypes, rows = heads[0].dtypes, loss.rows
 
     def slope_of(state: Tensor, tokens: slice) -> Tensor:
-        part = weighted.at(tokens)
-        log_odds = row_state.log_odds(state, rows.labels[tokens], vocab_size)
-        weight = part.slope_weight(fold_factor=dtypes.rows_hold_factor)
-        return row_slope(part.objective, log_odds, weight, vocab_size)
-
-    def values_of(state: Tensor) -> Tensor:
-        log_odds = row_state.log_odds(state, rows.labels, vocab_size)
-        return weighted.objective.value(log_odds, vocab_size)
+        return loss.at(tokens).slope(state, fold_factor=dtypes.rows_hold_factor)
 
     if plan.order == "one_visit":
         assert gradients.hidden is not None
-        return values_of(gradient_in_one_visit(head, rows, plan, slope_of, gradients.hidden))
+        assert isinstance(rows, RowProblem)
+        state = gradient_in_one_visit(heads[0], rows, plan, slope_of, gradients.hidden)
+        return loss.values(state)
     kept = None
     if gradients.weight is not None and plan.kept_tokens:
-        dtype = dtypes.operands if plan.keeps_rows else dtypes.logits
-        kept = KeptInGradient(gradients.weight, dtype, plan.kept_tokens, finished=plan.keeps_rows)
-    loop = VocabularyLoop(head, rows, plan, kept)
+        kept_dtypes = [head.dtypes.logits for head in heads]
+        if plan.keeps_rows:
+            kept_dtypes = [dtypes.operands]
+        kept = KeptInGradient(
+            gradients.weight, kept_dtypes, plan.kept_tokens, finished=plan.keeps_rows
+        )
+    loop = VocabularyLoop(heads, rows, plan, kept)
     states = []
     if kept is not None and kept.finished:
         states.append(loop.finish_kept_rows(kept, slope_of))
     states.append(loop.statistics(first_token=plan.kept_tokens if states else 0))
     state = torch.cat(states, dim=1)
     if any(gradient is not None for gradient in gradients):
-        everything = slice(0, head.hidden.shape[0])
-        slope = significant(slope_of(state, everything), options.skip_below)
-        index = worthwhile_index(slope != 0) if options.compact else None
+        slope = significant(slope_of(state, slice(0, loop.tokens)), options.skip_below)
+        counts = (slope != 0).reshape(-1, loop.tokens).any(0)
+        index = worthwhile_index(counts) if options.compact else None
         if index is not None:
             _some_gradients(loop, index, state, slope, gradients)
         else:
             loop.gradients(state, slope, gradients)
-    return values_of(state)
+    return loss.values(state)
 
 
 def _some_gradients(
@@ -394,7 +422,7 @@ def _some_gradients(
         return
     if hidden is not None:
         gradients = gradients._replace(hidden=hidden[: index.numel()])
-    loop.select(index).gradients(state[:, index], slope[index], gradients)
+    loop.select(index).gradients(state[:, index], slope[..., index], gradients)
     if hidden is not None:
         spread(hidden, index)
 
@@ -402,25 +430,23 @@ def _some_gradients(
 class _InactiveRows:
     """Finds rows of a token chunk that have no gradient, to spare their GEMM.
 
-    A row's slope is its gradient at the label's column, unless a softcap is flat there. Where the
-    slopes of the whole batch are not known yet, `skip_below` is taken of the largest so far, so a
-    row skipped here is one that the bound of `selection.significant` allows.
+    Where the slopes of the whole batch are not known yet, `skip_below` is taken of the largest so
+    far, so a row skipped here is one that the bound of `selection.significant` allows.
     """
 
-    def __init__(self, options: LinearOptions, rows: RowProblem) -> None:
+    def __init__(self, options: LinearOptions, device: torch.device) -> None:
         self._skip_below = options.skip_below
         # On accelerators each chunk would synchronise, for nothing unless rows are to be skipped.
-        on_cpu = rows.labels.device.type == "cpu"
-        self._looks = options.compact and not rows.transform.softcap
-        self._looks &= on_cpu or options.skip_below > 0
-        self._largest = torch.zeros((), device=rows.labels.device)
+        self._looks = options.compact and (device.type == "cpu" or options.skip_below > 0)
+        self._largest = torch.zeros((), device=device)
 
-    def active(self, gradient_rows: Tensor, labels: Tensor) -> Tensor | None:
+    def active(self, gradient_rows: Tensor, loss: RowLoss) -> Tensor | None:
         """Positions of the rows that count, or None for all."""
         if not self._looks or gradient_rows.shape[0] == 0:
             return None
-        column = labels.clamp(0, gradient_rows.shape[1] - 1)[:, None]
-        size = gradient_rows.gather(1, column)[:, 0].abs().float()
+        size = loss.sizes(gradient_rows)
+        if size is None:
+            return None
         self._largest = torch.maximum(self._largest, size.amax())
         skipped = (size == 0) | (size < self._skip_below * self._largest)
         return worthwhile_index(~skipped)

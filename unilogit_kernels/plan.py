@@ -76,6 +76,25 @@ class LinearOptions(NamedTuple):
         return self.memory_budget or MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])
 
 
+class HeadShape(NamedTuple):
+    """One lm_head of a fused linear call.
+
+    Attributes:
+        h: Hidden size.
+        dtypes: Of the GEMMs.
+        input_dtype: Of hidden states and weight.
+    """
+
+    h: int
+    dtypes: GemmDtypes
+    input_dtype: torch.dtype
+
+    @property
+    def casts_weight(self) -> bool:
+        """Whether the GEMMs read a copy of the weight in another dtype."""
+        return self.input_dtype != self.dtypes.operands
+
+
 class LinearShape(NamedTuple):
     """What the cut of a fused linear call depends on.
 
@@ -87,6 +106,8 @@ class LinearShape(NamedTuple):
         input_dtype: Of hidden states and weight.
         device_type: `"cpu"`, `"cuda"`, ...
         needs: Which gradients the call computes.
+        reference: The reference model's lm_head, if there is one: its logits exist beside those of
+            the model that learns, tile by tile.
     """
 
     n: int
@@ -96,11 +117,28 @@ class LinearShape(NamedTuple):
     input_dtype: torch.dtype
     device_type: str
     needs: Needs
+    reference: HeadShape | None = None
+
+    @property
+    def heads(self) -> tuple[HeadShape, ...]:
+        """Every lm_head, the one that learns first."""
+        own = HeadShape(self.h, self.dtypes, self.input_dtype)
+        return (own,) if self.reference is None else (own, self.reference)
+
+    @property
+    def logit_sizes(self) -> tuple[int, ...]:
+        """Bytes of a logit of each head."""
+        return tuple(head.dtypes.logits.itemsize for head in self.heads)
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of the logits of one token and column, of all heads."""
+        return sum(self.logit_sizes)
 
     @property
     def casts_weight(self) -> bool:
-        """Whether the GEMMs read a copy of the weight in another dtype."""
-        return self.input_dtype != self.dtypes.operands
+        """Whether GEMMs read a copy of a weight in another dtype."""
+        return any(head.casts_weight for head in self.heads)
 
     @property
     def separate_rows(self) -> bool:
@@ -179,13 +217,9 @@ def plan_linear(
     kept, row_tokens, keeps_rows = 0, 0, False
     if visits == 2 and shape.needs.weight:
         # Finished rows are narrower than logits, so more of them fit.
-        row_tokens = _token_chunk(shape, budget, shape.dtypes.logits.itemsize)
-        keeps_rows = (
-            shape.dtypes.operands.itemsize < shape.dtypes.logits.itemsize
-            and not coupled
-            and row_tokens >= MIN_CHUNK_TOKENS
-        )
-        kept = _kept_tokens(shape, shape.dtypes.operands if keeps_rows else shape.dtypes.logits)
+        row_tokens = _token_chunk(shape, budget, shape.logit_bytes)
+        keeps_rows = not coupled and row_tokens >= MIN_CHUNK_TOKENS and _suits_rows(shape)
+        kept = _kept_tokens(shape, rows=keeps_rows)
     tokens, columns, tile_columns = _vocabulary_chunk(shape, budget)
     if not (keeps_rows and kept):
         return Plan("vocabulary_chunks", tokens, columns, tile_columns, kept)
@@ -223,7 +257,7 @@ def plan_keeping(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
 
 
 def keep_capacity(shape: LinearShape, options: LinearOptions) -> int:
-    """How many logits a forward may keep for its backward: what the budget leaves.
+    """How many logits of each head a forward may keep for its backward: what the budget leaves.
 
     Never all of them: the last chunk of columns is always projected again. It is arithmetic of
     sizes alone, so that a compiler can trace it for an `n` that it does not know.
@@ -231,14 +265,14 @@ def keep_capacity(shape: LinearShape, options: LinearOptions) -> int:
     budget = options.budget(shape.device_type)
     buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
     room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
-    capacity = torch.sym_min(room // shape.dtypes.logits.itemsize, shape.n * (shape.vocab_size - 1))
+    capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))
     return int(capacity) if isinstance(capacity, int) else capacity
 
 
 def row_bytes(shape: LinearShape) -> int:
-    """Bytes of one logit in a token chunk, its gradient included."""
+    """Bytes of one token and column in a token chunk, the gradient included."""
     narrow = shape.dtypes.operands.itemsize if shape.separate_rows else 0
-    return shape.dtypes.logits.itemsize + narrow
+    return shape.logit_bytes + narrow
 
 
 def per_device(table: dict[str, int], device_type: str) -> int:
@@ -263,7 +297,7 @@ def _row_tile(shape: LinearShape, tokens: int) -> int:
     """Columns of a token chunk that are projected at a time."""
     if shape.device_type == "cpu":
         return shape.vocab_size  # one GEMM: oneDNN prepares the weight once
-    columns = per_device(TILE_BYTES, shape.device_type) // (tokens * shape.dtypes.logits.itemsize)
+    columns = per_device(TILE_BYTES, shape.device_type) // (tokens * shape.logit_bytes)
     return min(
         shape.vocab_size, aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
     )
@@ -278,16 +312,18 @@ def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
     # A weight gradient that adds up over the chunks must do so in float32.
     if weight_sum_bytes(shape) > max(budget // MIN_BUFFER_SHARE, hidden_sum_bytes(shape)):
         return False
-    dtype = shape.dtypes.operands if shape.separate_rows else shape.dtypes.logits
-    return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, dtype)
+    return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, rows=_suits_rows(shape))
 
 
 def _suits_one_visit(shape: LinearShape) -> bool:
     """Whether the hidden states' gradient is all there is, on a device where sums are cheap.
 
-    A GPU would read and write its sums more often than a few token chunks do their logits.
+    A GPU would read and write its sums more often than a few token chunks do their logits. The
+    gradient against a reference model is a sum of two softmaxes whose shares come last: it would
+    take a GEMM for each.
     """
-    return shape.device_type == "cpu" and shape.needs == Needs(True, False, False)
+    alone = shape.reference is None and shape.needs == Needs(True, False, False)
+    return alone and shape.device_type == "cpu"
 
 
 def _one_visit(shape: LinearShape, budget: int) -> Plan:
@@ -323,10 +359,28 @@ def vector_bytes(shape: LinearShape) -> int:
     return 16 * shape.n * shape.dtypes.exact.itemsize
 
 
-def _kept_tokens(shape: LinearShape, dtype: torch.dtype) -> int:
-    """How many tokens fit, a column's entries into the memory of that column's gradient."""
+def _kept_tokens(shape: LinearShape, *, rows: bool) -> int:
+    """How many tokens fit, a column's entries into the memory of that column's gradient.
+
+    Args:
+        shape: What is computed.
+        rows: Whether the entries are finished gradient rows; else the logits of all heads.
+    """
     gradient_bytes = shape.h * shape.dtypes.results.itemsize
-    return 0 if gradient_bytes % dtype.itemsize else min(shape.n, gradient_bytes // dtype.itemsize)
+    sizes = (shape.dtypes.operands.itemsize,) if rows else shape.logit_sizes
+    return 0 if gradient_bytes % max(sizes) else min(shape.n, gradient_bytes // sum(sizes))
+
+
+def _suits_rows(shape: LinearShape) -> bool:
+    """Whether finished gradient rows are the better thing to keep: they are narrower than logits.
+
+    They are finished token chunk by token chunk, over the whole vocabulary, of which no copy in
+    another dtype may be made. Where the logits of all tokens fit too, two models' are kept: their
+    GEMMs then take all tokens at once.
+    """
+    if shape.dtypes.operands.itemsize >= shape.logit_bytes or shape.casts_weight:
+        return False
+    return shape.reference is None or _kept_tokens(shape, rows=False) < shape.n
 
 
 def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
@@ -346,9 +400,9 @@ def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
         return tokens, columns, columns
     # Logits pass through a small tile of their own into a chunk of gradient rows.
     tile_bytes = min(per_device(TILE_BYTES, device), chunk)
-    tile_columns = min(half, tile_bytes // (tokens * dtypes.logits.itemsize))
+    tile_columns = min(half, tile_bytes // (tokens * shape.logit_bytes))
     tile_columns = aligned_size(max(1, tile_columns), aligned)
-    left = free - tokens * tile_columns * dtypes.logits.itemsize
+    left = free - tokens * tile_columns * shape.logit_bytes
     column_bytes = tokens * dtypes.operands.itemsize + weight_bytes
     columns = max(tile_columns, min(half, left // column_bytes))
     return tokens, aligned_size(columns, tile_columns), tile_columns
@@ -364,9 +418,13 @@ def hidden_sum_bytes(shape: LinearShape) -> int:
 
 def _weight_bytes(shape: LinearShape, *, adds_up: bool) -> int:
     """Bytes that one more column of a chunk costs beside its logits: copies of weight rows."""
-    cast = shape.dtypes.operands.itemsize if shape.casts_weight else 0
     total = shape.dtypes.exact.itemsize if adds_up and shape.needs.weight and shape.widens else 0
-    return shape.h * (cast + total)
+    return cast_bytes(shape) + shape.h * total
+
+
+def cast_bytes(shape: LinearShape) -> int:
+    """Bytes of one column's rows of the weights that the GEMMs read in another dtype."""
+    return sum(h.h * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)
 
 
 def token_tiles(n: int, plan: Plan) -> list[slice]:

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from unilogit_kernels.plan import (
+    HeadShape,
     LinearShape,
     Plan,
+    cast_bytes,
     hidden_sum_bytes,
     row_bytes,
     slices,
@@ -40,6 +44,11 @@ class Launch(NamedTuple):
     bytes: int
 
 
+def gemm(name: str, m: int, n: int, k: int, operands: torch.dtype, result_bytes: int) -> Launch:
+    """A matrix product `[m, k] @ [k, n]` with `result_bytes` moved for each entry of its result."""
+    return Launch(name, 2 * m * n * k, operands.itemsize * (m + n) * k + result_bytes * m * n)
+
+
 @dataclass(frozen=True)
 class Costs:
     """Costs of one call, or of its forward or backward.
@@ -49,7 +58,7 @@ class Costs:
         plan: How it is cut.
         statistics: Whether it takes the statistics.
         gradients: Whether it takes the gradients.
-        kept_logits: How many logits an earlier forward kept.
+        kept_logits: How many logits of each head an earlier forward kept.
     """
 
     shape: LinearShape
@@ -84,21 +93,22 @@ class Costs:
             return buffers + self._projection_bytes(plan.tokens) + vectors
         if plan.order == "one_visit":
             buffers = plan.tokens * plan.columns * row_bytes(shape)
-            weight = plan.columns * shape.h * dtypes.operands.itemsize if shape.casts_weight else 0
+            weight = plan.columns * cast_bytes(shape)
             projection = self._projection_bytes(plan.tokens)
             product = hidden_sum_bytes(shape._replace(n=plan.tokens))
             return buffers + weight + projection + product + vectors
-        tiles = self._longest() * plan.tile_columns * dtypes.logits.itemsize
-        cast = plan.columns * shape.h * dtypes.operands.itemsize if shape.casts_weight else 0
+        tile = self._longest() * plan.tile_columns
+        tiles = tile * shape.logit_bytes
+        cast = plan.columns * cast_bytes(shape)
         phases = [tiles + cast + self._projection_bytes(self._longest())]
         if plan.keeps_rows:
-            rows = plan.row_tokens * v * dtypes.logits.itemsize
+            rows = plan.row_tokens * v * shape.logit_bytes
             phases.append(rows + self._projection_bytes(plan.row_tokens))
         if self.gradients:
             group = min(shape.n, plan.tokens)
             total = group * plan.columns * dtypes.operands.itemsize + cast
-            if shape.separate_rows or plan.tile_columns < plan.columns:
-                total += tiles
+            through_rows = not shape.separate_rows and plan.tile_columns >= plan.columns
+            total += tiles - (tile * dtypes.logits.itemsize if through_rows else 0)
             if shape.sums_hidden:
                 total += shape.n * shape.h * exact
             if shape.needs.weight and self._adds_up():
@@ -106,7 +116,7 @@ class Costs:
             phases.append(
                 total + max(self._product_bytes(), self._projection_bytes(self._longest()))
             )
-        return max(phases) + vectors + self.kept_logits * dtypes.logits.itemsize
+        return max(phases) + vectors + self.kept_logits * shape.logit_bytes
 
     # ---- the loops ------------------------------------------------------------------------------
 
@@ -116,8 +126,9 @@ class Costs:
         for tokens in slices(shape.n, plan.tokens):
             t = tokens.stop - tokens.start
             for part in slices(v, plan.tile_columns):
-                yield self._project(t, part.stop - part.start)
-            read = 0 if self._fits(t * v * d.logits.itemsize, cache) else t * v * d.logits.itemsize
+                yield from self._project(t, part.stop - part.start)
+            logits = t * v * shape.logit_bytes
+            read = 0 if self._fits(logits, cache) else logits
             yield Launch("gradient rows", 0, read + t * v * d.operands.itemsize)
             if shape.needs.hidden:
                 yield self._gemm("hidden's gradient", t, h, v, d.results.itemsize)
@@ -134,7 +145,7 @@ class Costs:
             t = tokens.stop - tokens.start
             for columns in slices(shape.vocab_size, plan.columns):
                 c = columns.stop - columns.start
-                yield self._project(t, c)
+                yield from self._project(t, c)
                 yield self._read_tile("statistics", t, c, cache)
                 written = Launch("gradient rows", 0, t * c * d.operands.itemsize)
                 yield written._replace(bytes=written.bytes + self._read_tile("", t, c, cache).bytes)
@@ -151,11 +162,11 @@ class Costs:
             t = tokens.stop - tokens.start
             for part in slices(shape.vocab_size, plan.row_columns):
                 c = part.stop - part.start
-                yield self._project(t, c)
+                yield from self._project(t, c)
                 yield self._read_tile("statistics", t, c, cache)
             for columns in slices(shape.vocab_size, plan.columns):
                 logits = t * (columns.stop - columns.start)
-                size = d.logits.itemsize + d.operands.itemsize
+                size = shape.logit_bytes + d.operands.itemsize
                 yield Launch("gradient rows", 0, logits * size)
 
     def _first_visit(self, cache: int) -> Iterator[Launch]:
@@ -166,7 +177,7 @@ class Costs:
             for tokens in tiles:
                 for part in slices(columns.stop, plan.tile_columns, start=columns.start):
                     t, c = tokens.stop - tokens.start, part.stop - part.start
-                    yield self._project(t, c)
+                    yield from self._project(t, c)
                     yield self._read_tile("statistics", t, c, cache)
 
     def _second_visit(self, cache: int) -> Iterator[Launch]:
@@ -202,22 +213,22 @@ class Costs:
         for part in slices(columns.stop, plan.tile_columns, start=columns.start):
             c = part.stop - part.start
             if not kept:
-                yield self._project(t, c)
-            logits = t * c * d.logits.itemsize
+                yield from self._project(t, c)
+            logits = t * c * self.shape.logit_bytes
             read = 0 if not kept and self._fits(logits, cache) else logits
             yield Launch("gradient rows", 0, read + t * c * d.operands.itemsize)
 
     # ---- single launches ------------------------------------------------------------------------
 
-    def _project(self, t: int, c: int) -> Launch:
-        return self._gemm("logits", t, c, self.shape.h, self.shape.dtypes.logits.itemsize)
+    def _project(self, t: int, c: int) -> Iterator[Launch]:
+        for head in self.shape.heads:
+            yield gemm("logits", t, c, head.h, head.dtypes.operands, head.dtypes.logits.itemsize)
 
     def _gemm(self, name: str, m: int, n: int, k: int, result_bytes: int) -> Launch:
-        operand = self.shape.dtypes.operands.itemsize
-        return Launch(name, 2 * m * n * k, operand * (m + n) * k + result_bytes * m * n)
+        return gemm(name, m, n, k, self.shape.dtypes.operands, result_bytes)
 
     def _read_tile(self, name: str, t: int, c: int, cache: int) -> Launch:
-        size = t * c * self.shape.dtypes.logits.itemsize
+        size = t * c * self.shape.logit_bytes
         return Launch(name, 0, 0 if self._fits(size, cache) else size)
 
     def _fits(self, size: int, cache: int) -> bool:
@@ -246,9 +257,12 @@ class Costs:
 
     def _projection_bytes(self, tokens: int) -> int:
         """Of operands cast up, where the GEMM cannot write wider logits than it reads."""
-        d, h = self.shape.dtypes, self.shape.h
+        return max(self._projection_bytes_of(head, tokens) for head in self.shape.heads)
+
+    def _projection_bytes_of(self, head: HeadShape, tokens: int) -> int:
+        d = head.dtypes
         if d.logits == d.exact != d.operands and not writes_wider(self.shape.device_type):
-            return (tokens + self.plan.tile_columns) * h * d.exact.itemsize
+            return (tokens + self.plan.tile_columns) * head.h * d.exact.itemsize
         if d.logits.itemsize < d.operands.itemsize:
             return tokens * self.plan.tile_columns * d.operands.itemsize
         return 0

@@ -1,8 +1,13 @@
-"""Rows of logits: what describes them, and the losses of logits that exist as a whole."""
+"""Rows of logits: what describes them, and the losses of logits that exist as a whole.
+
+`Rows` and `RowLoss` are what the chunk loops see of them: here those of one model's rows, in
+`divergence.pairs` those of two models' rows.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +16,83 @@ from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform, RowKernels, sweep_kernels
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.objectives import Objective
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Rows(Protocol):
+    """Rows of logits over tiles of columns; the first of each list of tiles is of who learns."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the whole vocabulary."""
+
+    def at(self, tokens: slice | Tensor) -> Self:
+        """The same for some of the rows."""
+
+    def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The running statistics of `n` rows of which no column has been seen, `[k, n]`."""
+
+    def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
+        """Fold tiles `[n, v]`, one of each model, into the state."""
+
+    def gradient(
+        self,
+        logits: Sequence[Tensor],
+        first_column: int,
+        state: Tensor,
+        slope: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write the gradient rows of the first tile into `out`, for what `slope` returned."""
+
+    def values(self, state: Tensor) -> Tensor:
+        """What a complete state says of each row, `[n]`."""
+
+    def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
+        """What `gradient` takes, `[..., n]`, for `upstream` as gradient of the values."""
+
+
+class RowLoss(Protocol):
+    """Rows with a loss that sees each of them through its own statistics.
+
+    Attributes:
+        row_weight: `[n]`; 0 drops a row, whatever it holds.
+        factor: 0-d; what the weighted sum of values is multiplied by.
+        coupled: Whether a slope takes the statistics of all rows.
+    """
+
+    @property
+    def rows(self) -> Rows:
+        """The rows."""
+
+    @property
+    def row_weight(self) -> Tensor:
+        """See above."""
+
+    @property
+    def factor(self) -> Tensor:
+        """See above."""
+
+    @property
+    def coupled(self) -> bool:
+        """See above."""
+
+    def at(self, tokens: slice | Tensor) -> Self:
+        """The same for some of the rows."""
+
+    def values(self, state: Tensor) -> Tensor:
+        """Losses `[n]` before weights."""
+
+    def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
+        """What `Rows.gradient` takes, for the weighted sum, with or without its factor."""
+
+    def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
+        """`values` of rows that hold the whole vocabulary; their gradients into `out`."""
+
+    def sizes(self, gradient_rows: Tensor) -> Tensor | None:
+        """Size of each row's slope, `[n]`, 0 for a row of zeros; None where rows do not tell."""
 
 
 class RowProblem(NamedTuple):
@@ -28,9 +110,38 @@ class RowProblem(NamedTuple):
     vocab_size: int
     kernels: RowKernels
 
-    def at(self, tokens: slice) -> RowProblem:
-        """The same for some of the rows."""
+    def at(self, tokens: slice | Tensor) -> RowProblem:
+        """See `Rows.at`."""
         return self._replace(labels=self.labels[tokens])
+
+    def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Rows.empty_state`; `[3, n]`."""
+        return row_state.empty_state(n, device, dtype)
+
+    def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
+        """See `Rows.update`."""
+        self.kernels.log_odds_update(logits[0], self.labels, first_column, state, self.transform)
+
+    def gradient(
+        self,
+        logits: Sequence[Tensor],
+        first_column: int,
+        state: Tensor,
+        slope: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Rows.gradient`."""
+        self.kernels.log_odds_gradient(
+            logits[0], self.labels, first_column, state, slope, out, self.transform
+        )
+
+    def values(self, state: Tensor) -> Tensor:
+        """The log-odds."""
+        return row_state.log_odds(state, self.labels, self.vocab_size)
+
+    def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
+        """The gradient of the log-odds itself."""
+        return upstream
 
 
 class Weighted(NamedTuple):
@@ -52,31 +163,85 @@ class Weighted(NamedTuple):
             objective=self.objective.at(tokens), row_weight=self.row_weight[tokens]
         )
 
-    def weigh(self, values: Tensor) -> Tensor:
-        """`w_i f_i`, `[n]`, and 0 where the weight is 0."""
-        return torch.where(self.row_weight == 0, 0.0, self.row_weight * values)
-
     def slope_weight(self, *, fold_factor: bool) -> Tensor:
         """What `f'(d_i)` is multiplied by to give the slope of row i, `[n]`."""
         return self.row_weight * self.factor if fold_factor else self.row_weight
 
 
-def logits_state(logits: Tensor, rows: RowProblem) -> Tensor:
-    """The complete state `[3, n]` of logits `[n, V]`."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    state = row_state.empty_state(logits.shape[0], logits.device, dtype)
-    real = logits[:, : rows.vocab_size]
-    rows.kernels.log_odds_update(real, rows.labels, 0, state, rows.transform)
+def weigh(row_weight: Tensor, values: Tensor) -> Tensor:
+    """`w_i f_i`, `[n]`, and 0 where the weight is 0, whatever the value."""
+    return torch.where(row_weight == 0, 0.0, row_weight * values)
+
+
+class ObjectiveLoss(NamedTuple):
+    """`RowLoss` of an objective of one model's log-odds.
+
+    Attributes:
+        rows: The rows.
+        weighted: The objective, with weights.
+    """
+
+    rows: RowProblem
+    weighted: Weighted
+
+    @property
+    def row_weight(self) -> Tensor:
+        """See `RowLoss`."""
+        return self.weighted.row_weight
+
+    @property
+    def factor(self) -> Tensor:
+        """See `RowLoss`."""
+        return self.weighted.factor
+
+    @property
+    def coupled(self) -> bool:
+        """See `RowLoss`."""
+        return self.weighted.objective.coupled
+
+    def at(self, tokens: slice | Tensor) -> ObjectiveLoss:
+        """See `RowLoss.at`."""
+        return ObjectiveLoss(self.rows.at(tokens), self.weighted.at(tokens))
+
+    def values(self, state: Tensor) -> Tensor:
+        """See `RowLoss.values`."""
+        return self.weighted.objective.value(self.rows.values(state), self.rows.vocab_size)
+
+    def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
+        """See `RowLoss.slope`."""
+        weight = self.weighted.slope_weight(fold_factor=fold_factor)
+        return row_slope(
+            self.weighted.objective, self.rows.values(state), weight, self.rows.vocab_size
+        )
+
+    def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
+        """See `RowLoss.finish`."""
+        return finish_rows(logits[0], self.rows, self.weighted, out, fold_factor=fold_factor)
+
+    def sizes(self, gradient_rows: Tensor) -> Tensor | None:
+        """A row's slope is its gradient at the label's column, unless a softcap is flat there."""
+        if self.rows.transform.softcap:
+            return None
+        column = self.rows.labels.clamp(0, gradient_rows.shape[1] - 1)[:, None]
+        return gradient_rows.gather(1, column)[:, 0].abs().float()
+
+
+def logits_state(logits: Sequence[Tensor], rows: Rows) -> Tensor:
+    """The complete state `[k, n]` of each model's logits `[n, V]`."""
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    state = rows.empty_state(logits[0].shape[0], logits[0].device, dtype)
+    rows.update([z[:, : rows.vocab_size] for z in logits], 0, state)
     return state
 
 
-def logits_gradient(logits: Tensor, rows: RowProblem, state: Tensor, slope: Tensor) -> Tensor:
-    """The gradient `[n, V]` for a slope per row, in the logits' dtype; padding columns get 0."""
-    out = _empty_gradient(logits, rows.vocab_size)
+def logits_gradient(
+    logits: Sequence[Tensor], rows: Rows, state: Tensor, upstream: Tensor
+) -> Tensor:
+    """The gradient `[n, V]` of the rows' values, in the logits' dtype; padding columns get 0."""
+    out = _empty_gradient(logits[0], rows.vocab_size)
     real = slice(0, rows.vocab_size)
-    rows.kernels.log_odds_gradient(
-        logits[:, real], rows.labels, 0, state, slope, out[:, real], rows.transform
-    )
+    slope = rows.slope(state, upstream)
+    rows.gradient([z[:, real] for z in logits], 0, state, slope, out[:, real])
     return out
 
 
@@ -93,7 +258,7 @@ def logits_objective(
         None if out is None else out[:, real],
         fold_factor=logits.dtype != torch.float16,
     )
-    return weighted.weigh(values), out
+    return weigh(weighted.row_weight, values), out
 
 
 def _empty_gradient(logits: Tensor, vocab_size: int) -> Tensor:
@@ -113,11 +278,11 @@ def finish_rows(
         return sweep.log_odds_sweep(
             logits, rows.labels, slope_weight, objective.name, rows.vocab_size, out, rows.transform
         )
-    state = logits_state(logits, rows)
-    log_odds = row_state.log_odds(state, rows.labels, rows.vocab_size)
+    state = logits_state([logits], rows)
+    log_odds = rows.values(state)
     if out is not None:
         slope = row_slope(objective, log_odds, slope_weight, rows.vocab_size)
-        kernels.log_odds_gradient(logits, rows.labels, 0, state, slope, out, rows.transform)
+        rows.gradient([logits], 0, state, slope, out)
     return objective.value(log_odds, rows.vocab_size)
 
 

@@ -134,12 +134,19 @@ def linear_kl_loss(
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    compact: bool = True,
 ) -> Tensor:
     """`kl_loss` of two models' lm_heads, without ever holding either model's logits.
 
     Positions that are ignored or have weight 0 are dropped before the first GEMM. Gradients are
     computed in the forward pass and scaled in the backward; a frozen operand costs nothing. The
     teacher's operands never get a gradient; they may be the student's own (a shared lm_head).
+
+    There is no `skip_below` as in `linear_unilogit_loss`: a row's gradient has no slope in front
+    that tells its size before it is computed, and the divergence bounds it too loosely (by
+    `sqrt(2 KL)`, which float32 resolves to no better than 1e-3 of the largest).
 
     Args:
         hidden: The student's, `[..., H]`, the hidden states that enter its lm_head.
@@ -162,6 +169,10 @@ def linear_kl_loss(
         ref_logit_scale: As in `kl_loss`.
         vocab_size: As in `kl_loss`.
         backend: As in `kl_loss`.
+        memory_budget: As in `linear_unilogit_loss`. `explain_plan(..., ref_h=H')` says what a call
+            makes of it.
+        logits_dtype: As in `linear_unilogit_loss`, of both models' logits.
+        compact: As in `linear_unilogit_loss`.
 
     Returns:
         As `kl_loss`.
@@ -204,19 +215,21 @@ def linear_kl_loss(
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         backend=backend,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        compact=compact,
     )
     call = pair.call
     heads = (_flat(hidden), weight, bias, _flat(teacher[0]), *teacher[1:])
-    if call.reduction == "none":
-        active = call.row_weight != 0
-        arguments = (*heads, active, *pair.arguments())
-        return _reduce(torch.ops.unilogit_kernels.linear_divergence(*arguments)[0], call)
     needs = [
         torch.is_grad_enabled() and operand is not None and operand.requires_grad
         for operand in student
     ]
+    if call.reduction == "none":
+        arguments = (*heads, call.row_weight != 0, *pair.arguments(), *pair.options(), any(needs))
+        return _reduce(torch.ops.unilogit_kernels.linear_divergence(*arguments)[0], call)
     loss: Tensor = torch.ops.unilogit_kernels.linear_divergence_loss(
-        *heads, *pair.arguments(), call.row_weight, call.factor, *needs
+        *heads, *pair.arguments(), call.row_weight, call.factor, *pair.options(), *needs
     )[0]
     return loss
 

@@ -46,6 +46,10 @@ class PairCall:
             self.call.backend,
         )
 
+    def options(self) -> tuple[Any, ...]:
+        """The operators' arguments `OPTIONS`."""
+        return *self.call.options, self.call.logits_dtype
+
 
 def describe_logits(
     logits: Tensor,
@@ -103,6 +107,7 @@ def describe_linear(
     ref_hidden, ref_weight, ref_bias = teacher
     _check_teacher("ref_hidden", ref_hidden, "hidden", hidden)
     inputs.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    _check_logits_dtype(call.logits_dtype, hidden.dtype, ref_hidden.dtype)
     _check_leading_shape("ref_hidden", ref_hidden, "hidden", hidden)
     _check_vocabularies(
         ("weight", weight.shape[0]), ("ref_weight", ref_weight.shape[0]), options["vocab_size"]
@@ -159,6 +164,18 @@ def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tenso
         raise TypeError(
             f"{name} and {student_name} must both be float64 or neither, "
             f"got {teacher.dtype} and {student.dtype}"
+        )
+
+
+def _check_logits_dtype(
+    logits_dtype: torch.dtype | None, dtype: torch.dtype, ref_dtype: torch.dtype
+) -> None:
+    """Check that it goes with the teacher's dtype too; the student's has been checked."""
+    if logits_dtype not in (None, ref_dtype, inputs.statistics_dtype(ref_dtype)):
+        raise TypeError(
+            f"logits_dtype is of both models' logits: with hidden {dtype} and ref_hidden "
+            f"{ref_dtype} it must be {inputs.statistics_dtype(ref_dtype)} or None, "
+            f"got {logits_dtype}"
         )
 
 

@@ -14,19 +14,23 @@ from torch import Tensor
 
 from unilogit_kernels import backends, reference
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.divergence.calls import (
+from unilogit_kernels.compaction import (
     HeadInputs,
-    linear_gradients,
-    linear_loss,
-    linear_values,
+    LinearInputs,
+    compacted_gradient,
+    compacted_loss,
+    compacted_values,
 )
 from unilogit_kernels.divergence.closed_form import REWRITES, Direction, Divergence
-from unilogit_kernels.divergence.pairs import PairProblem, logits_gradient, logits_state
+from unilogit_kernels.divergence.pairs import PairLoss, PairProblem
 from unilogit_kernels.ops.registration import (
     LIBRARY,
     NEEDS,
+    OPTIONS,
     check_twice_differentiable,
     fake,
+    grad_of_some,
+    linear_inputs,
     operator,
     or_empty,
     scalar_of,
@@ -34,6 +38,7 @@ from unilogit_kernels.ops.registration import (
     shape_of,
 )
 from unilogit_kernels.projection import GemmDtypes, Needs
+from unilogit_kernels.rows import logits_gradient, logits_state, weigh
 
 PAIR = (
     "Tensor? labels, float scale, float softcap, float ref_scale, float ref_softcap, "
@@ -47,6 +52,7 @@ _HEADS = (
     "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
 )
 _HEAD_ARGUMENTS = 6
+_OPTION_ARGUMENTS = 4
 
 
 def _divergence(direction: Direction, rewrite: str, parameters: list[float]) -> Divergence:
@@ -121,7 +127,7 @@ def _literal_values(
 @operator(f"divergence(Tensor logits, Tensor ref_logits, {PAIR}) -> (Tensor values, Tensor state)")
 def _values(logits: Tensor, ref_logits: Tensor, *pair: Any) -> tuple[Tensor, Tensor]:
     problem = _pair_problem(logits, *pair)
-    state = logits_state(logits, ref_logits, problem)
+    state = logits_state((logits, ref_logits), problem)
     return problem.values(state), state
 
 
@@ -142,7 +148,7 @@ def _values_of(like: Tensor) -> tuple[Tensor, Tensor]:
 )
 def _backward(logits: Tensor, ref_logits: Tensor, *args: Any) -> Tensor:
     *pair, state, upstream = args
-    return logits_gradient(logits, ref_logits, _pair_problem(logits, *pair), state, upstream)
+    return logits_gradient((logits, ref_logits), _pair_problem(logits, *pair), state, upstream)
 
 
 @fake("divergence_backward")
@@ -179,31 +185,54 @@ torch.library.register_autograd(
 # ---- fused linear, one value per token ---------------------------------------------------------
 
 
-def _heads(args: tuple[Any, ...]) -> tuple[HeadInputs, HeadInputs]:
-    return HeadInputs(*args[:3]), HeadInputs(*args[3:_HEAD_ARGUMENTS])
+def _inputs(heads: tuple[Any, ...], options: tuple[Any, ...]) -> LinearInputs:
+    """The arguments `_HEADS` and `OPTIONS` as the layers below take them."""
+    hidden, weight, bias, *reference = heads
+    inputs = linear_inputs(hidden, weight, bias, *options)
+    return inputs._replace(reference=HeadInputs(*reference))
 
 
-@operator(f"linear_divergence({_HEADS}, Tensor active, {PAIR}) -> (Tensor values, Tensor state)")
-def _linear_values(*args: Any) -> tuple[Tensor, Tensor]:
-    active, *pair = args[_HEAD_ARGUMENTS:]
-    return linear_values(*_heads(args), active, _pair_problem(args[0], *pair))
+_FIRST_PAIR = _HEAD_ARGUMENTS + 1
+_FIRST_OPTION = _FIRST_PAIR + _PAIR_ARGUMENTS
+_AFTER_OPTIONS = _FIRST_OPTION + _OPTION_ARGUMENTS
+"""Positions of the arguments of the next two operators; `active` is before the pair."""
 
 
-@fake("linear_divergence")
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _values_of(hidden)
+def _described(args: tuple[Any, ...]) -> tuple[LinearInputs, Tensor, PairProblem]:
+    """Their operands, which rows count, and the rows."""
+    inputs = _inputs(args[:_HEAD_ARGUMENTS], args[_FIRST_OPTION:_AFTER_OPTIONS])
+    problem = _pair_problem(args[0], *args[_FIRST_PAIR:_FIRST_OPTION])
+    return inputs, args[_HEAD_ARGUMENTS], problem
 
 
 @operator(
-    f"linear_divergence_backward({_HEADS}, {PAIR}, Tensor state, Tensor upstream, {NEEDS}) "
+    f"linear_divergence({_HEADS}, Tensor active, {PAIR}, {OPTIONS}, bool needs_grad) "
+    "-> (Tensor values, Tensor state, Tensor kept, Tensor ref_kept)"
+)
+def _linear_values(*args: Any) -> tuple[Tensor, ...]:
+    inputs, active, problem = _described(args)
+    kept = inputs.new_kept(problem.vocab_size, needs_grad=args[_AFTER_OPTIONS])
+    return *compacted_values(inputs, active, problem, kept), *kept
+
+
+@fake("linear_divergence")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    inputs, _, problem = _described(args)
+    kept = inputs.new_kept(problem.vocab_size, needs_grad=args[_AFTER_OPTIONS])
+    return *_values_of(args[0]), *kept
+
+
+@operator(
+    f"linear_divergence_backward({_HEADS}, Tensor active, {PAIR}, {OPTIONS}, Tensor state, "
+    f"Tensor kept, Tensor ref_kept, Tensor upstream, {NEEDS}) "
     "-> (Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = args[:2]
-    *pair, state, upstream, need_hidden, need_weight, need_bias = args[_HEAD_ARGUMENTS:]
-    needs = Needs(need_hidden, need_weight, need_bias)
-    problem = _pair_problem(hidden, *pair)
-    gradients = linear_gradients(*_heads(args), problem, needs, state, upstream)
+    state, kept, ref_kept, upstream, *needs = args[_AFTER_OPTIONS:]
+    gradients = compacted_gradient(
+        *_described(args), Needs(*needs), state, upstream, [kept, ref_kept]
+    )
     return (
         or_empty(gradients.hidden, hidden).to(hidden.dtype),
         or_empty(gradients.weight, weight).to(weight.dtype),
@@ -221,30 +250,40 @@ def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    labels, *ctx.settings = inputs[_HEAD_ARGUMENTS + 1 :]
-    ctx.save_for_backward(*inputs[:_HEAD_ARGUMENTS], labels, output[1])
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.settings = inputs[: _FIRST_PAIR + 1], inputs[_FIRST_PAIR + 1 : _FIRST_OPTION]
+    ctx.options = inputs[_FIRST_OPTION:_AFTER_OPTIONS]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _linear_grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    *heads, labels, state = ctx.saved_tensors
-    rest = (None,) * (3 + 1 + _PAIR_ARGUMENTS)
+def _linear_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    *tensors, state, kept, ref_kept = ctx.saved_tensors
+    rest = (None,) * (_AFTER_OPTIONS + 1 - 3)
     if upstream is None:
         return None, None, None, *rest
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
+        *heads, active, labels = tensors
         values = _literal_linear_values(heads, labels, ctx.settings)
-        return *_grad_of_some(heads[:3], needs, values, upstream), *rest
+        return *grad_of_some(heads[:3], needs, values, torch.where(active, upstream, 0.0)), *rest
     gradients = torch.ops.unilogit_kernels.linear_divergence_backward(
-        *heads, labels, *ctx.settings, state, upstream.contiguous(), *needs
+        *tensors,
+        *ctx.settings,
+        *ctx.options,
+        state,
+        kept,
+        ref_kept,
+        upstream.contiguous(),
+        *needs,
     )
     return *[g if need else None for g, need in zip(gradients, needs, strict=True)], *rest
 
 
 def _literal_linear_values(
-    heads: list[Tensor | None], labels: Tensor | None, settings: list[Any]
+    heads: list[Tensor | None], labels: Tensor | None, settings: tuple[Any, ...]
 ) -> Tensor:
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
     assert hidden is not None
@@ -254,15 +293,6 @@ def _literal_linear_values(
     logits = torch.nn.functional.linear(hidden, weight, bias)
     ref_logits = torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
     return _literal_values(logits, ref_logits, labels, *settings)
-
-
-def _grad_of_some(
-    inputs: list[Tensor | None], needs: tuple[bool, ...], output: Tensor, upstream: Tensor
-) -> list[Tensor | None]:
-    """Differentiable gradients of `output` for the inputs that want one, None for the others."""
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
-    found = iter(torch.autograd.grad(output, wanted, upstream, create_graph=True))
-    return [next(found) if need else None for need in needs]
 
 
 torch.library.register_autograd(
@@ -277,17 +307,17 @@ torch.library.register_autograd(
 
 
 @operator(
-    f"linear_divergence_loss({_HEADS}, {PAIR}, Tensor row_weight, Tensor factor, {NEEDS}) "
-    "-> (Tensor loss, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
+    f"linear_divergence_loss({_HEADS}, {PAIR}, Tensor row_weight, Tensor factor, {OPTIONS}, "
+    f"{NEEDS}) -> (Tensor loss, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 def _linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weight = args[:2]
-    *pair, row_weight, factor, need_hidden, need_weight, need_bias = args[_HEAD_ARGUMENTS:]
-    needs = Needs(need_hidden, need_weight, need_bias)
-    problem = _pair_problem(hidden, *pair)
-    loss, gradients = linear_loss(*_heads(args), problem, needs, row_weight, factor)
+    *pair, row_weight, factor = args[_HEAD_ARGUMENTS : -_OPTION_ARGUMENTS - 3]
+    inputs = _inputs(args[:_HEAD_ARGUMENTS], args[-_OPTION_ARGUMENTS - 3 : -3])
+    loss = PairLoss(_pair_problem(hidden, *pair), row_weight, factor)
+    losses, gradients = compacted_loss(inputs, loss, Needs(*args[-3:]))
     return (
-        loss,
+        factor * losses.sum(),
         or_empty(gradients.hidden, hidden),
         or_empty(gradients.weight, weight),
         or_empty(gradients.bias, weight),
@@ -320,7 +350,7 @@ def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _loss_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *literal, d_hidden, d_weight, d_bias = ctx.saved_tensors
-    rest = (None,) * (3 + _PAIR_ARGUMENTS + 2 + 3)
+    rest = (None,) * (3 + _PAIR_ARGUMENTS + 2 + _OPTION_ARGUMENTS + 3)
     if upstream is None:
         return None, None, None, *rest
     needs = ctx.needs_input_grad[:3]
@@ -328,8 +358,8 @@ def _loss_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | Non
         check_twice_differentiable(ctx.settings[-1])
         *heads, labels, row_weight, factor = literal
         values = _literal_linear_values(heads, labels, ctx.settings)
-        loss = factor * torch.where(row_weight == 0, 0.0, row_weight * values).sum()
-        return *_grad_of_some(heads[:3], needs, loss, upstream), *rest
+        loss = factor * weigh(row_weight, values).sum()
+        return *grad_of_some(heads[:3], needs, loss, upstream), *rest
     results = [
         scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
         for gradient, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)

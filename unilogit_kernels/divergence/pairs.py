@@ -1,8 +1,9 @@
-"""Pairs of rows: what describes them, and the divergence of logits that exist as a whole."""
+"""Pairs of rows: what describes them. The student's logits come first, then the teacher's."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from unilogit_kernels import pair_state
 from unilogit_kernels.backends import DivergenceKernels, LogitTransform
 from unilogit_kernels.divergence.closed_form import Divergence
-from unilogit_kernels.memory import allocate
+from unilogit_kernels.rows import logits_state
+
+_T = TypeVar("_T")
 
 
 class PairProblem(NamedTuple):
-    """What the kernels need beside the two models' logits.
+    """`rows.Rows` of two models: what the kernels need beside their logits.
 
     Attributes:
         labels: int64 `[n]`; -1 everywhere if there are none.
@@ -35,34 +38,41 @@ class PairProblem(NamedTuple):
     kernels: DivergenceKernels
 
     def at(self, tokens: slice | Tensor) -> PairProblem:
-        """The same for some of the rows."""
+        """See `Rows.at`."""
         return self._replace(labels=self.labels[tokens])
 
-    def update(self, student: Tensor, teacher: Tensor, first_column: int, state: Tensor) -> None:
-        """Fold these columns of the two models into `state`."""
-        pair = (student, teacher) if self._student_first else (teacher, student)
-        self.kernels.divergence_update(*pair, self.labels, first_column, state, *self._transforms)
+    def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Rows.empty_state`; `[7, n]`."""
+        return pair_state.empty_state(n, device, dtype)
 
-    def gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        first_column: int,
-        state: Tensor,
-        coefficients: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Write the student's gradient rows into `out`."""
-        pair = (student, teacher) if self._student_first else (teacher, student)
-        self.kernels.divergence_gradient(
-            *pair,
+    def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
+        """See `Rows.update`."""
+        self.kernels.divergence_update(
+            *self._in_order(logits),
             self.labels,
             first_column,
             state,
-            coefficients,
+            *self._in_order((self.student_transform, self.teacher_transform)),
+        )
+
+    def gradient(
+        self,
+        logits: Sequence[Tensor],
+        first_column: int,
+        state: Tensor,
+        slope: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Rows.gradient`; `slope` are the coefficients."""
+        self.kernels.divergence_gradient(
+            *self._in_order(logits),
+            self.labels,
+            first_column,
+            state,
+            slope,
             self.divergence.student,
             out,
-            *self._transforms,
+            *self._in_order((self.student_transform, self.teacher_transform)),
         )
 
     def values(self, state: Tensor) -> Tensor:
@@ -70,41 +80,55 @@ class PairProblem(NamedTuple):
         labels = self.labels if self.labelled else None
         return self.divergence.values(state, labels, self.vocab_size)
 
-    def coefficients(self, state: Tensor, weight: Tensor) -> Tensor:
-        """What `gradient` takes, `[4, n]`, for `weight` times the values."""
+    def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
+        """The coefficients of `gradient`, `[4, n]`, for `upstream` times the values."""
         labels = self.labels if self.labelled else None
-        return self.divergence.coefficients(state, labels, self.vocab_size, weight)
+        return self.divergence.coefficients(state, labels, self.vocab_size, upstream)
+
+    def _in_order(self, pair: Sequence[_T]) -> tuple[_T, _T]:
+        """Of the student and of the teacher, first what belongs to row `a` of the kernels."""
+        student, teacher = pair
+        return (student, teacher) if self.divergence.student == "a" else (teacher, student)
+
+
+class PairLoss(NamedTuple):
+    """`rows.RowLoss` of two models' rows.
+
+    Attributes:
+        rows: The rows.
+        row_weight: See `RowLoss`.
+        factor: See `RowLoss`.
+    """
+
+    rows: PairProblem
+    row_weight: Tensor
+    factor: Tensor
 
     @property
-    def _student_first(self) -> bool:
-        return self.divergence.student == "a"
+    def coupled(self) -> bool:
+        """See `RowLoss`."""
+        return False
 
-    @property
-    def _transforms(self) -> tuple[LogitTransform, LogitTransform]:
-        transforms = (self.student_transform, self.teacher_transform)
-        return transforms if self._student_first else transforms[::-1]
+    def at(self, tokens: slice | Tensor) -> PairLoss:
+        """See `RowLoss.at`."""
+        return PairLoss(self.rows.at(tokens), self.row_weight[tokens], self.factor)
 
+    def values(self, state: Tensor) -> Tensor:
+        """See `RowLoss.values`."""
+        return self.rows.values(state)
 
-def statistics_dtype(student: Tensor) -> torch.dtype:
-    """The dtype of states and values: at least float32."""
-    return torch.promote_types(student.dtype, torch.float32)
+    def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
+        """See `RowLoss.slope`."""
+        return self.rows.slope(
+            state, self.row_weight * self.factor if fold_factor else self.row_weight
+        )
 
+    def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
+        """See `RowLoss.finish`."""
+        state = logits_state(logits, self.rows)
+        self.rows.gradient(logits, 0, state, self.slope(state, fold_factor=fold_factor), out)
+        return self.values(state)
 
-def logits_state(student: Tensor, teacher: Tensor, pair: PairProblem) -> Tensor:
-    """The complete state `[7, n]` of logits `[n, V]`."""
-    state = pair_state.empty_state(student.shape[0], student.device, statistics_dtype(student))
-    real = slice(0, pair.vocab_size)
-    pair.update(student[:, real], teacher[:, real], 0, state)
-    return state
-
-
-def logits_gradient(
-    student: Tensor, teacher: Tensor, pair: PairProblem, state: Tensor, weight: Tensor
-) -> Tensor:
-    """The gradient `[n, V]` of `sum_i weight_i KL_i`, in the student's dtype; padding gets 0."""
-    out = allocate(student.shape, student.dtype, student.device)
-    out[:, pair.vocab_size :] = 0
-    real = slice(0, pair.vocab_size)
-    coefficients = pair.coefficients(state, weight)
-    pair.gradient(student[:, real], teacher[:, real], 0, state, coefficients, out[:, real])
-    return out
+    def sizes(self, gradient_rows: Tensor) -> Tensor | None:
+        """No entry of a row tells how large the others are."""
+        return None

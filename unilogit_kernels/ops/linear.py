@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilogit_kernels.compaction import (
-    EVERYTHING,
-    LinearInputs,
-    compacted_gradient,
-    compacted_log_odds,
-    compacted_objective,
-)
+from unilogit_kernels.compaction import compacted_gradient, compacted_loss, compacted_values
 from unilogit_kernels.ops.registration import (
     NEEDS,
     OPTIONS,
@@ -22,6 +16,7 @@ from unilogit_kernels.ops.registration import (
     check_twice_differentiable,
     differentiable,
     fake,
+    grad_of_some,
     linear_inputs,
     literal_log_odds,
     literal_objective,
@@ -34,8 +29,8 @@ from unilogit_kernels.ops.registration import (
     shape_of,
     weighted_objective,
 )
-from unilogit_kernels.plan import keep_capacity
 from unilogit_kernels.projection import GemmDtypes, Needs
+from unilogit_kernels.rows import ObjectiveLoss
 
 # ---- log-odds of a fused linear ----------------------------------------------------------------
 
@@ -48,29 +43,22 @@ _LINEAR = "Tensor hidden, Tensor weight, Tensor? bias"
 )
 def _linear_log_odds(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     rows, inputs = row_problem(*args[:5]), linear_inputs(hidden, weight, bias, *args[5:9])
-    keep = _new_kept(inputs, rows.vocab_size, needs_grad=args[9])
-    return *compacted_log_odds(inputs, active, rows, keep), keep
-
-
-def _new_kept(inputs: LinearInputs, vocab_size: int, *, needs_grad: bool) -> Tensor:
-    """Memory for logits that are kept for the backward, as much as the budget leaves."""
-    shape = inputs.shape(inputs.hidden.shape[0], vocab_size, EVERYTHING)
-    elements = keep_capacity(shape, inputs.options) if needs_grad else 0
-    return inputs.hidden.new_empty((elements,), dtype=inputs.dtypes.logits)
+    kept = inputs.new_kept(rows.vocab_size, needs_grad=args[9])
+    return *compacted_values(inputs, active, rows, kept), *kept
 
 
 @fake("linear_log_odds")
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = linear_inputs(hidden, weight, bias, *args[5:9])
     n, dtype = hidden.shape[0], inputs.dtypes.exact
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(3, n, dtype=dtype),
-        _new_kept(inputs, args[3], needs_grad=args[9]),
+        *inputs.new_kept(args[3], needs_grad=args[9]),
     )
 
 
@@ -84,7 +72,7 @@ def _linear_log_odds_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, inputs = row_problem(*args[:5]), linear_inputs(hidden, weight, bias, *args[5:9])
     state, kept, slope, *needs = args[9:]
-    gradients = compacted_gradient(inputs, active, rows, Needs(*needs), state, slope, kept)
+    gradients = compacted_gradient(inputs, active, rows, Needs(*needs), state, slope, [kept])
     return (
         or_empty(gradients.hidden, hidden).to(hidden.dtype),
         or_empty(gradients.weight, weight).to(weight.dtype),
@@ -123,7 +111,7 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tens
         check_twice_differentiable(ctx.settings[-1])
         logits = torch.nn.functional.linear(hidden, weight, bias)
         d, valid = literal_log_odds(logits, labels, *ctx.settings)
-        return tuple(_grad_of_some((hidden, weight, bias), needs, d, slope[valid]))
+        return tuple(grad_of_some((hidden, weight, bias), needs, d, slope[valid]))
     gradients = torch.ops.unilogit_kernels.linear_log_odds_backward(
         hidden,
         weight,
@@ -144,15 +132,6 @@ def _wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tens
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
-def _grad_of_some(
-    inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], output: Tensor, upstream: Tensor
-) -> list[Tensor | None]:
-    """Differentiable gradients of `output` for the inputs that want one, None for the others."""
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
-    found = iter(torch.autograd.grad(output, wanted, upstream, create_graph=True))
-    return [next(found) if need else None for need in needs]
-
-
 differentiable("linear_log_odds", _linear_log_odds_grad, _linear_log_odds_context)
 
 
@@ -170,7 +149,7 @@ def _linear_objective_loss(
     rows, weighted = row_problem(*described[:5]), weighted_objective(*described[5:-4])
     inputs = linear_inputs(hidden, weight, bias, *described[-4:])
     needs = Needs(need_hidden, need_weight, need_bias)
-    losses, gradients = compacted_objective(inputs, rows, needs, weighted)
+    losses, gradients = compacted_loss(inputs, ObjectiveLoss(rows, weighted), needs)
     return (
         weighted.factor * losses.sum(),
         losses,
@@ -221,7 +200,7 @@ def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[
         logits = torch.nn.functional.linear(hidden, weight, bias)
         objective = (*ctx.objective, tensors)
         loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
-        return tuple(_grad_of_some((hidden, weight, bias), needs, loss, upstream))
+        return tuple(grad_of_some((hidden, weight, bias), needs, loss, upstream))
     return tuple(
         scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
         for gradient, need in zip(gradients, needs, strict=True)

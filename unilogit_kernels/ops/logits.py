@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilogit_kernels import row_state
 from unilogit_kernels.ops.registration import (
     ROWS,
     WEIGHTED,
@@ -33,8 +32,8 @@ from unilogit_kernels.rows import logits_gradient, logits_objective, logits_stat
 @operator(f"log_odds(Tensor logits, {ROWS}) -> (Tensor log_odds, Tensor state)")
 def _log_odds(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
     problem = row_problem(*rows)
-    state = logits_state(logits, problem)
-    return row_state.log_odds(state, problem.labels, problem.vocab_size), state
+    state = logits_state([logits], problem)
+    return problem.values(state), state
 
 
 @fake("log_odds")
@@ -49,7 +48,7 @@ def _(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
 )
 def _log_odds_backward(logits: Tensor, *args: Any) -> Tensor:
     *rows, state, slope = args
-    return logits_gradient(logits, row_problem(*rows), state, slope.contiguous())
+    return logits_gradient([logits], row_problem(*rows), state, slope.contiguous())
 
 
 @fake("log_odds_backward")

@@ -12,7 +12,7 @@ from unilogit_kernels import backends, objectives, reference
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.compaction import LinearInputs
 from unilogit_kernels.plan import LinearOptions
-from unilogit_kernels.rows import RowProblem, Weighted
+from unilogit_kernels.rows import RowProblem, Weighted, weigh
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
 
@@ -161,6 +161,15 @@ def shape_of(gradient_wanted: bool, like: Tensor, dtype: torch.dtype | None = No
     )
 
 
+def grad_of_some(
+    inputs: Sequence[Tensor | None], needs: Sequence[bool], output: Tensor, upstream: Tensor
+) -> list[Tensor | None]:
+    """Differentiable gradients of `output` for the inputs that want one, None for the others."""
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(output, wanted, upstream, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
 def scalar_of(like: Tensor) -> Tensor:
     """What a loss looks like to a fake kernel."""
     return like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
@@ -230,4 +239,4 @@ def literal_objective(
     d, valid = literal_log_odds(logits, labels, *settings)
     function = objectives.unpack(*objective).at(valid)
     values: Tensor = function(d, settings[2])
-    return factor * Weighted(function, row_weight[valid], factor).weigh(values).sum()
+    return factor * weigh(row_weight[valid], values).sum()
