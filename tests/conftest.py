@@ -54,6 +54,10 @@ ABOVE_THE_KERNELS = {
     "test_chunking.py": ("cuda-split rows",),
     "test_systems.py": ("cuda-split rows",),
     "test_divergence.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_divergence_autograd.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_divergence_extremes.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_divergence_linear.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_divergence_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "test_linear_options.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "test_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
 }

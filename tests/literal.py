@@ -5,6 +5,7 @@ Nothing here comes from the package, `reference` apart, which is the paper's Uni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,6 +47,43 @@ def without_label(z: Tensor, y: Tensor) -> Tensor:
 def lowered(gamma: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Dong et al. 2024 (UnDIAL), arXiv 2402.10052: the label's logit less gamma."""
     return lambda z, y: z - gamma * F.one_hot(y, z.shape[1])
+
+
+def kl_to_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The retain term of KL minimisation (Maini et al., TOFU) and of NPO-KL (Zhang et al.)."""
+    log_p, log_q = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def undial(gamma: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """UnDIAL (Dong et al.): cross-entropy to softmax(teacher - gamma at the label).
+
+    Less the entropy of that target, a constant, which makes it a divergence.
+    """
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        soft = F.softmax(lowered(gamma)(teacher, labels), -1)
+        entropy = -(soft * soft.log()).sum(-1)
+        return F.cross_entropy(student, soft, reduction="none") - entropy
+
+    return loss
+
+
+def unilogit_of_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Unilogit (Vasilev et al.) with the starting model's target: KL(p || q), q(label) = 1/V."""
+    v = teacher.shape[-1]
+    at_label = F.one_hot(labels, v).bool()
+    rest = teacher.exp().masked_fill(at_label, 0.0).sum(-1, keepdim=True)
+    q = F.softmax(torch.where(at_label, rest.log() - math.log(v - 1), teacher), -1)
+    p = F.softmax(student, -1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def without_label_of_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(q || p) for a teacher whose label is masked."""
+    q = F.softmax(without_label(teacher, labels), -1)
+    losses: Tensor = torch.special.xlogy(q, q) - q * F.log_softmax(student, -1)
+    return losses.sum(-1)
 
 
 def weighted(weight: Callable[[Tensor], Tensor]) -> Literal:

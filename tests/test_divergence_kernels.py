@@ -340,6 +340,44 @@ def test_hard_rows(
     assert torch.equal(found[:, [0, 2]], before[:, [0, 2]])
 
 
+@pytest.mark.parametrize("student", ["a", "b"])
+@pytest.mark.parametrize("cuts", [(), (2, 7)], ids=str)
+def test_gradient_of_forbidden_tokens(
+    kernels: DivergenceKernels, dtype: torch.dtype, student: Student, cuts: tuple[int, ...]
+) -> None:
+    """Without a weight on the difference, its infinities are nothing: 0 * inf is not meant."""
+    a, b, labels = rows(4, 37, dtype)
+    labels[:] = 5
+    b[0, 9] = a[1, 9] = -math.inf
+    a[2, 9] = b[2, 9] = -math.inf
+    state = fold(kernels, a, b, labels, cuts)
+    alpha, gamma, at_label = torch.randn(3, 4)
+    coefficients = torch.stack((alpha, torch.zeros(4), gamma, at_label))
+    out = torch.full_like(a, math.nan)
+    for first, last in zip((0, *cuts), (*cuts, 37), strict=True):
+        part = slice(first, last)
+        kernels.divergence_gradient(
+            a[:, part],
+            b[:, part],
+            labels,
+            first,
+            state,
+            coefficients,
+            student,
+            out[:, part],
+            PLAIN,
+            PLAIN,
+        )
+    is_label = torch.arange(37) == labels[:, None]
+    expected = []
+    for to in (torch.float64, torch.float32):
+        rests = [z.to(to).masked_fill(is_label, -math.inf) for z in (a, b)]
+        s, t = (rest - rest.amax(1, keepdim=True) for rest in rests)
+        row = s.exp() * alpha.to(to)[:, None] + t.exp() * gamma.to(to)[:, None]
+        expected.append(torch.where(is_label, at_label.to(to)[:, None], row))
+    assert_within_budget(out, expected[0], expected[1].to(dtype))
+
+
 class TestMerge:
     def test_merge_is_what_one_pass_gives(self) -> None:
         a, b, labels = (

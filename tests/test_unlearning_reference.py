@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+import literal as literal_losses
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from tiny_models import FORGET, RETAIN, encoded, make_model, one_thread, save_mo
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from unilogit_kernels import Shift, Uniform, kl_loss
+from unilogit_kernels import Shift, Uniform
 from unilogit_kernels.divergence import count_ignored_positions
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.data import PairSampler, collate
@@ -46,28 +46,15 @@ def logits_of(model: PreTrainedModel, reference: PreTrainedModel) -> tuple[Tenso
 
 
 def kl_minimisation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """The retain term of KL minimisation (Maini et al., TOFU) and of NPO-KL (Zhang et al.)."""
-    log_p, log_q = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return literal_losses.kl_to_teacher(student, teacher, labels).mean()
 
 
-def undial(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 3.0) -> Tensor:
-    """UnDIAL (Dong et al.): cross-entropy to softmax(teacher - gamma at the label).
-
-    Less the entropy of that target, a constant, which makes it a divergence.
-    """
-    soft = F.softmax(teacher - gamma * F.one_hot(labels, teacher.shape[-1]), -1)
-    return F.cross_entropy(student, soft) + (soft * soft.log()).sum(-1).mean()
+def undial(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return literal_losses.undial(3.0)(student, teacher, labels).mean()
 
 
 def unilogit_from_the_starting_model(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Unilogit (Vasilev et al.) with the starting model's target: KL(p || q), q(label) = 1/V."""
-    v = teacher.shape[-1]
-    at_label = F.one_hot(labels, v).bool()
-    rest = teacher.exp().masked_fill(at_label, 0.0).sum(-1, keepdim=True)
-    q = F.softmax(torch.where(at_label, rest.log() - math.log(v - 1), teacher), -1)
-    p = F.softmax(student, -1)
-    return (p * (p.log() - q.log())).sum(-1).mean()
+    return literal_losses.unilogit_of_teacher(student, teacher, labels).mean()
 
 
 METHODS = {
@@ -161,35 +148,9 @@ def test_vocabularies_of_two_sizes_need_the_number_of_real_tokens() -> None:
     assert fused_kl_loss(model, reference, vocab_size=259, **batch()) > 0
 
 
-def averaging_ignored_positions(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """UnDIAL as OpenUnlearning has it: each position counts, and -100 indexes from the end."""
-    strength = 4.0
-    lowered = teacher.clone()
-    for row in range(len(labels)):
-        lowered[row, int(labels[row])] -= strength
-    soft = lowered.softmax(-1)
-    entropy = -(soft * soft.log()).sum(-1)
-    return (-(soft * student.log_softmax(-1)).sum(-1) - entropy).mean()
-
-
-def test_averaging_ignored_positions_can_be_reproduced() -> None:
-    torch.manual_seed(0)
-    student = torch.randn(12, 259, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(12, 259, dtype=torch.float64)
-    labels = torch.randint(0, 259, (12,))
-    labels[:5] = -100
-    counted = count_ignored_positions(labels, 259)
-    losses = (
-        kl_loss(student, teacher, counted, rewrite=Shift(4.0)),
-        averaging_ignored_positions(student, teacher, labels),
-        kl_loss(student, teacher, labels, rewrite=Shift(4.0)),
-    )
-    gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
-    assert torch.allclose(losses[0], losses[1])
-    assert torch.allclose(gradients[0], gradients[1])
-    assert not torch.allclose(gradients[0], gradients[2])
+def test_labels_that_cannot_index_from_the_end() -> None:
     with pytest.raises(ValueError, match=r"ignore_index must be in \[-50, 0\)"):
-        count_ignored_positions(labels, 50)
+        count_ignored_positions(torch.tensor([3, -100]), 50)
 
 
 def arguments(folder: Path, **options: Any) -> UnlearningArguments:

@@ -229,10 +229,11 @@ def kl_divergence(
         teacher = rewrite_teacher(teacher, labels, rewrite) / temperature
     log_teacher = torch.log_softmax(teacher, dim=-1)
     log_student = torch.log_softmax(logits / temperature, dim=-1)
-    if direction == "forward":
-        # A token of probability 0 contributes 0, also where the teacher masks it.
-        possible = log_teacher > float("-inf")
-        return torch.where(possible, log_teacher.exp() * (log_teacher - log_student), 0.0).sum(-1)
-    if direction == "reverse":
-        return (log_student.exp() * (log_student - log_teacher)).sum(-1)
-    raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+    forward = direction == "forward"
+    log_a, log_b = (log_teacher, log_student) if forward else (log_student, log_teacher)
+    # A token of probability 0 contributes 0, whatever the other model gives it; NaN stays.
+    impossible = log_a == float("-inf")
+    ratio = torch.where(impossible, 0.0, log_a) - torch.where(impossible, 0.0, log_b)
+    return (log_a.exp() * ratio).sum(-1)

@@ -166,8 +166,9 @@ class DivergenceKernels(Protocol):
             out_y = at_label dz/dx
 
         where dz/dx is the derivative of the transform of the row that `student` names. The first
-        term is 0 where `exp(s_j)` is 0. Both terms are rounded before they are added (no fused
-        multiply-add over that sum), so that equal rows with `alpha = -gamma` give exactly 0.
+        term is 0 where `exp(s_j)` is 0, and a beta of exactly 0 leaves the difference out, also
+        where it is infinite. Both terms are rounded before they are added (no fused multiply-add
+        over that sum), so that equal rows with `alpha = -gamma` give exactly 0.
 
         `out` is `[n, v]`, any strides, any float dtype of the three; it may be the student's logits
         themselves. A row whose four coefficients are exactly 0 becomes exactly 0, whatever its

@@ -166,7 +166,8 @@ class EagerKernels:
             s = _transformed(a[rows], a_transform, state.dtype).sub_(a_shift[rows, None])
             t = _transformed(b[rows], b_transform, state.dtype).sub_(b_shift[rows, None])
             p = s.exp()
-            row = s.sub_(t).mul_(beta).add_(alpha).mul_(p).masked_fill_(p == 0, 0.0)
+            gap = s.sub_(t).masked_fill_(beta == 0, 0.0)  # where t is -inf, 0 * inf is not meant
+            row = gap.mul_(beta).add_(alpha).mul_(p).masked_fill_(p == 0, 0.0)
             row.add_(t.exp_().mul_(gamma))
             column, inside = _label_columns(labels[rows], first_column, v)
             row.scatter_(1, column, torch.where(inside, at_label, row.gather(1, column)))

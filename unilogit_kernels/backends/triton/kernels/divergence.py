@@ -133,7 +133,9 @@ def write_pair_tile(
     b, b_slope = transformed(b, row.rows.b_factors, PAIR.b)
     s, t = a - row.a_shift, b - row.b_shift
     p = tl.exp2(s * LOG2_E)
-    values = tl.where(p == 0.0, 0.0, p * (row.alpha + row.beta * (s - t)))
+    # Where t is -inf, 0 * inf is not meant.
+    gap = tl.where(row.beta == 0.0, 0.0, s - t)
+    values = tl.where(p == 0.0, 0.0, p * (row.alpha + row.beta * gap))
     values += row.gamma * tl.exp2(t * LOG2_E)
     if label_is_near:
         values = tl.where(columns == label, row.at_label, values)
