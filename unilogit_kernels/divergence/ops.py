@@ -24,10 +24,10 @@ from unilogit_kernels.compaction import (
 from unilogit_kernels.divergence.closed_form import REWRITES, Direction, Divergence
 from unilogit_kernels.divergence.pairs import PairLoss, PairProblem
 from unilogit_kernels.ops.registration import (
-    LIBRARY,
     NEEDS,
     OPTIONS,
     check_twice_differentiable,
+    differentiable,
     fake,
     grad_of_some,
     linear_inputs,
@@ -164,22 +164,22 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
 
 def _grad(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     logits, ref_logits, labels, state = ctx.saved_tensors
-    rest = (None,) * (1 + _PAIR_ARGUMENTS)
     if upstream is None:
-        return None, *rest
+        return (None,)
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         values = _literal_values(logits, ref_logits, labels, *ctx.settings)
-        return *torch.autograd.grad(values, logits, upstream, create_graph=True), *rest
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            values, logits, upstream, create_graph=True
+        )
+        return found
     gradient = torch.ops.unilogit_kernels.divergence_backward(
         logits, ref_logits, labels, *ctx.settings, state, upstream
     )
-    return gradient, *rest
+    return (gradient,)
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::divergence", _grad, setup_context=_context, lib=LIBRARY
-)
+differentiable("divergence", _grad, _context)
 
 
 # ---- fused linear, one value per token ---------------------------------------------------------
@@ -260,15 +260,15 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _linear_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, state, kept, ref_kept = ctx.saved_tensors
-    rest = (None,) * (_AFTER_OPTIONS + 1 - 3)
     if upstream is None:
-        return None, None, None, *rest
+        return None, None, None
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         *heads, active, labels = tensors
         values = _literal_linear_values(heads, labels, ctx.settings)
-        return *grad_of_some(heads[:3], needs, values, torch.where(active, upstream, 0.0)), *rest
+        upstream = torch.where(active, upstream, 0.0)
+        return tuple(grad_of_some(heads[:3], needs, values, upstream))
     gradients = torch.ops.unilogit_kernels.linear_divergence_backward(
         *tensors,
         *ctx.settings,
@@ -279,7 +279,7 @@ def _linear_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | N
         upstream.contiguous(),
         *needs,
     )
-    return *[g if need else None for g, need in zip(gradients, needs, strict=True)], *rest
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 def _literal_linear_values(
@@ -295,12 +295,7 @@ def _literal_linear_values(
     return _literal_values(logits, ref_logits, labels, *settings)
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::linear_divergence",
-    _linear_grad,
-    setup_context=_linear_context,
-    lib=LIBRARY,
-)
+differentiable("linear_divergence", _linear_grad, _linear_context)
 
 
 # ---- fused linear, reduced ---------------------------------------------------------------------
@@ -350,26 +345,19 @@ def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _loss_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *literal, d_hidden, d_weight, d_bias = ctx.saved_tensors
-    rest = (None,) * (3 + _PAIR_ARGUMENTS + 2 + _OPTION_ARGUMENTS + 3)
     if upstream is None:
-        return None, None, None, *rest
+        return None, None, None
     needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         *heads, labels, row_weight, factor = literal
         values = _literal_linear_values(heads, labels, ctx.settings)
         loss = factor * weigh(row_weight, values).sum()
-        return *grad_of_some(heads[:3], needs, loss, upstream), *rest
-    results = [
+        return tuple(grad_of_some(heads[:3], needs, loss, upstream))
+    return tuple(
         scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
         for gradient, need in zip((d_hidden, d_weight, d_bias), needs, strict=True)
-    ]
-    return *results, *rest
+    )
 
 
-torch.library.register_autograd(
-    "unilogit_kernels::linear_divergence_loss",
-    _loss_grad,
-    setup_context=_loss_context,
-    lib=LIBRARY,
-)
+differentiable("linear_divergence_loss", _loss_grad, _loss_context)
