@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from divergence_pairs import DIVERGENCES, Pair, linear_pair, logits_pair
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
 
 from unilogit_kernels import Shift, kl_loss, linear_kl_loss
 
@@ -137,3 +142,78 @@ def test_autocast(two_row_backend: str) -> None:
     assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
     with pytest.raises(TypeError, match="ref_weight must have ref_hidden's dtype"):
         linear_kl_loss(hidden, weight.bfloat16(), ref_hidden, ref_weight, backend=two_row_backend)
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+N, H, V = 12, 16, 300
+
+
+class Student(nn.Module):
+    """A body and an lm_head whose loss runs inside `forward`, against operands of a teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(H, H), nn.Linear(H, V)
+
+    def forward(self, x: Tensor, teacher: Student, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref_hidden = torch.tanh(teacher.body(x))
+        return linear_kl_loss(
+            torch.tanh(self.body(x)),
+            self.lm_head.weight,
+            ref_hidden,
+            teacher.lm_head.weight,
+            labels,
+            bias=self.lm_head.bias,
+            ref_bias=teacher.lm_head.bias,
+            rewrite=Shift(3.0),
+            num_items_in_batch=N,
+        )
+
+
+def _models() -> tuple[Student, Student]:
+    torch.manual_seed(0)
+    return Student(), Student().requires_grad_(False)
+
+
+def _batch(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(N, H, generator=generator)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[rank::3] = -100
+    return x, labels
+
+
+def _worker(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    student, teacher = _models()
+    before = [value.clone() for value in teacher.state_dict().values()]
+    model = DistributedDataParallel(student)
+    x, labels = _batch(rank)
+    model(x, teacher, labels).backward()
+    # DDP averages over the ranks, and so does one process over both batches.
+    alone, _ = _models()
+    batches = [_batch(each) for each in range(2)]
+    torch.stack([alone(x, teacher, labels) for x, labels in batches]).mean().backward()
+    for ours, expected in zip(student.parameters(), alone.parameters(), strict=True):
+        assert ours.grad is not None
+        assert expected.grad is not None
+        largest = expected.grad.abs().max().item()
+        assert largest > 0
+        assert torch.allclose(ours.grad, expected.grad, rtol=1e-5, atol=1e-6 * largest)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(map(torch.equal, before, teacher.state_dict().values()))
+    dist.barrier()
+    # Nothing is torn down: torch 2.13 may wait for ever there, when DDP's reducer, holding the
+    # interpreter's lock, joins gloo's thread, which waits for that lock.
+    os._exit(0)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Each with the same frozen teacher: DDP's gradients are those of one process on both batches.
+
+    An assertion in a worker ends the test, since `spawn` raises what it raised.
+    """
+    spawn(_worker, args=(str(tmp_path / "rendezvous"),), nprocs=2, join=True)

@@ -27,7 +27,9 @@ _B = (B_MAX, B_SUM, B_TARGET)
 def empty_state(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """The state of `n` pairs of which no column has been seen: maxima and targets -inf, sums 0."""
     state = torch.full((7, n), float("-inf"), device=device, dtype=dtype)
-    state[[A_SUM, A_DOT, B_SUM]] = 0.0
+    # No list of indices, which would be copied to the device: a CUDA graph must not wait for one.
+    state[A_SUM : A_DOT + 1] = 0.0
+    state[B_SUM] = 0.0
     return state
 
 
@@ -73,8 +75,8 @@ def log_odds(state: Tensor, labels: Tensor | None, vocab_size: int) -> tuple[Ten
     if labels is None:
         labels = state.new_zeros(state.shape[1], dtype=torch.int64)
     return (
-        row_state.log_odds(state[list(_A)], labels, vocab_size),
-        row_state.log_odds(state[list(_B)], labels, vocab_size),
+        row_state.log_odds(torch.stack([state[i] for i in _A]), labels, vocab_size),
+        row_state.log_odds(torch.stack([state[i] for i in _B]), labels, vocab_size),
     )
 
 
