@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from unilogit_kernels import backends
-from unilogit_kernels.backends.cuda import launch, sources
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.cuda import geometry, sources
 from unilogit_kernels.backends.cuda.launcher import Argument, launching_through
 from unilogit_kernels.backends.cuda.sources import Kernel
 
@@ -134,16 +135,35 @@ _SMALL_RESIDENCE = 64
 
 
 @contextmanager
+def block_sizes(row: int, split: int, resident: int) -> Iterator[None]:
+    """Launch blocks of other sizes; the innermost of such contexts counts.
+
+    Args:
+        row: Threads of a block that owns a whole row.
+        split: Threads of a block that owns a part of one.
+        resident: Threads that live on a multiprocessor.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "ROW_THREADS", row)
+        patch.setattr(geometry, "SPLIT_THREADS", split)
+        patch.setattr(geometry, "RESIDENT_THREADS", resident)
+        yield
+
+
+@contextmanager
 def small_problems(share: str) -> Iterator[PtxLauncher]:
     """Let small problems on CPU tensors take every path of the kernels, under `backend="cuda"`.
 
     Blocks are made small, so that short rows have tiles and single vectors and ends.
     """
     device = PtxLauncher(sms=SHARES[share])
-    with pytest.MonkeyPatch.context() as patch, launching_through(device):
-        patch.setattr(launch, "RESIDENT_THREADS", _SMALL_RESIDENCE)
-        patch.setattr(launch, "ROW_THREADS", _SMALL_THREADS)
-        patch.setattr(launch, "SPLIT_THREADS", _SMALL_THREADS)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        launching_through(device),
+        block_sizes(_SMALL_THREADS, _SMALL_THREADS, _SMALL_RESIDENCE),
+    ):
+        if share == "whole rows":
+            patch.setattr(gpu, "WAVES", 1)
         patch.setitem(backends._DEVICES, "cuda", "cpu")
         patch.setattr(backends, "unavailable_reason", lambda name: None)
         yield device

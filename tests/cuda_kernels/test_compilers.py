@@ -16,7 +16,7 @@ import pytest
 
 from cuda_kernels import devices
 from unilogit_kernels.backends.cuda import driver, sources
-from unilogit_kernels.backends.cuda.launch import RESIDENT_THREADS, TYPES
+from unilogit_kernels.backends.cuda.geometry import RESIDENT_THREADS, TYPES
 from unilogit_kernels.backends.cuda.loader import Target
 from unilogit_kernels.backends.cuda.sources import Kernel
 

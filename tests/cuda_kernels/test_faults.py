@@ -13,7 +13,7 @@ from ptxsim import KernelFaultError
 
 from cuda_kernels import devices
 from cuda_kernels.test_rows import KERNELS, distant_rows
-from unilogit_kernels.backends.cuda import launch, sources
+from unilogit_kernels.backends.cuda import sources
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 
@@ -104,10 +104,9 @@ PROBLEMS: dict[str, Callable[[devices.PtxLauncher], None]] = {
 def test_bugs_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "KERNELS", KERNELS)
     problem = PROBLEMS.get(name, sweep_in_place)
-    with devices.small_problems("whole rows") as device:
+    resident = 128 if problem is distant_rows else 64
+    with devices.small_problems("whole rows") as device, devices.block_sizes(64, 32, resident):
         device.arch = 90
-        monkeypatch.setattr(launch, "ROW_THREADS", 64)
-        monkeypatch.setattr(launch, "RESIDENT_THREADS", 128 if problem is distant_rows else 64)
         if name == "no bug":
             problem(device)
             return

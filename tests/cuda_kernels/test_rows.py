@@ -18,8 +18,8 @@ from cuda_kernels import devices
 from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
-from unilogit_kernels.backends.cuda import launch
-from unilogit_kernels.backends.cuda.launch import CudaKernels, Shares, scale_, sweep_threads
+from unilogit_kernels.backends.cuda import geometry
+from unilogit_kernels.backends.cuda.launch import CudaKernels, scale_
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 KERNELS = CudaKernels()
@@ -141,17 +141,15 @@ def test_no_order_of_blocks_and_threads_changes_a_bit(
             assert torch.equal(before, after)
 
 
-def test_larger_blocks(device: devices.PtxLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_blocks() -> None:
     """Several warps and tiles of several vectors, as on a GPU."""
-    monkeypatch.setattr(launch, "ROW_THREADS", 128)
-    monkeypatch.setattr(launch, "SPLIT_THREADS", 64)
-    monkeypatch.setattr(launch, "RESIDENT_THREADS", 256)
-    for dtype in (torch.float32, torch.bfloat16):
-        for transform in (rows.PLAIN, rows.CAPPED):
-            logits, labels, weight = rows.problem(16, 9001, dtype)
-            out, memory = rows.place(torch.zeros_like(logits), "padded rows")
-            rows.check_sweep(logits, labels, weight, "unilogit", transform, out)
-            rows.assert_only_written(out, memory)
+    with devices.block_sizes(128, 64, 256):
+        for dtype in (torch.float32, torch.bfloat16):
+            for transform in (rows.PLAIN, rows.CAPPED):
+                logits, labels, weight = rows.problem(16, 9001, dtype)
+                out, memory = rows.place(torch.zeros_like(logits), "padded rows")
+                rows.check_sweep(logits, labels, weight, "unilogit", transform, out)
+                rows.assert_only_written(out, memory)
 
 
 def test_rows_of_weight_zero_are_not_read() -> None:
@@ -207,7 +205,7 @@ def test_float64_is_refused() -> None:
 
 
 def test_too_many_columns_are_refused() -> None:
-    logits = torch.zeros(1, 1).expand(1, launch.MOST_COLUMNS + 1)
+    logits = torch.zeros(1, 1).expand(1, geometry.MOST_COLUMNS + 1)
     with pytest.raises(ValueError, match="at most 1073741824 columns"):
         KERNELS.log_odds_update(
             logits, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(3, 1), rows.PLAIN
@@ -222,27 +220,3 @@ def test_no_rows() -> None:
     loss = KERNELS.log_odds_sweep(logits, labels, torch.empty(0), "unilogit", 7, logits, rows.PLAIN)
     assert loss.shape == (0,)
     scale_(torch.empty(0), torch.tensor(2.0))
-
-
-class TestShares:
-    """What an H100 (132 multiprocessors, 50 MiB of cache) is given to do."""
-
-    @pytest.fixture(autouse=True)
-    def _real_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launch, "ROW_THREADS", 128)
-        monkeypatch.setattr(launch, "SPLIT_THREADS", 64)
-        monkeypatch.setattr(launch, "RESIDENT_THREADS", 1024)
-
-    @pytest.mark.parametrize(
-        ("n", "shares"),
-        [(1, Shares(62, 64)), (64, Shares(33, 64)), (1055, Shares(2, 64)), (1056, Shares(1, 128))],
-    )
-    def test_few_rows_are_split(self, n: int, shares: Shares) -> None:
-        logits = torch.empty(1, dtype=torch.bfloat16).expand(n, 128_256)
-        device = devices.PtxLauncher(sms=132)
-        assert launch._shares(logits, 32, device) == shares
-
-    def test_rows_in_flight_fit_into_the_cache(self) -> None:
-        assert sweep_threads(2 * 128_256, 132, 50 << 20) == 1024
-        assert sweep_threads(2 * 32_000, 132, 50 << 20) == 256
-        assert sweep_threads(2 * 4_000, 132, 50 << 20) == 128

@@ -22,7 +22,8 @@ def small_problems(share: str) -> Iterator[None]:
     """
     # Kernels are decorated when this is imported, which the interpreter must come before.
     from unilogit_kernels import backends
-    from unilogit_kernels.backends.triton import geometry, settings
+    from unilogit_kernels.backends import gpu
+    from unilogit_kernels.backends.triton import settings
 
     small = dataclasses.replace(
         settings.TABLE["cuda:90"],
@@ -36,7 +37,7 @@ def small_problems(share: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(settings, "current_settings", lambda: small)
         if share == "whole rows":
-            patch.setattr(geometry, "WAVES", 1)
+            patch.setattr(gpu, "WAVES", 1)
         patch.setitem(backends._DEVICES, "triton", "cpu")
         patch.setattr(backends, "unavailable_reason", lambda name: None)
         yield

@@ -9,11 +9,11 @@ import triton
 from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.gpu import factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (
     Place,
     Shares,
-    factors_of,
     logits_of,
     options_of,
 )

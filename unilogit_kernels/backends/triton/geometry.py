@@ -13,31 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends import LogitTransform, gpu
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.kernels.row_maths import Logits
 from unilogit_kernels.backends.triton.kernels.row_walk import ACCESS_BYTES, Walk
 from unilogit_kernels.backends.triton.settings import Settings
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What logits and gradients may be."""
-
 TAIL_LANES = 8
 """Elements that a thread holds at once in a tail: the masks take registers too."""
-
-WAVES = 4
-"""Programs that share the work evenly come in at least so many waves: the last, partial one then
-leaves a GPU idle for a fifth of the time at most."""
-
-
-def check_dtypes(*tensors: Tensor) -> None:
-    """Raise TypeError unless each tensor is of one of `DTYPES`."""
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"the Triton kernels take {', '.join(map(str, DTYPES))}, got {tensor.dtype} "
-                "(float64 belongs to the eager backend)"
-            )
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -110,13 +93,6 @@ def logits_of(place: Place, leading: Place, transform: LogitTransform, eviction:
     )
 
 
-def factors_of(transform: LogitTransform) -> tuple[float, float]:
-    """`scale` and `softcap` as the kernels take them: the cap's division goes into the scale."""
-    if transform.softcap:
-        return transform.scale / transform.softcap, transform.softcap
-    return transform.scale, 0.0
-
-
 def options_of(chosen: Settings, warps: int) -> dict[str, Any]:
     """Launch options."""
     # Said explicitly, since triton 3.10 turns the default around.
@@ -178,7 +154,7 @@ class Shares(NamedTuple):
         def walk(warps: int, lanes: int) -> Walk:
             return walk_over(v, leading, others, lanes, warps * chosen.warp_threads)
 
-        if n >= WAVES * resident_warps // chosen.warps:
+        if gpu.whole_rows_suffice(n, resident_warps // chosen.warps):
             return Shares(1, v, walk(chosen.warps, lanes), options_of(chosen, chosen.warps))
         warps = chosen.split_warps
         vector = vector_of(leading.base)
@@ -186,8 +162,7 @@ class Shares(NamedTuple):
         if n * v < resident_warps // warps * threads * lanes:
             lanes = vector  # too little work to give a thread several vectors
         blocks = max(1, v // (threads * lanes))
-        programs = WAVES * resident_warps // warps
-        parts = triton.cdiv(blocks, max(1, n * blocks // programs))
+        parts = triton.cdiv(blocks, gpu.tiles_of_a_part(n, blocks, resident_warps // warps))
         return Shares(
             parts, triton.cdiv(blocks, parts), walk(warps, lanes), options_of(chosen, warps)
         )

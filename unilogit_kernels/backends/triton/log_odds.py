@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from unilogit_kernels import row_state
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends.gpu import Finish, factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (
     Place,
     Shares,
-    factors_of,
     logits_of,
     options_of,
     walk_over,
@@ -35,36 +32,12 @@ LARGEST_TILE = 16384
 """Columns of a tile in a sweep. What fills no tile of a row is walked over under masks, which at
 twice as many costs more instructions than rescaling the sum half as often saves."""
 
-LEAST_EFFICIENCY = 2 / 3
-"""A sweep moves two thirds of the bytes of two visits: it pays while no more of the device idles
-in the last wave of rows."""
-
-
-class Finish(NamedTuple):
-    """What the second stage computes beside the state.
-
-    Attributes:
-        objective: One of `OBJECTIVES`.
-        vocab_size: The V of the objective.
-        row_weight: `[n]`.
-        values: `[n]`, receives `f(d)`.
-        slopes: `[n]`, receives `row_weight * f'(d)`.
-    """
-
-    objective: str
-    vocab_size: int
-    row_weight: Tensor
-    values: Tensor
-    slopes: Tensor
+SWEEP_WARPS = 4
+"""Least of a program that visits its row twice."""
 
 
 def _lanes(transform: LogitTransform, chosen: Settings) -> int:
     return chosen.capped_lanes if transform.softcap else chosen.lanes
-
-
-def _vocabulary(vocab_size: int) -> tuple[float, float, float]:
-    """The fields of `row_maths.Vocabulary`."""
-    return -math.log(vocab_size - 1), math.log1p(1 / (vocab_size - 1)), 1 / vocab_size
 
 
 def update(
@@ -116,7 +89,7 @@ def update(
         first_column,
         v,
         *factors,
-        *_vocabulary(2 if finish is None else finish.vocab_size),
+        *gpu.vocabulary_terms(2 if finish is None else finish.vocab_size),
         MOST_PARTS=triton.next_power_of_2(shares.parts + 1),
         OBJECTIVE=None if finish is None else finish.objective,
         LOGITS=compiled,
@@ -176,10 +149,14 @@ def sweep(
     row_bytes = v * logits.element_size()
     warps = chosen.warps  # without a gradient a row is visited once
     if out is not None:
-        warps = settings.sweep_warps(row_bytes, multiprocessors, cache_bytes, chosen)
-    at_a_time = multiprocessors * (chosen.resident_warps // warps)
-    # Too few rows would leave multiprocessors idle; nearly all of them fit into the cache.
-    if n < LEAST_EFFICIENCY * triton.cdiv(n, at_a_time) * at_a_time:
+        warps = gpu.sweep_size(
+            row_bytes,
+            multiprocessors,
+            cache_bytes,
+            smallest=SWEEP_WARPS,
+            resident=chosen.resident_warps,
+        )
+    if not gpu.sweep_pays(n, multiprocessors * (chosen.resident_warps // warps)):
         state = row_state.empty_state(n, logits.device)
         slopes = torch.empty_like(values)
         finish = Finish(objective, vocab_size, row_weight, values, slopes)
@@ -202,7 +179,7 @@ def sweep(
         v,
         *factors_of(transform),
         transform.scale,
-        *_vocabulary(vocab_size),
+        *gpu.vocabulary_terms(vocab_size),
         OBJECTIVE=objective,
         # For a gradient the logits are read again, from the cache: they should leave it last.
         LOGITS=logits_of(place, out_place, transform, "" if out is None else "evict_last"),

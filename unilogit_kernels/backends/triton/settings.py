@@ -125,18 +125,3 @@ def sizes(tensor: Tensor, settings: Settings) -> tuple[int, int]:
     multiprocessors, cache_bytes = _sizes(tensor.device)
     # On AMD torch reports the L2, behind which some products have a larger last cache.
     return multiprocessors, max(cache_bytes, settings.cache_bytes if torch.version.hip else 0)
-
-
-def sweep_warps(row_bytes: int, multiprocessors: int, cache_bytes: int, settings: Settings) -> int:
-    """Warps of a program that visits its row twice.
-
-    The fewer rows are in flight, the more of them stay in the cache between the two visits; so
-    programs are as large as it takes to keep all rows in flight within three quarters of it.
-    """
-    warps = 4
-    while warps < settings.resident_warps:
-        in_flight = multiprocessors * (settings.resident_warps // warps)
-        if 4 * in_flight * row_bytes <= 3 * cache_bytes:
-            break
-        warps *= 2
-    return warps

@@ -1,0 +1,117 @@
+"""Launches of the two-row kernels."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int32, c_int64
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import pair_state
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.cuda import geometry
+from unilogit_kernels.backends.cuda.geometry import Shares, factors, strides
+from unilogit_kernels.backends.cuda.launcher import current
+from unilogit_kernels.backends.cuda.sources import Kernel
+
+_PAIR_COLUMNS = 16
+"""`kPairVector * kPairVectors` of `csrc/cuda/pair_kernels.h`."""
+
+_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`Type` of `csrc/cuda/pair_kernels.h`."""
+
+
+def update(
+    a: Tensor,
+    b: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    a_transform: LogitTransform,
+    b_transform: LogitTransform,
+) -> None:
+    """Fold columns into `state`, in one stage or two; see `DivergenceKernels.divergence_update`."""
+    launcher = current()
+    n, v = a.shape
+    shares = Shares.of(a, _PAIR_COLUMNS, launcher)
+    parts = None
+    if shares.parts > 1:
+        parts = torch.empty(pair_state.B_SUM + 1, n, shares.parts, device=a.device)
+    launcher.launch(
+        Kernel("DIVERGENCE_UPDATE"),
+        (n, shares.parts),
+        shares.threads,
+        [
+            a,
+            b,
+            labels,
+            state,
+            parts,
+            *strides(a),
+            *strides(b),
+            c_int64(state.stride(0)),
+            c_int64(first_column),
+            c_int32(v),
+            c_int32(_TYPE_IDS[a.dtype]),
+            c_int32(_TYPE_IDS[b.dtype]),
+            *factors(a_transform),
+            *factors(b_transform),
+        ],
+        a,
+    )
+    if parts is not None:
+        launcher.launch(
+            Kernel("MERGE_PAIRS"),
+            (n, 1),
+            geometry.ROW_THREADS,
+            [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
+            a,
+        )
+
+
+def gradient(
+    a: Tensor,
+    b: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    coefficients: Tensor,
+    student: Literal["a", "b"],
+    out: Tensor,
+    a_transform: LogitTransform,
+    b_transform: LogitTransform,
+) -> None:
+    """Write gradient rows; see `DivergenceKernels.divergence_gradient`."""
+    launcher = current()
+    n, v = a.shape
+    shares = Shares.of(a, _PAIR_COLUMNS, launcher)
+    launcher.launch(
+        Kernel("DIVERGENCE_GRADIENT"),
+        (n, shares.parts),
+        shares.threads,
+        [
+            a,
+            b,
+            labels,
+            state,
+            coefficients,
+            out,
+            *strides(a),
+            *strides(b),
+            *strides(out),
+            c_int64(state.stride(0)),
+            c_int64(coefficients.stride(0)),
+            c_int64(first_column),
+            c_int32(v),
+            c_int32(_TYPE_IDS[a.dtype]),
+            c_int32(_TYPE_IDS[b.dtype]),
+            c_int32(_TYPE_IDS[out.dtype]),
+            c_int32(student == "a"),
+            *factors(a_transform),
+            c_float(a_transform.scale),
+            *factors(b_transform),
+            c_float(b_transform.scale),
+        ],
+        a,
+    )

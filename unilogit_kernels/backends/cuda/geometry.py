@@ -1,0 +1,76 @@
+"""How rows are shared among blocks, and what kernels take of matrices and transforms.
+
+Functions here take tensors as they are, on any device: whether the backend may run on it is the
+registry's business. None of the numbers has been measured on a GPU yet (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int64
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends.cuda.launcher import Launcher
+
+TYPES = {torch.float32: "Float32", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+"""Names of `csrc/cuda/platform.h`."""
+
+RESIDENT_THREADS = 1024
+"""Of a multiprocessor: 65,536 registers, of which the kernels take at most 64 a thread."""
+
+ROW_THREADS = 128
+"""Threads of a block that owns a whole row: few, so that rows end and begin independently."""
+
+SPLIT_THREADS = 64
+"""Threads of a block that owns a part of a row: a single row of 128k columns gives every
+multiprocessor something to do."""
+
+MOST_COLUMNS = 2**30
+"""Columns are counted in 32 bits, a few tiles beyond the last one included."""
+
+
+def check(logits: Tensor, *others: Tensor) -> None:
+    """Raise unless the kernels take these logits, and others of their shape."""
+    gpu.check_dtypes("CUDA", logits, *others)
+    if logits.shape[1] > MOST_COLUMNS:
+        raise ValueError(
+            f"the CUDA kernels take at most {MOST_COLUMNS} columns, got {logits.shape[1]}"
+        )
+
+
+def factors(transform: LogitTransform) -> tuple[c_float, c_float]:
+    """`scale` and `softcap` as kernels declare them."""
+    scale, softcap = gpu.factors_of(transform)
+    return c_float(scale), c_float(softcap)
+
+
+def strides(matrix: Tensor) -> tuple[c_int64, c_int64]:
+    """From a row to the next, and from a column to the next."""
+    return c_int64(matrix.stride(0)), c_int64(matrix.stride(1))
+
+
+class Shares(NamedTuple):
+    """How rows are shared among blocks: so many for each, of so many threads."""
+
+    parts: int
+    threads: int
+
+    @staticmethod
+    def of(matrix: Tensor, thread_columns: int, launcher: Launcher) -> Shares:
+        """One block for each row where that keeps the device busy, else as many as it takes.
+
+        Args:
+            matrix: The logits.
+            thread_columns: How many a thread has in flight.
+            launcher: Knows the device.
+        """
+        n, v = matrix.shape
+        resident = launcher.multiprocessors(matrix) * RESIDENT_THREADS
+        if gpu.whole_rows_suffice(n, resident // ROW_THREADS):
+            return Shares(1, ROW_THREADS)
+        tiles = max(1, v // (thread_columns * SPLIT_THREADS))
+        each = gpu.tiles_of_a_part(n, tiles, resident // SPLIT_THREADS)
+        return Shares(-(-tiles // each), SPLIT_THREADS)

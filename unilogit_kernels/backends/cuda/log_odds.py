@@ -1,0 +1,182 @@
+"""Launches of the log-odds kernels: one stage or two, and whole rows in one visit."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int32, c_int64
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import row_state
+from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
+from unilogit_kernels.backends.cuda import geometry
+from unilogit_kernels.backends.cuda.geometry import TYPES, Shares, factors, strides
+from unilogit_kernels.backends.cuda.launcher import current
+from unilogit_kernels.backends.cuda.sources import Kernel
+from unilogit_kernels.backends.gpu import Finish
+
+_FLIGHT_BYTES, _CAPPED_FLIGHT_BYTES = 64, 32
+"""`kFlightBytes` and `kCappedFlightBytes` of `csrc/cuda/row_walk.h`."""
+
+_NO_OBJECTIVE = -1
+
+
+def _cap(transform: LogitTransform) -> str:
+    return "capped" if transform.softcap else "plain"
+
+
+def _thread_columns(logits: Tensor, transform: LogitTransform) -> int:
+    flight_bytes = _CAPPED_FLIGHT_BYTES if transform.softcap else _FLIGHT_BYTES
+    return flight_bytes // logits.element_size()
+
+
+def _vocabulary(vocab_size: int) -> tuple[c_float, c_float, c_float]:
+    """What `ObjectiveTerms` of `csrc/cuda/row_math.h` says of the vocabulary."""
+    uniform, softplus, inverse = gpu.vocabulary_terms(vocab_size)
+    return c_float(uniform), c_float(softplus), c_float(inverse)
+
+
+def update(
+    logits: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    transform: LogitTransform,
+    finish: Finish | None = None,
+) -> None:
+    """Fold columns into `state`, in one stage or two; see `RowKernels.log_odds_update`."""
+    launcher = current()
+    n, v = logits.shape
+    shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
+    parts = None
+    if shares.parts > 1 or finish is not None:
+        parts = torch.empty(2, n, shares.parts, device=logits.device)
+    row_weight = None if finish is None else finish.row_weight
+    launcher.launch(
+        Kernel("LOG_ODDS_UPDATE", (TYPES[logits.dtype], _cap(transform))),
+        (n, shares.parts),
+        shares.threads,
+        [
+            logits,
+            labels,
+            row_weight,
+            state,
+            parts,
+            *strides(logits),
+            c_int64(state.stride(0)),
+            c_int64(first_column),
+            c_int32(v),
+            *factors(transform),
+        ],
+        logits,
+    )
+    if parts is None:
+        return
+    launcher.launch(
+        Kernel("MERGE_PARTS"),
+        (n, 1),
+        geometry.ROW_THREADS,
+        [
+            parts,
+            labels,
+            row_weight,
+            state,
+            None if finish is None else finish.values,
+            None if finish is None else finish.slopes,
+            c_int64(state.stride(0)),
+            c_int64(0 if finish is None else finish.vocab_size),
+            c_int32(shares.parts),
+            c_int32(_NO_OBJECTIVE if finish is None else OBJECTIVE_IDS[finish.objective]),
+            *_vocabulary(2 if finish is None else finish.vocab_size),
+        ],
+        logits,
+    )
+
+
+def gradient(
+    logits: Tensor,
+    labels: Tensor,
+    first_column: int,
+    state: Tensor,
+    slope: Tensor,
+    out: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """Write gradient rows; see `RowKernels.log_odds_gradient`."""
+    launcher = current()
+    n, v = logits.shape
+    shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
+    launcher.launch(
+        Kernel("LOG_ODDS_GRADIENT", (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
+        (n, shares.parts),
+        shares.threads,
+        [
+            logits,
+            labels,
+            state,
+            slope,
+            out,
+            *strides(logits),
+            *strides(out),
+            c_int64(state.stride(0)),
+            c_int64(first_column),
+            c_int32(v),
+            *factors(transform),
+            c_float(transform.scale),
+        ],
+        logits,
+    )
+
+
+def sweep(
+    logits: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    objective: str,
+    vocab_size: int,
+    out: Tensor | None,
+    transform: LogitTransform,
+) -> Tensor:
+    """Statistics, objective and gradient of whole rows; see `SweepKernels.log_odds_sweep`."""
+    launcher = current()
+    n, v = logits.shape
+    values = torch.empty(n, device=logits.device)
+    multiprocessors = launcher.multiprocessors(logits)
+    threads = gpu.sweep_size(
+        v * logits.element_size(),
+        multiprocessors,
+        launcher.cache_bytes(logits),
+        smallest=geometry.ROW_THREADS,
+        resident=geometry.RESIDENT_THREADS,
+    )
+    if not gpu.sweep_pays(n, multiprocessors * (geometry.RESIDENT_THREADS // threads)):
+        state = row_state.empty_state(n, logits.device)
+        slopes = torch.empty_like(values)
+        finish = Finish(objective, vocab_size, row_weight, values, slopes)
+        update(logits, labels, 0, state, transform, finish)
+        if out is not None:
+            gradient(logits, labels, 0, state, slopes, out, transform)
+        return values
+    out_type = logits.dtype if out is None else out.dtype
+    launcher.launch(
+        Kernel("LOG_ODDS_SWEEP", (TYPES[logits.dtype], TYPES[out_type], _cap(transform))),
+        (n, 1),
+        threads,
+        [
+            logits,
+            labels,
+            row_weight,
+            out,
+            values,
+            *strides(logits),
+            *strides(logits if out is None else out),
+            c_int32(v),
+            c_int32(OBJECTIVE_IDS[objective]),
+            *factors(transform),
+            c_float(transform.scale),
+            *_vocabulary(vocab_size),
+        ],
+        logits,
+    )
+    return values

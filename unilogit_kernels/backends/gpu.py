@@ -1,0 +1,136 @@
+"""What launches on GPUs have in common, whatever language the kernels are written in.
+
+How rows are shared among programs (Triton's word; blocks in CUDA), and what kernels take of a
+transform and of a vocabulary. Nothing here has been measured on a GPU yet (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends import LogitTransform
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What logits and gradients may be."""
+
+WAVES = 4
+"""Programs that share the work evenly come in at least so many waves: the last, partial one then
+leaves a GPU idle for a fifth of the time at most."""
+
+LEAST_EFFICIENCY = 2 / 3
+"""A sweep moves two thirds of the bytes of two visits: it pays while no more of the device idles
+in the last wave of rows."""
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+class Finish(NamedTuple):
+    """What a merge of parts computes beside the state.
+
+    Attributes:
+        objective: Name of the objective, one that the kernels know.
+        vocab_size: The V of the objective.
+        row_weight: `[n]`.
+        values: `[n]`, receives `f(d)`.
+        slopes: `[n]`, receives `row_weight * f'(d)`.
+    """
+
+    objective: str
+    vocab_size: int
+    row_weight: Tensor
+    values: Tensor
+    slopes: Tensor
+
+
+def check_dtypes(language: str, *tensors: Tensor) -> None:
+    """Raise TypeError unless each tensor is of one of `DTYPES`.
+
+    Args:
+        language: Of the kernels, as the message names it.
+        tensors: Logits and gradients.
+    """
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"the {language} kernels take {', '.join(map(str, DTYPES))}, got {tensor.dtype} "
+                "(float64 belongs to the eager backend)"
+            )
+
+
+def factors_of(transform: LogitTransform) -> tuple[float, float]:
+    """`scale` and `softcap` as the kernels take them: the cap's division goes into the scale."""
+    if transform.softcap:
+        return transform.scale / transform.softcap, transform.softcap
+    return transform.scale, 0.0
+
+
+def vocabulary_terms(vocab_size: int) -> tuple[float, float, float]:
+    """What objectives know of the vocabulary: `u = -log(V - 1)`, `log(1 + exp(u))`, `1 / V`."""
+    return -math.log(vocab_size - 1), math.log1p(1 / (vocab_size - 1)), 1 / vocab_size
+
+
+# ---- how rows are shared among programs --------------------------------------------------------
+
+
+def whole_rows_suffice(n: int, at_a_time: int) -> bool:
+    """Whether a program for each row keeps the device busy to the end.
+
+    Args:
+        n: Rows.
+        at_a_time: Programs of whole rows that run at once.
+    """
+    return n >= WAVES * at_a_time
+
+
+def tiles_of_a_part(n: int, tiles: int, at_a_time: int) -> int:
+    """Tiles that each of the programs takes that share a row.
+
+    Args:
+        n: Rows.
+        tiles: Of a row.
+        at_a_time: Programs that run at once.
+    """
+    return max(1, n * tiles // (WAVES * at_a_time))
+
+
+def sweep_pays(n: int, at_a_time: int) -> bool:
+    """Whether two visits of whole rows by one program beat parts of rows that are visited twice.
+
+    Too few rows would leave multiprocessors idle, and nearly all of them fit into the cache.
+
+    Args:
+        n: Rows.
+        at_a_time: Programs of whole rows that run at once.
+    """
+    waves = -(-n // at_a_time)
+    return n >= LEAST_EFFICIENCY * waves * at_a_time
+
+
+def sweep_size(
+    row_bytes: int, multiprocessors: int, cache_bytes: int, *, smallest: int, resident: int
+) -> int:
+    """Size of a program that visits its row twice, in warps or in threads.
+
+    The fewer rows are in flight, the more of them stay in the cache between the two visits; so
+    programs are as large as it takes to keep all rows in flight within three quarters of it.
+
+    Args:
+        row_bytes: Of the logits of a row.
+        multiprocessors: Of the device.
+        cache_bytes: Of the last cache that they share.
+        smallest: Size of a program that there is no reason to make larger.
+        resident: What a multiprocessor runs at once, in the same unit; a power of 2 times
+            `smallest`.
+    """
+    size = smallest
+    while size < resident:
+        in_flight = multiprocessors * (resident // size)
+        if 4 * in_flight * row_bytes <= 3 * cache_bytes:
+            break
+        size *= 2
+    return size
