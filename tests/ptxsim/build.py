@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -11,8 +12,11 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from ptxsim.errors import PtxError
+
+Effort = Literal["quick", "fast"]
 
 CACHE_VARIABLE = "PTXSIM_CACHE"
 """Environment variable that names another folder for what is compiled."""
@@ -27,7 +31,12 @@ _COMMON_FLAGS = (
     "-shared",
 )
 _RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2", "-Wall", "-Wextra", "-Werror")
-_KERNEL_FLAGS = (*_COMMON_FLAGS, "-O1", "-w")  # generated code: seconds of compiling count
+# Generated code: most of it runs for less time than it takes to compile.
+_KERNEL_FLAGS: dict[Effort, tuple[str, ...]] = {
+    "quick": (*_COMMON_FLAGS, "-O0", "-w"),
+    "fast": (*_COMMON_FLAGS, "-O1", "-w"),
+}
+_KERNEL_HEADER = _RUNTIME / "kernel.h"
 _MOST_MESSAGE = 3000
 
 
@@ -49,18 +58,42 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def load_kernels(source: str) -> ctypes.CDLL:
-    """Compile a translated module and load it."""
+def load_kernels(source: str, effort: Effort = "quick") -> ctypes.CDLL:
+    """Compile a translated module and load it.
+
+    Args:
+        source: C++ that begins with the inclusion of `kernel.h`.
+        effort: Whether to be `quick`, or to spend twice as long on code that is five times as
+            `fast`.
+    """
     runtime()
     folder = cache_directory()
     folder.mkdir(parents=True, exist_ok=True)
+    flags = _KERNEL_FLAGS[effort]
     with tempfile.NamedTemporaryFile("w", suffix=".cpp", dir=folder) as text:
         text.write(source)
         text.flush()
-        arguments = [*_KERNEL_FLAGS, f"-I{_RUNTIME}"]
-        inputs = sorted(_RUNTIME.glob("*.h"))
-        library = compile_cached("kernels", arguments, inputs, source=Path(text.name))
+        arguments = [*flags, f"-I{_precompiled_header(flags).parent}", f"-I{_RUNTIME}"]
+        library = compile_cached("kernels", arguments, _headers(), source=Path(text.name))
     return ctypes.CDLL(str(library))
+
+
+@cache
+def _precompiled_header(flags: tuple[str, ...]) -> Path:
+    """`kernel.h.gch` in a folder of its own, which g++ finds in the place of `kernel.h`."""
+    arguments = [*flags, f"-I{_RUNTIME}", "-x", "c++-header", str(_KERNEL_HEADER)]
+    compiled = compile_cached("header", arguments, _headers(), suffix=".gch")
+    found = compiled.with_suffix("") / f"{_KERNEL_HEADER.name}.gch"
+    found.parent.mkdir(exist_ok=True)
+    if not found.exists():
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(compiled, found)
+    return found
+
+
+@cache
+def _headers() -> tuple[Path, ...]:
+    return tuple(sorted(_RUNTIME.glob("*.h")))
 
 
 def compile_cached(

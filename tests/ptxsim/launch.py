@@ -24,6 +24,10 @@ ORDERS = ("sequential", "reversed", "random")
 MOST_THREADS = 1024
 """Of a block, on every GPU."""
 
+PATIENCE = 1.0
+"""Seconds of a processor after which a module is compiled once more, into faster code: about as
+long as that takes, and what has run so long is likely to run on."""
+
 Dimensions = tuple[int, int, int]
 
 
@@ -153,7 +157,10 @@ class PtxModule:
         self.uses_compare_and_swap = ".cas." in ptx
         self._variables = translated.variables
         self._static_shared_bytes = translated.static_shared_bytes
+        self._source = translated.source
         self._library = load_kernels(translated.source)
+        self._busy_seconds = 0.0
+        self._is_fast = False
 
     def launch(
         self,
@@ -182,6 +189,8 @@ class PtxModule:
         """
         schedule = schedule or Schedule()
         kernel = self.kernels[name]
+        if self._busy_seconds > PATIENCE and not self._is_fast:
+            self._optimise()
         everything = [r for r in regions if r.end > r.begin] + self._variable_regions()
         shadows = [_shadow(r) if schedule.check_races else None for r in everything]
         visits = (ctypes.c_uint64 * len(kernel.blocks))()
@@ -212,15 +221,24 @@ class PtxModule:
             message=ctypes.cast(message, ctypes.c_char_p),
             message_size=_MESSAGE_BYTES,
         )
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         failed = library.ptx_run(ctypes.byref(request))
         seconds = time.perf_counter() - start
+        self._busy_seconds += time.process_time() - before
         if failed:
             raise KernelFaultError(f"{name}: {_name_arguments(message.value.decode(), everything)}")
         counters = _counters(kernel, request.traffic, list(visits))
         launch = Launch(name, grid, block, shared, counters, seconds)
         report(launch)
         return launch
+
+    def _optimise(self) -> None:
+        """Go on with faster code, and the variables as they are."""
+        before = self._variable_regions()
+        self._library = load_kernels(self._source, "fast")
+        self._is_fast = True
+        for old, new in zip(before, self._variable_regions(), strict=True):
+            ctypes.memmove(new.begin, old.begin, old.end - old.begin)
 
     def _variable_regions(self) -> list[Region]:
         count = len(self._variables)

@@ -55,11 +55,23 @@ def run(
     schedule: Schedule | None = None,
 ) -> Launch:
     """Execute the body on tensors that are called x0, x1..."""
+    module = module_of(body, len(tensors), declarations)
+    return launch(module, tensors, threads=threads, blocks=blocks, schedule=schedule)
+
+
+def launch(
+    module: PtxModule,
+    tensors: Sequence[torch.Tensor],
+    *,
+    threads: int = 32,
+    blocks: int = 1,
+    schedule: Schedule | None = None,
+) -> Launch:
+    """Execute what `module_of` made."""
     arguments = ArgumentBlock()
     for tensor in tensors:
         arguments.append_pointer(tensor.data_ptr())
     regions = [region_of(tensor, f"x{i}") for i, tensor in enumerate(tensors)]
-    module = module_of(body, len(tensors), declarations)
     return module.launch(
         "snippet", (blocks, 1, 1), (threads, 1, 1), bytes(arguments), regions, schedule=schedule
     )

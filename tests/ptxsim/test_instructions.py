@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+import ptxsim.launch
 from ptxsim import KernelFaultError, UnsupportedPtxError, snippets
 from ptxsim.parser import parse
 from ptxsim.syntax import Instruction
@@ -177,6 +178,25 @@ def test_variables_of_the_module() -> None:
     out = torch.zeros(1, dtype=torch.int32)
     snippets.run(body, [out], threads=1, declarations=table)
     assert out.item() == 37
+
+
+def test_faster_code_goes_on_with_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that has run for long is compiled once more, and counts on from where it was."""
+    monkeypatch.setattr(ptxsim.launch, "PATIENCE", 0.0)
+    body = """
+  mov.u64 %rd1, cell;
+  ld.global.b32 %r2, [%rd1];
+  add.s32 %r2, %r2, 1;
+  st.global.b32 [%rd1], %r2;
+  st.global.b32 [%rd0], %r2;
+"""
+    module = snippets.module_of(body, 1, ".global .align 4 .b32 cell = 7;")
+    out, libraries = torch.zeros(1, dtype=torch.int32), set()
+    for expected in (8, 9, 10):
+        snippets.launch(module, [out], threads=1)
+        assert out.item() == expected
+        libraries.add(module._library)
+    assert len(libraries) == 2
 
 
 def test_cache_policies_change_nothing() -> None:
