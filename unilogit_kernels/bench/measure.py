@@ -25,14 +25,16 @@ FAST_SECONDS = 2.0
 SLOW_SECONDS, SLOW_ROUNDS = 5.0, 3
 """A step that takes longer is repeated less often, and its first run counts: what warms up is a
 small part of it. All others run once before they count."""
+VERY_SLOW_SECONDS = 20.0
+"""A step that takes longer is run once, so that it does not take the others' rounds."""
 PROBES = ((64, 10.0), (8, 30.0))
 """A peer first steps on these parts of the tokens, and does not run if that takes so many seconds.
 Its whole step takes up to as many times longer, but less where it has a cost that is fixed."""
 NO_PEAK_SECONDS = 60.0
 """The peak of a peer whose step takes longer is not measured."""
 SHAPE_SECONDS = 240.0
-"""After so long no further round starts, as long as everybody has had one and ours `SLOW_ROUNDS`.
-"""
+"""So long after the first steps no further round starts, as long as everybody has had one and ours
+`SLOW_ROUNDS`."""
 _SPARE = 0.9
 """Share of the free memory that a step may be expected to take."""
 
@@ -179,7 +181,6 @@ def _measure_times(
     found: list[Measurement],
     progress: Callable[[str], None],
 ) -> None:
-    start = time.perf_counter()
     problem = Problem(shape, device.type)
     oracle = Oracle(problem)
     runners = []
@@ -194,8 +195,8 @@ def _measure_times(
         first = runner.measurement.first_call_s or 0.0
         if options.mode == "both" and first > SLOW_SECONDS and not runner.provider.compiles:
             runner.measurement.milliseconds.append(1e3 * first)
-            runner.most_rounds = SLOW_ROUNDS
-    _alternate(runners, options.rounds, start + options.seconds)
+            runner.most_rounds = SLOW_ROUNDS if first < VERY_SLOW_SECONDS else 1
+    _alternate(runners, options.rounds, time.perf_counter() + options.seconds)
     for measurement in found:
         ours = _ours_for(measurement, found)
         pairs = zip(measurement.milliseconds, ours, strict=False)
