@@ -12,7 +12,7 @@ import torch
 from cuda_kernels import devices
 from triton_kernels.small_problems import SHARES, small_problems
 
-from unilogit_kernels import available_backends
+from unilogit_kernels import available_backends, projection
 from unilogit_kernels.backends import DivergenceKernels, cpu, load
 
 # Triton's kernels have the suite for themselves, in processes that `triton_kernels` starts: whether
@@ -82,6 +82,12 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plan for bfloat16 on every machine; test_bfloat16_cast.py has the other one."""
+    monkeypatch.setattr(projection, "multiplies_bfloat16", lambda: True)
 
 
 @contextmanager

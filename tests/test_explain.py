@@ -46,7 +46,7 @@ PAIR_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 V = 8003
 
 
-def _measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, int]:
+def measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, int]:
     """Operations of the GEMMs, and bytes beside operands and gradients, of a real call."""
     options = {"memory_budget": 4 << 20, **options}
     hidden = torch.randn(n, h).to(dtype).requires_grad_(options.pop("train_hidden", True))
@@ -70,7 +70,7 @@ def _measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, 
     )
 
 
-def _predicted(n: int, h: int, dtype: torch.dtype, **options: Any) -> PlanReport:
+def predicted(n: int, h: int, dtype: torch.dtype, **options: Any) -> PlanReport:
     options = {"memory_budget": 4 << 20, **options}
     return explain_plan(n, h, V, dtype=dtype, device="cpu", quiet=True, **options)
 
@@ -79,8 +79,8 @@ def _predicted(n: int, h: int, dtype: torch.dtype, **options: Any) -> PlanReport
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operations_and_peak_are_those_of_the_loops(case: str, dtype: torch.dtype) -> None:
     n, h, options = CASES[case]
-    flops, peak = _measured(n, h, dtype, **options)
-    report = _predicted(n, h, dtype, **options)
+    flops, peak = measured(n, h, dtype, **options)
+    report = predicted(n, h, dtype, **options)
     assert report.gemm_flops == flops
     assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
 
@@ -90,8 +90,8 @@ def test_operations_and_peak_are_those_of_the_loops(case: str, dtype: torch.dtyp
 def test_operations_and_peak_against_a_reference_model(case: str, dtype: torch.dtype) -> None:
     n, h, options = PAIR_CASES[case]
     options = {"ref_h": h, **options}
-    flops, peak = _measured(n, h, dtype, **options)
-    report = _predicted(n, h, dtype, **options)
+    flops, peak = measured(n, h, dtype, **options)
+    report = predicted(n, h, dtype, **options)
     assert report.gemm_flops == flops
     assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
 

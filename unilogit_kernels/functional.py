@@ -135,8 +135,9 @@ def linear_unilogit_loss(
         memory_budget: Bytes that buffers of logits and partial sums may take beside operands and
             gradients; default 256 MiB on GPUs, 64 MiB on CPU. See `explain_plan`.
         logits_dtype: What the logits are rounded to before their statistics. Default: float32
-            where the device's GEMM can write it (GPUs), else hidden's dtype. hidden's dtype
-            reproduces an eager Hugging Face model; float32 on CPU takes float32 GEMMs.
+            where the device's GEMM can write it (GPUs, and CPUs on which float32 GEMMs are the
+            faster ones), else hidden's dtype. hidden's dtype reproduces an eager Hugging Face
+            model; float32 on CPU takes float32 GEMMs.
         skip_below: Tokens whose slope (weight times `f'(d)`) is below this share of the largest
             get no gradient. Default 0: only exact zeros are skipped, and on CPU none of a frozen
             `weight`, whose gradient comes along with the loss. A skipped token's own gradient is

@@ -89,6 +89,7 @@ def _sum_rest(
         if columns.start:
             total.mul_(row_state.rest_share(before, state)[:, None])
         multiply(out, weight, total, accumulate=columns.start > 0)
+        del weight  # which may be a copy, before the next one is made
     return state, label_entry
 
 

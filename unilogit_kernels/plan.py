@@ -147,8 +147,13 @@ class LinearShape(NamedTuple):
 
     @property
     def widens(self) -> bool:
-        """Whether sums of the GEMMs' results need a wider dtype than the operands'."""
-        return self.dtypes.exact != self.dtypes.operands
+        """Whether sums of the GEMMs' results need a wider dtype than operands or results have."""
+        return not self.dtypes.operands == self.dtypes.results == self.dtypes.exact
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a product is wider than where it goes, so that it exists beside it."""
+        return self.dtypes.results.itemsize < self.dtypes.operands.itemsize
 
     @property
     def sums_hidden(self) -> bool:
@@ -350,8 +355,7 @@ def weight_sum_bytes(shape: LinearShape) -> int:
     """
     if not shape.needs.weight or shape.dtypes.results == shape.dtypes.exact:
         return 0
-    product = 0 if writes_wider(shape.device_type) else shape.dtypes.operands.itemsize
-    return shape.vocab_size * shape.h * (shape.dtypes.exact.itemsize + product)
+    return shape.vocab_size * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
 
 
 def vector_bytes(shape: LinearShape) -> int:
@@ -412,13 +416,21 @@ def hidden_sum_bytes(shape: LinearShape) -> int:
     """Bytes in which the hidden states' gradient adds up, beside its own memory."""
     if not shape.sums_hidden:
         return 0
-    product = 0 if writes_wider(shape.device_type) else shape.dtypes.operands.itemsize
-    return shape.n * shape.h * (shape.dtypes.exact.itemsize + product)
+    return shape.n * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
+
+
+def product_bytes(shape: LinearShape) -> int:
+    """Bytes of an entry of a product that is added to a wider sum, where no GEMM can do that."""
+    dtypes = shape.dtypes
+    if dtypes.operands == dtypes.exact or writes_wider(shape.device_type):
+        return 0
+    return dtypes.operands.itemsize
 
 
 def _weight_bytes(shape: LinearShape, *, adds_up: bool) -> int:
     """Bytes that one more column of a chunk costs beside its logits: copies of weight rows."""
-    total = shape.dtypes.exact.itemsize if adds_up and shape.needs.weight and shape.widens else 0
+    wide = shape.narrows or (adds_up and shape.widens)
+    total = shape.dtypes.exact.itemsize if wide and shape.needs.weight else 0
     return cast_bytes(shape) + shape.h * total
 
 

@@ -17,6 +17,7 @@ from unilogit_kernels.plan import (
     Plan,
     cast_bytes,
     hidden_sum_bytes,
+    product_bytes,
     row_bytes,
     slices,
     token_groups,
@@ -246,14 +247,15 @@ class Costs:
         return several and (wider or self.plan.kept_tokens > 0)
 
     def _product_bytes(self) -> int:
-        """Of a product that is added to a wider sum, where the GEMM cannot do that."""
+        """Of a product that no GEMM writes where it goes: a wider sum, or a narrower gradient."""
         shape = self.shape
-        if not shape.widens or writes_wider(shape.device_type):
-            return 0
+        if shape.narrows:
+            written = shape.needs.weight and not self._adds_up()
+            return self.plan.columns * shape.h * shape.dtypes.operands.itemsize if written else 0
         rows = [min(shape.n, self.plan.tokens)] if shape.sums_hidden else []
         if shape.needs.weight and self._adds_up():
             rows.append(self.plan.columns)
-        return max(rows, default=0) * shape.h * shape.dtypes.operands.itemsize
+        return max(rows, default=0) * shape.h * product_bytes(shape)
 
     def _projection_bytes(self, tokens: int) -> int:
         """Of operands cast up, where the GEMM cannot write wider logits than it reads."""

@@ -6,7 +6,9 @@ where its result is accumulated, so that the chunk loops need not.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -56,7 +58,8 @@ class GemmDtypes(NamedTuple):
 
         float16 results wait in float32: with 1/N folded in they would underflow, without it they
         could overflow. On CPU float16 operands are cast too, chunk by chunk, since their GEMM is
-        slow and accumulates no better.
+        slow and accumulates no better; so are bfloat16 ones where the CPU has no instructions for
+        them, which makes the GEMMs faster (docs/benchmarks.md) and leaves their logits in float32.
 
         Args:
             dtype: Of hidden states and weight.
@@ -67,7 +70,8 @@ class GemmDtypes(NamedTuple):
         if dtype == torch.float16:
             chosen = GemmDtypes(dtype if on_gpu else torch.float32, torch.float32, torch.float32)
         elif dtype == torch.bfloat16:
-            chosen = GemmDtypes(dtype, torch.float32 if on_gpu else dtype, dtype)
+            operands = dtype if on_gpu or multiplies_bfloat16() else torch.float32
+            chosen = GemmDtypes(operands, torch.float32 if on_gpu else operands, dtype)
         else:
             chosen = GemmDtypes(dtype, dtype, dtype)
         return chosen if logits_dtype is None else chosen._replace(logits=logits_dtype)
@@ -98,6 +102,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
 def writes_wider(device_type: str) -> bool:
     """Whether a GEMM of 16-bit operands can write float32 (`torch.mm(out_dtype=)`)."""
     return device_type == "cuda"
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers; unknown ones count so."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)
