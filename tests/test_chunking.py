@@ -196,6 +196,14 @@ class TestPlan:
         assert plan.order == "token_chunks"
         assert plan.tokens * plan.columns * 6 <= MEMORY_BUDGET["cuda"]
 
+    def test_token_chunks_are_of_one_size(self) -> None:
+        """A last chunk of a few tokens would read the weights as all others do."""
+        for n in (511, 1024, 8192, 10_000):
+            plan = self.plan(n, 4096, 128_256, weight=False, device="cuda")
+            chunks = -(-n // plan.tokens)
+            assert n - (chunks - 1) * plan.tokens > plan.tokens - 64 * chunks
+            assert plan.tokens % 64 == 0
+
     def test_frozen_weight_takes_one_visit_on_a_cpu(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=False)
         assert plan.order == "one_visit"

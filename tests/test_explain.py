@@ -108,6 +108,17 @@ def test_a_pair_needs_no_gemm_beyond_its_own(n: int, train_weight: bool, gemms: 
     assert report.kept_share == (1.0 if train_weight else 0.0)
 
 
+def test_a_float32_pair_adds_up_where_its_logits_do_not_fit() -> None:
+    """Sums in float32 are the gradient itself, so that nothing has to wait in it."""
+    orders = [
+        explain_plan(
+            n, 128, 32_000, dtype=torch.float32, device="cpu", ref_h=128, quiet=True
+        ).plan.order
+        for n in (64, 65)
+    ]
+    assert orders == ["vocabulary_chunks", "token_chunks"]
+
+
 @pytest.mark.parametrize("n", [64, 1024, 8192, 65_536])
 @pytest.mark.parametrize("ref_h", [None, 2048])
 @pytest.mark.parametrize("train_weight", [False, True])

@@ -291,11 +291,18 @@ def aligned_size(size: int, step: int) -> int:
 
 
 def _token_chunk(shape: LinearShape, budget: int, logit_bytes: int) -> int:
-    """Tokens whose logits over the whole vocabulary fit; at least two chunks: never n * V."""
-    fitting = budget // (shape.vocab_size * logit_bytes)
-    return min(
-        (shape.n + 1) // 2, aligned_size(fitting, per_device(ALIGNED_TOKENS, shape.device_type))
+    """Tokens whose logits over the whole vocabulary fit; at least two chunks: never n * V.
+
+    The chunks are of about one size: a last one of a few tokens would read the weights for nothing.
+    """
+    aligned = per_device(ALIGNED_TOKENS, shape.device_type)
+    fitting = min(
+        (shape.n + 1) // 2, aligned_size(budget // (shape.vocab_size * logit_bytes), aligned)
     )
+    if fitting < 1:
+        return 0
+    chunks = -(-shape.n // fitting)
+    return min(fitting, -(-shape.n // (chunks * aligned)) * aligned)
 
 
 def _row_tile(shape: LinearShape, tokens: int) -> int:
@@ -317,6 +324,9 @@ def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
     # A weight gradient that adds up over the chunks must do so in float32.
     if weight_sum_bytes(shape) > max(budget // MIN_BUFFER_SHARE, hidden_sum_bytes(shape)):
         return False
+    if not shape.widens and _suits_rows(shape):
+        # Finished rows would wait for nothing: sums in float32 are the gradient itself.
+        return visits == 2
     return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, rows=_suits_rows(shape))
 
 
