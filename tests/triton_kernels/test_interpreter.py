@@ -24,8 +24,7 @@ SELECTION = {
     ),
     "two rows": (
         "test_divergence_kernels.py",
-        "equal_rows or (forbidden and not float16) or "
-        "(test_gradient and float32 and True and softcap)",
+        "equal_rows or (forbidden and float32) or (test_gradient and float32 and True and softcap)",
     ),
 }
 """Tests and a filter. The interpreter is slow; compiled, the kernels run the whole suite."""
