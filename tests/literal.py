@@ -91,6 +91,24 @@ def weighted(weight: Callable[[Tensor], Tensor]) -> Literal:
     return lambda z, y: weight(log_p(z, y).detach().exp()) * log_p(z, y)
 
 
+def logit(z: Tensor, y: Tensor) -> Tensor:
+    """`log p_y - log(1 - p_y)`, over a softmax without the label."""
+    chosen = z.gather(1, y[:, None])[:, 0]
+    return chosen - without_label(z, y).logsumexp(-1)
+
+
+def log_runner_up(z: Tensor, y: Tensor) -> Tensor:
+    """The largest `log p_v` of tokens v other than y."""
+    return without_label(torch.log_softmax(z, dim=-1), y).amax(-1)
+
+
+def inverted_hinge(z: Tensor, y: Tensor) -> Tensor:
+    """Cha et al. 2024 (LoKU), arXiv 2408.06621: `1 + p(x_t) - max_{v != x_t} p(v)`."""
+    p = torch.softmax(z, dim=-1)
+    others = p.scatter(1, y[:, None], -1.0)
+    return 1 + p.gather(1, y[:, None])[:, 0] - others.amax(-1)
+
+
 TOKEN: dict[str, Literal] = {
     "unilogit": unilogit("reverse"),
     "unilogit_forward": unilogit("forward"),
@@ -101,6 +119,7 @@ TOKEN: dict[str, Literal] = {
     "self_undial": distillation(lowered(10.0)),
     # Wang et al. 2025, arXiv 2502.19301; Yang et al. 2025, arXiv 2505.11953.
     "wga": weighted(lambda p: p),
+    "loku": inverted_hinge,
     "satimp": weighted(lambda p: p**5 * (1 - p)),
 }
 """Methods of one token, by the package's names, with the default parameters."""

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unilogit_kernels import objective_loss, objectives
-from unilogit_kernels.objectives import TNPO, Mixture, Objective, SequenceObjective
+from unilogit_kernels.objectives import TNPO, LoKU, Mixture, Objective, SequenceObjective
+from unilogit_kernels.row_state import Statistics
 
 Exact = Callable[[Any, int], tuple[Any, Any]]
 
@@ -84,8 +85,8 @@ def test_every_objective_has_an_oracle() -> None:
     of_sequences = {
         name for name, cls in objectives.REGISTRY.items() if issubclass(cls, SequenceObjective)
     }
-    assert set(EXACT) | of_sequences | {"tnpo"} == set(objectives.REGISTRY)
-    assert set(EXACT) == set(literal.TOKEN)
+    assert set(EXACT) | of_sequences | {"tnpo", "loku"} == set(objectives.REGISTRY)
+    assert set(EXACT) | {"loku"} == set(literal.TOKEN)
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))
@@ -114,6 +115,27 @@ def test_value_and_slope(name: str, dtype: torch.dtype, d: float, v: int) -> Non
     if name == "unilogit_forward":
         allowed = 4 * eps * max(abs(slope), 1 / v)
     assert abs(objective.slope(x, v).item() - slope) <= allowed + tiny
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(d=st.floats(-100, 100), rest=st.floats(-100, 0))
+def test_loku(d: float, rest: float) -> None:
+    """The value to a few ulps of the probabilities, each slope to a few ulps of itself.
+
+    `rest` is the logarithm of the runner-up's share of what the label leaves.
+    """
+    x = torch.tensor(d)
+    log_prob = torch.tensor(rest) - objectives.softplus(x)
+    seen = Statistics(x, log_prob)
+    with mpmath.workdps(120):
+        p, m = 1 / (1 + mpmath.exp(-x.item())), mpmath.exp(log_prob.item())
+        value, by_d = float(p + (1 - m)), float(p * (1 - p))
+        relative = 4 * torch.finfo(torch.float32).eps * (1 + abs(log_prob.item()))
+        assert abs(LoKU().evaluate(seen, 9).item() - value) <= relative * value + 1e-37
+        slope = LoKU().differentiate(seen, 9)
+        assert slope.runner_up is not None
+        assert abs(slope.log_odds.item() - by_d) <= relative * by_d + 1e-37
+        assert abs(slope.runner_up.item() + float(m)) <= relative * float(m) + 1e-37
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))
@@ -237,11 +259,17 @@ def test_pack_and_unpack() -> None:
     segments = torch.tensor([0, 1, 2])
     mixture = Mixture((tnpo, objectives.WGA(alpha=2.0), npo), segments)
     d = torch.randn(3)
-    for objective in (tnpo, objectives.SatImp(), npo, mixture, Mixture((tnpo,), segments)):
+    hinge = Mixture((tnpo, LoKU()), torch.tensor([0, 1, 1]))
+    for objective in (tnpo, objectives.SatImp(), npo, mixture, Mixture((tnpo,), segments), hinge):
         again = objectives.unpack(*objectives.pack(objective))
         assert type(again) is type(objective)
-        assert torch.equal(again.value(d, 10), objective.value(d, 10))
-        assert torch.equal(again.slope(d, 10), objective.slope(d, 10))
+        seen = Statistics(d, -d.abs())
+        assert torch.equal(again.evaluate(seen, 10), objective.evaluate(seen, 10))
+        for one, two in zip(
+            again.differentiate(seen, 10), objective.differentiate(seen, 10), strict=True
+        ):
+            assert (one is None) == (two is None)
+            assert one is None or two is None or torch.equal(one, two)
 
 
 def test_names_and_parameters() -> None:

@@ -108,6 +108,8 @@ def test_compile_with_a_function_of_the_log_odds(backend: str) -> None:
     [
         "log_odds",
         "linear_log_odds",
+        "runner-up",
+        "linear runner-up",
         "objective",
         "linear_objective",
         "objective with tensors",
@@ -123,12 +125,12 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     weighted: tuple[object, ...] = (torch.ones(4), torch.tensor(0.25), "unilogit", [], [])
     with_tensors = (torch.ones(4), torch.tensor(0.25), "tnpo", [0.1, 1.0], [torch.randn(4)])
     options = (0, 0.0, True, None)
+    linear = (hidden, weight, None, torch.ones(4, dtype=torch.bool), *rows, *options, True)
     arguments: dict[str, tuple[str, tuple[object, ...]]] = {
-        "log_odds": ("log_odds", (logits, *rows)),
-        "linear_log_odds": (
-            "linear_log_odds",
-            (hidden, weight, None, torch.ones(4, dtype=torch.bool), *rows, *options, True),
-        ),
+        "log_odds": ("log_odds", (logits, *rows, False)),
+        "linear_log_odds": ("linear_log_odds", (*linear, False)),
+        "runner-up": ("log_odds", (logits, *rows, True)),
+        "linear runner-up": ("linear_log_odds", (*linear, True)),
         "objective": ("objective_loss", (logits, *rows, *weighted, True)),
         "linear_objective": (
             "linear_objective_loss",

@@ -14,7 +14,11 @@ from unilogit_kernels.functional import (
 )
 from unilogit_kernels.mixed import MixedLoss, linear_mixed_loss, mixed_loss
 from unilogit_kernels.modules import LinearUnilogitLoss, UnilogitLoss
-from unilogit_kernels.runner_up import linear_runner_up, runner_up
+from unilogit_kernels.runner_up import (
+    TargetAndRunnerUp,
+    linear_target_and_runner_up,
+    target_and_runner_up,
+)
 from unilogit_kernels.sequences import linear_sequence_log_probs, sequence_log_probs
 
 __version__ = "0.1.0"
@@ -24,6 +28,7 @@ __all__ = [
     "Mask",
     "MixedLoss",
     "Shift",
+    "TargetAndRunnerUp",
     "Uniform",
     "UnilogitLoss",
     "available_backends",
@@ -32,15 +37,15 @@ __all__ = [
     "linear_kl_loss",
     "linear_mixed_loss",
     "linear_objective_loss",
-    "linear_runner_up",
     "linear_sequence_log_probs",
+    "linear_target_and_runner_up",
     "linear_target_log_odds",
     "linear_unilogit_loss",
     "mixed_loss",
     "objective_loss",
-    "runner_up",
     "sequence_log_probs",
     "shift_labels",
+    "target_and_runner_up",
     "target_log_odds",
     "unilogit_loss",
 ]

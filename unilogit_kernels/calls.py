@@ -13,6 +13,7 @@ from unilogit_kernels import inputs, objectives
 from unilogit_kernels import ops as _ops  # noqa: F401  (registers the operators)
 from unilogit_kernels.inputs import LossCall
 from unilogit_kernels.objectives import Mixture, Objective, SequenceObjective
+from unilogit_kernels.row_state import Statistics
 
 
 class Operands(NamedTuple):
@@ -69,7 +70,8 @@ def objective_of(
         objective = _flatten(objective, call)
     if call.reduction != "none" and objectives.is_registered(objective):
         return finish(operands, call, objective)[0]
-    return _reduce(log_odds(operands, call), objective, call)
+    runner_up = isinstance(objective, Objective) and objective.needs_runner_up
+    return _reduce(statistics(operands, call, runner_up=runner_up)[0], objective, call)
 
 
 def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -88,14 +90,28 @@ def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Te
 
 def log_odds(operands: Operands, call: LossCall) -> Tensor:
     """The log-odds `[n]`, differentiable; 0 where a row does not count."""
+    return statistics(operands, call, runner_up=False)[0].log_odds
+
+
+def statistics(operands: Operands, call: LossCall, *, runner_up: bool) -> tuple[Statistics, Tensor]:
+    """What losses see of the rows, differentiable; 0 where a row does not count.
+
+    Args:
+        operands: What the logits come from.
+        call: How.
+        runner_up: Whether to look for the largest logit but the label's.
+
+    Returns:
+        The statistics, and the runner-up's token, int64 `[n]`; empty where nobody asked for it.
+    """
     active = call.row_weight != 0
     if operands.logits is not None:
-        found = torch.ops.unilogit_kernels.log_odds(operands.logits, *_rows(call))[0]
+        found = torch.ops.unilogit_kernels.log_odds(operands.logits, *_rows(call), runner_up)
     else:
         found = torch.ops.unilogit_kernels.linear_log_odds(
-            *operands[1:], active, *_rows(call), *_options(call), any(operands.needs())
-        )[0]
-    return torch.where(active, found, 0.0)
+            *operands[1:], active, *_rows(call), *_options(call), any(operands.needs()), runner_up
+        )
+    return Statistics.of(torch.where(active, found[0], 0.0)), found[1]
 
 
 def mixture_of(
@@ -189,15 +205,16 @@ def _place_sequences(
 
 
 def _reduce(
-    log_odds: Tensor, objective: Objective | Callable[[Tensor], Tensor], call: LossCall
+    seen: Statistics, objective: Objective | Callable[[Tensor], Tensor], call: LossCall
 ) -> Tensor:
+    log_odds = seen.log_odds
     if isinstance(objective, SequenceObjective):
         losses = objective.per_sequence(log_odds)
         if call.reduction == "none":
             return losses.reshape(call.shape[:-1]) if objective.members == 1 else losses
         return call.factor * losses.sum()
     if isinstance(objective, Objective):
-        values = objective(log_odds, call.vocab_size)
+        values = objective.of_rows(seen, call.vocab_size)
     else:
         values = objective(log_odds)
         if values.shape != log_odds.shape:

@@ -28,7 +28,7 @@ from unilogit_kernels.plan import (
 )
 from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.rows import RowLoss, Rows, weigh
-from unilogit_kernels.selection import active_index, significant, spread
+from unilogit_kernels.selection import active_index, counting, significant, spread
 
 NOTHING = Needs(hidden=False, weight=False, bias=False)
 EVERYTHING = Needs(hidden=True, weight=True, bias=True)
@@ -127,7 +127,7 @@ class LinearInputs(NamedTuple):
 def compacted_values(
     inputs: LinearInputs, active: Tensor, rows: Rows, keep: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Values `[n]` and states `[k, n]`; rows that are not active get 0 and an empty state.
+    """Values `[..., n]` and states `[k, n]`; rows that are not active get 0 and an empty state.
 
     Args:
         inputs: Operands and options.
@@ -137,10 +137,9 @@ def compacted_values(
     """
     n, dtype = inputs.hidden.shape[0], inputs.dtypes.exact
     index = inputs.positions(active)
-    values = inputs.hidden.new_zeros(n, dtype=dtype)
     state = rows.empty_state(n, inputs.hidden.device, dtype)
     if n == 0 or (index is not None and index.numel() == 0):
-        return values, state
+        return torch.zeros_like(rows.values(state)), state
     heads = inputs.heads(active, index)
     part = rows if index is None else rows.at(index)
     m = heads[0].hidden.shape[0]
@@ -153,7 +152,8 @@ def compacted_values(
     if index is None:
         return torch.where(active, part_values, 0.0), part_state
     state[:, index] = part_state
-    return values.index_copy_(0, index, part_values), state
+    values = part_values.new_zeros(*part_values.shape[:-1], n)
+    return values.index_copy_(-1, index, part_values), state
 
 
 def compacted_gradient(
@@ -173,12 +173,12 @@ def compacted_gradient(
         rows: As in the forward.
         needs: Which gradients are wanted.
         state: From the forward.
-        upstream: `[n]`.
+        upstream: `[..., n]`.
         kept: What the forward kept.
     """
     gradients = inputs.new_gradients(rows.vocab_size, needs)
     upstream = significant(torch.where(active, upstream, 0.0), inputs.options.skip_below)
-    counts = upstream != 0
+    counts = counting(upstream)
     index = inputs.positions(counts)
     if upstream.numel() == 0 or (index is not None and index.numel() == 0):
         return _zeroed(gradients)
@@ -189,7 +189,7 @@ def compacted_gradient(
     if kept[0].numel():
         # The cut of the forward, which saw every active row.
         first = inputs.positions(active)
-        forward_tokens = upstream.numel() if first is None else first.numel()
+        forward_tokens = active.numel() if first is None else first.numel()
         shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
         plan = plan_keeping(shape, inputs.options, m)
         saved = KeptLogits(kept, forward_tokens)
@@ -197,7 +197,7 @@ def compacted_gradient(
             position = (active.cumsum(0) - 1)[index] if first is not None else index
     if index is not None:
         rows = rows.at(index)
-        state, upstream = state[:, index], upstream[index]
+        state, upstream = state[:, index], upstream[..., index]
     part = gradients
     if index is not None and gradients.hidden is not None:
         part = gradients._replace(hidden=gradients.hidden[:m])
@@ -216,7 +216,9 @@ def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[T
     heads = inputs.heads(active, index)
     m = heads[0].hidden.shape[0]
     shape = inputs.shape(m, vocab_size, needs)
-    plan = plan_linear(shape, inputs.options, visits=2, coupled=loss.coupled)
+    plan = plan_linear(
+        shape, inputs.options, visits=2, coupled=loss.coupled, runner_up=loss.runner_up
+    )
     part, every_weight = gradients, loss.row_weight
     if index is not None:
         loss = loss.at(index)

@@ -19,7 +19,13 @@ from unilogit_kernels.one_visit import gradient_in_one_visit
 from unilogit_kernels.plan import LinearOptions, Plan, slices, token_groups, token_tiles
 from unilogit_kernels.projection import LinearHead, multiply
 from unilogit_kernels.rows import RowLoss, RowProblem, Rows
-from unilogit_kernels.selection import gather_in_place, significant, spread, worthwhile_index
+from unilogit_kernels.selection import (
+    counting,
+    gather_in_place,
+    significant,
+    spread,
+    worthwhile_index,
+)
 
 Heads = tuple[LinearHead, ...]
 """The lm_heads of a call, the one that learns first."""
@@ -401,8 +407,7 @@ def _loss_by_columns(
     state = torch.cat(states, dim=1)
     if any(gradient is not None for gradient in gradients):
         slope = significant(slope_of(state, slice(0, loop.tokens)), options.skip_below)
-        counts = (slope != 0).reshape(-1, loop.tokens).any(0)
-        index = worthwhile_index(counts) if options.compact else None
+        index = worthwhile_index(counting(slope)) if options.compact else None
         if index is not None:
             _some_gradients(loop, index, state, slope, gradients)
         else:

@@ -199,6 +199,7 @@ def plan_linear(
     *,
     visits: int,
     coupled: bool = False,
+    runner_up: bool = False,
 ) -> Plan:
     """Choose the order and the chunk sizes.
 
@@ -207,12 +208,13 @@ def plan_linear(
         options: How it may run.
         visits: 2 if statistics and gradients are computed in one call, else 1.
         coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
+        runner_up: Whether a row has a second entry of its own, which one visit finds too late.
     """
     given = (options or LinearOptions()).budget(shape.device_type)
     # Vectors grow with the tokens; logits get their share of the budget all the same.
     budget = max(given - vector_bytes(shape), given // MIN_BUFFER_SHARE)
     skips = options is not None and options.skip_below > 0
-    if visits == 2 and not (coupled or skips) and _suits_one_visit(shape):
+    if visits == 2 and not (coupled or skips or runner_up) and _suits_one_visit(shape):
         return _one_visit(shape, budget)
     if not coupled and _suits_tokens(shape, budget, visits=visits):
         left = max(budget - weight_sum_bytes(shape), budget // MIN_BUFFER_SHARE)

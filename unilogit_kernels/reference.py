@@ -141,6 +141,34 @@ def target_log_odds(
     return logits.gather(-1, labels[:, None])[:, 0] - rest_lse
 
 
+def runner_up_log_prob(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """`log max_{j != y} p_j`, by a softmax and a mask.
+
+    Args:
+        logits: `[n, V]`, any float dtype.
+        labels: int64 `[n]` in `[0, V)`.
+        softcap: See `transform_logits`.
+        logit_scale: See `transform_logits`.
+        vocab_size: See `transform_logits`.
+
+    Returns:
+        `[n]` in the dtype of `logits`.
+    """
+    logits = transform_logits(
+        logits, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size
+    )
+    is_label = F.one_hot(labels, logits.shape[-1]).bool()
+    log_p = torch.log_softmax(logits, dim=-1)
+    return log_p.masked_fill(is_label, float("-inf")).max(-1).values
+
+
 def weighted_objective_sum(
     logits: Tensor,
     labels: Tensor,

@@ -16,6 +16,7 @@ from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform, RowKernels, sweep_kernels
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.objectives import Objective
+from unilogit_kernels.row_state import Statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,7 +49,7 @@ class Rows(Protocol):
         """Write the gradient rows of the first tile into `out`, for what `slope` returned."""
 
     def values(self, state: Tensor) -> Tensor:
-        """What a complete state says of each row, `[n]`."""
+        """What a complete state says of each row, `[..., n]`."""
 
     def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
         """What `gradient` takes, `[..., n]`, for `upstream` as gradient of the values."""
@@ -61,6 +62,7 @@ class RowLoss(Protocol):
         row_weight: `[n]`; 0 drops a row, whatever it holds.
         factor: 0-d; what the weighted sum of values is multiplied by.
         coupled: Whether a slope takes the statistics of all rows.
+        runner_up: Whether a row has an entry of its own at the runner-up.
     """
 
     @property
@@ -77,6 +79,10 @@ class RowLoss(Protocol):
 
     @property
     def coupled(self) -> bool:
+        """See above."""
+
+    @property
+    def runner_up(self) -> bool:
         """See above."""
 
     def at(self, tokens: slice | Tensor) -> Self:
@@ -103,20 +109,22 @@ class RowProblem(NamedTuple):
         transform: What the model does to the raw logits.
         vocab_size: Size of the whole vocabulary, which `log(V - 1)` sees.
         kernels: The backend.
+        runner_up: Whether to look for the largest logit but the label's.
     """
 
     labels: Tensor
     transform: LogitTransform
     vocab_size: int
     kernels: RowKernels
+    runner_up: bool = False
 
     def at(self, tokens: slice | Tensor) -> RowProblem:
         """See `Rows.at`."""
         return self._replace(labels=self.labels[tokens])
 
     def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """See `Rows.empty_state`; `[3, n]`."""
-        return row_state.empty_state(n, device, dtype)
+        """See `Rows.empty_state`; `[3, n]`, or `[4, n]` with the runner-up."""
+        return row_state.empty_state(n, device, dtype, runner_up=self.runner_up)
 
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
         """See `Rows.update`."""
@@ -136,12 +144,24 @@ class RowProblem(NamedTuple):
         )
 
     def values(self, state: Tensor) -> Tensor:
-        """The log-odds."""
-        return row_state.log_odds(state, self.labels, self.vocab_size)
+        """The log-odds, `[n]`; and the runner-up's `log p`, `[2, n]` together."""
+        seen = self.statistics(state)
+        return (
+            seen.log_odds
+            if seen.runner_up is None
+            else torch.stack((seen.log_odds, seen.runner_up))
+        )
+
+    def statistics(self, state: Tensor) -> Statistics:
+        """What an objective sees of the rows."""
+        return row_state.statistics(state, self.labels, self.vocab_size)
 
     def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
-        """The gradient of the log-odds itself."""
-        return upstream
+        """The `row_slopes` of an upstream gradient of the values."""
+        if not self.runner_up:
+            return upstream.contiguous()
+        log_odds = row_state.log_odds(state, self.labels, self.vocab_size)
+        return row_state.row_slopes(state, log_odds, Statistics.of(upstream))
 
 
 class Weighted(NamedTuple):
@@ -199,28 +219,37 @@ class ObjectiveLoss(NamedTuple):
         """See `RowLoss`."""
         return self.weighted.objective.coupled
 
+    @property
+    def runner_up(self) -> bool:
+        """See `RowLoss`."""
+        return self.rows.runner_up
+
     def at(self, tokens: slice | Tensor) -> ObjectiveLoss:
         """See `RowLoss.at`."""
         return ObjectiveLoss(self.rows.at(tokens), self.weighted.at(tokens))
 
     def values(self, state: Tensor) -> Tensor:
         """See `RowLoss.values`."""
-        return self.weighted.objective.value(self.rows.values(state), self.rows.vocab_size)
+        return self.weighted.objective.evaluate(self.rows.statistics(state), self.rows.vocab_size)
 
     def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
         """See `RowLoss.slope`."""
-        weight = self.weighted.slope_weight(fold_factor=fold_factor)
-        return row_slope(
-            self.weighted.objective, self.rows.values(state), weight, self.rows.vocab_size
+        weight, seen = (
+            self.weighted.slope_weight(fold_factor=fold_factor),
+            self.rows.statistics(state),
         )
+        return weighted_slopes(self.weighted.objective, state, seen, weight, self.rows.vocab_size)
 
     def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
         """See `RowLoss.finish`."""
         return finish_rows(logits[0], self.rows, self.weighted, out, fold_factor=fold_factor)
 
     def sizes(self, gradient_rows: Tensor) -> Tensor | None:
-        """A row's slope is its gradient at the label's column, unless a softcap is flat there."""
-        if self.rows.transform.softcap:
+        """A row's slope is its gradient at the label's column.
+
+        Unless a softcap is flat there, or the runner-up has a slope of its own.
+        """
+        if self.rows.transform.softcap or self.runner_up:
             return None
         column = self.rows.labels.clamp(0, gradient_rows.shape[1] - 1)[:, None]
         return gradient_rows.gather(1, column)[:, 0].abs().float()
@@ -270,7 +299,7 @@ def _empty_gradient(logits: Tensor, vocab_size: int) -> Tensor:
 def finish_rows(
     logits: Tensor, rows: RowProblem, weighted: Weighted, out: Tensor | None, *, fold_factor: bool
 ) -> Tensor:
-    """Values `f(d)` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`."""
+    """Values `f` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`."""
     kernels, objective = rows.kernels, weighted.objective
     slope_weight = weighted.slope_weight(fold_factor=fold_factor)
     sweep = sweep_kernels(kernels)
@@ -279,16 +308,18 @@ def finish_rows(
             logits, rows.labels, slope_weight, objective.name, rows.vocab_size, out, rows.transform
         )
     state = logits_state([logits], rows)
-    log_odds = rows.values(state)
+    seen = rows.statistics(state)
     if out is not None:
-        slope = row_slope(objective, log_odds, slope_weight, rows.vocab_size)
+        slope = weighted_slopes(objective, state, seen, slope_weight, rows.vocab_size)
         rows.gradient([logits], 0, state, slope, out)
-    return objective.value(log_odds, rows.vocab_size)
+    return objective.evaluate(seen, rows.vocab_size)
 
 
-def row_slope(
-    objective: Objective, log_odds: Tensor, slope_weight: Tensor, vocab_size: int
+def weighted_slopes(
+    objective: Objective, state: Tensor, seen: Statistics, slope_weight: Tensor, vocab_size: int
 ) -> Tensor:
-    """`slope_weight * f'(d)`, and 0 for a row of weight 0, whatever it holds."""
-    slope = slope_weight * objective.slope(log_odds, vocab_size)
-    return torch.where(slope_weight == 0, 0.0, slope)
+    """The `row_slopes` of `slope_weight * f`, 0 for a row of weight 0, whatever it holds."""
+    slope = objective.differentiate(seen, vocab_size)
+    by_runner_up = None if slope.runner_up is None else weigh(slope_weight, slope.runner_up)
+    weighted = Statistics(weigh(slope_weight, slope.log_odds), by_runner_up)
+    return row_state.row_slopes(state, seen.log_odds, weighted)

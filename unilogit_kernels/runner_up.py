@@ -1,56 +1,81 @@
-"""The likeliest token other than the label, for hinge losses and margins."""
+"""The label and the likeliest token other than it, for margins and hinge losses."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels import calls
-from unilogit_kernels.compaction import NOTHING, LinearInputs
+from unilogit_kernels.calls import Operands
 from unilogit_kernels.inputs import LossCall
-from unilogit_kernels.memory import allocate
-from unilogit_kernels.plan import plan_linear, slices
-
-BLOCK_ELEMENTS = 1 << 20
-"""Logits looked at at a time, which bounds the copy that the label is taken out of."""
 
 
-@torch.no_grad()
-def runner_up(
+class TargetAndRunnerUp(NamedTuple):
+    """What a loss may see of the label and of the runner-up, `[...]` each.
+
+    Attributes:
+        log_odds: The label's, `d = logit(p_y)`, differentiable.
+        runner_up_log_prob: `log max_{j != y} p_j`, differentiable.
+        runner_up: The token that has it, int64: the lowest of equal ones. `ignore_index` at ignored
+            positions; the lowest token but the label in a row with NaN.
+
+    Example:
+        >>> import torch
+        >>> d, log_prob, token = TargetAndRunnerUp(
+        ...     torch.tensor([0.0]), torch.tensor([-1.0]), torch.tensor([7])
+        ... )
+    """
+
+    log_odds: Tensor
+    runner_up_log_prob: Tensor
+    runner_up: Tensor
+
+
+def target_and_runner_up(
     logits: Tensor,
     labels: Tensor,
     *,
     ignore_index: int = -100,
+    softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
-) -> Tensor:
-    """The token with the largest logit other than the label's, the first of equal ones.
+    backend: str | None = None,
+) -> TargetAndRunnerUp:
+    """`target_log_odds`, and the log-probability of the likeliest token other than the label.
 
-    What a loss needs of it is differentiable once it is taken as a label itself: with
-    `d = target_log_odds(logits, labels)` and `e = target_log_odds(logits, runner_up(...))`, the
-    inverted hinge loss of LoKU (arXiv 2408.06621) is `1 + sigmoid(d) - sigmoid(e)`, and the margin
-    of the two logits is `logsigmoid(d) - logsigmoid(e)`. A cap is monotone and changes nothing.
+    The margin of the two logits is `logsigmoid(log_odds) - runner_up_log_prob`; LoKU's inverted
+    hinge loss (arXiv 2408.06621) is `1 + sigmoid(log_odds) - exp(runner_up_log_prob)`, which
+    `objective_loss(..., "loku")` computes with its gradient. One read of the logits finds both.
 
     Args:
         logits: As in `unilogit_loss`.
         labels: As in `unilogit_loss`.
-        ignore_index: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`; only its sign matters.
+        ignore_index: Label of positions that do not count.
+        softcap: As in `unilogit_loss`. Logits that it makes equal are equal.
+        logit_scale: As in `unilogit_loss`.
         vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
 
     Returns:
-        int64 `[...]`; `ignore_index` at ignored positions. A row of NaN gives the NaN's index, so
-        that its log-odds are NaN.
+        `[...]` each, float32 (float64 for float64 logits); 0 without gradient at ignored positions.
 
     Raises:
         TypeError: As `unilogit_loss`.
         ValueError: As `unilogit_loss`.
         IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
 
     Example:
         >>> import torch
-        >>> runner_up(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
-        tensor([2])
+        >>> logits = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+        >>> d, log_prob, token = target_and_runner_up(logits, torch.tensor([0]))
+        >>> margin = torch.nn.functional.logsigmoid(d) - log_prob
+        >>> token.item(), round(margin.item(), 5)
+        (2, 1.0)
+        >>> torch.autograd.grad(margin.sum(), logits)[0].int()
+        tensor([[ 1,  0, -1]], dtype=torch.int32)
     """
     operands, call = calls.from_logits(
         logits,
@@ -59,61 +84,63 @@ def runner_up(
         reduction="none",
         token_weights=None,
         num_items_in_batch=None,
-        softcap=None,
+        softcap=softcap,
         logit_scale=logit_scale,
         vocab_size=vocab_size,
-        backend=None,
+        backend=backend,
     )
-    assert operands.logits is not None
-    real, found = operands.logits[:, : call.vocab_size], []
-    for rows in slices(real.shape[0], max(1, BLOCK_ELEMENTS // call.vocab_size)):
-        found.append(_largest_other(real[rows].clone(), call.labels[rows], 0, call)[1])
-    return _result(torch.cat(found) if found else call.labels, call, ignore_index)
+    return _of(operands, call, ignore_index)
 
 
-@torch.no_grad()
-def linear_runner_up(
+def linear_target_and_runner_up(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    backend: str | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`runner_up` of `hidden @ weight.T + bias`, without ever holding these logits: one GEMM.
+    skip_below: float = 0.0,
+    compact: bool = True,
+) -> TargetAndRunnerUp:
+    """`target_and_runner_up` of `hidden @ weight.T + bias`, without ever holding these logits.
+
+    It takes the GEMMs of `linear_target_log_odds`: one, and two or three in a backward.
 
     Args:
         hidden: As in `linear_unilogit_loss`.
         weight: As in `linear_unilogit_loss`.
         labels: As in `unilogit_loss`.
         bias: `[V]` or None.
-        ignore_index: As in `unilogit_loss`.
-        logit_scale: As in `runner_up`.
+        ignore_index: Label of positions that do not count.
+        softcap: As in `target_and_runner_up`.
+        logit_scale: As in `unilogit_loss`.
         vocab_size: As in `unilogit_loss`.
+        backend: As in `unilogit_loss`.
         memory_budget: As in `linear_unilogit_loss`.
         logits_dtype: As in `linear_unilogit_loss`.
+        skip_below: As in `linear_unilogit_loss`; of the gradient row's size.
+        compact: As in `linear_unilogit_loss`.
 
     Returns:
-        As `runner_up`.
+        As `target_and_runner_up`.
 
     Raises:
         TypeError: As `linear_unilogit_loss`.
         ValueError: As `unilogit_loss`.
         IndexError: As `unilogit_loss`.
+        RuntimeError: As `unilogit_loss`.
 
     Example:
         >>> import torch
-        >>> from unilogit_kernels import linear_target_log_odds
         >>> hidden, weight = torch.randn(4, 8), torch.randn(100, 8, requires_grad=True)
-        >>> labels = torch.arange(4)
-        >>> other = linear_runner_up(hidden, weight, labels)
-        >>> d, e = (linear_target_log_odds(hidden, weight, y) for y in (labels, other))
-        >>> inverted_hinge = (1 + torch.sigmoid(d) - torch.sigmoid(e)).mean()
-        >>> inverted_hinge.backward()
+        >>> d, log_prob, _ = linear_target_and_runner_up(hidden, weight, torch.arange(4))
+        >>> (torch.sigmoid(d) - torch.exp(log_prob)).mean().backward()
     """
     operands, call = calls.from_linear(
         hidden,
@@ -124,65 +151,20 @@ def linear_runner_up(
         reduction="none",
         token_weights=None,
         num_items_in_batch=None,
-        softcap=None,
+        softcap=softcap,
         logit_scale=logit_scale,
         vocab_size=vocab_size,
-        backend=None,
+        backend=backend,
         memory_budget=memory_budget,
         logits_dtype=logits_dtype,
-        skip_below=0.0,
-        compact=True,
+        skip_below=skip_below,
+        compact=compact,
     )
-    assert operands.hidden is not None
-    assert operands.weight is not None
-    inputs = LinearInputs(
-        operands.hidden, operands.weight, operands.bias, call.logits_dtype, call.options
-    )
-    active = call.row_weight != 0
-    index = inputs.positions(active)
-    head = inputs.head(active, index)
-    wanted = call.labels if index is None else call.labels[index]
-    m = wanted.numel()
-    best = torch.full((m,), -torch.inf, dtype=inputs.dtypes.exact, device=wanted.device)
-    other = torch.zeros_like(wanted)
-    if m:
-        plan = plan_linear(inputs.shape(m, call.vocab_size, NOTHING), call.options, visits=1)
-        tokens_at_once, columns_at_once = min(plan.tokens, m), plan.tile_columns
-        scratch = allocate((tokens_at_once * columns_at_once,), head.dtypes.logits, wanted.device)
-        for columns in slices(call.vocab_size, columns_at_once):
-            part = head.weight_columns(columns)
-            for tokens in slices(m, tokens_at_once):
-                shape = (tokens.stop - tokens.start, columns.stop - columns.start)
-                tile = scratch[: shape[0] * shape[1]].view(shape)
-                head.project(tokens, columns, part, out=tile)
-                value, where = _largest_other(tile, wanted[tokens], columns.start, call)
-                better = (value > best[tokens]) | value.isnan()
-                best[tokens] = torch.where(better, value, best[tokens])
-                other[tokens] = torch.where(better, where, other[tokens])
-    if index is not None:
-        other = torch.zeros_like(call.labels).index_copy_(0, index, other)
-    return _result(other, call, ignore_index)
+    return _of(operands, call, ignore_index)
 
 
-def _largest_other(
-    tile: Tensor, labels: Tensor, first_column: int, call: LossCall
-) -> tuple[Tensor, Tensor]:
-    """Largest entry of each row but the label's, in float32 at least, and its token.
-
-    `tile`, which holds columns from `first_column` on, is overwritten.
-    """
-    if call.transform.scale < 0:
-        tile.neg_()
-    column = (labels - first_column)[:, None]
-    inside = (column >= 0) & (column < tile.shape[1])
-    column = column.clamp(0, tile.shape[1] - 1)
-    # The label's column of another tile stays as it is.
-    tile.scatter_(1, column, torch.where(inside, -torch.inf, tile.gather(1, column)))
-    value, where = tile.max(1)
-    return value.to(torch.promote_types(tile.dtype, torch.float32)), where + first_column
-
-
-def _result(other: Tensor, call: LossCall, ignore_index: int) -> Tensor:
-    # Where every other logit is -inf, any other token is as good.
-    other = torch.where(other == call.labels, (other + 1) % call.vocab_size, other)
-    return torch.where(call.row_weight != 0, other, ignore_index).reshape(call.shape)
+def _of(operands: Operands, call: LossCall, ignore_index: int) -> TargetAndRunnerUp:
+    (log_odds, log_prob), token = calls.statistics(operands, call, runner_up=True)
+    assert log_prob is not None
+    token = torch.where(call.row_weight != 0, token, ignore_index)
+    return TargetAndRunnerUp(*(x.reshape(call.shape) for x in (log_odds, log_prob, token)))

@@ -12,17 +12,28 @@ BLOCK_ROWS = 32
 """Rows moved at a time where a move is in place."""
 
 
-def significant(slope: Tensor, skip_below: float) -> Tensor:
-    """The slopes with those that do not count set to exactly 0.
+def row_size(slope: Tensor) -> Tensor:
+    """How large the gradient row of a slope, or upstream gradient, `[..., n]` is: `[n]`."""
+    return slope.abs() if slope.dim() == 1 else slope.abs().sum(0)
 
-    A slope below `skip_below` times the largest does not. With `skip_below = s` and the largest
-    slope S, a skipped row's own gradient is off by at most `2 s S max_j |W_j|`, and the weight's by
-    at most `sqrt(2) s S sum |h_i|` (Frobenius) over the skipped rows, since the row
-    `onehot_y - r` has 1-norm at most 2 and 2-norm at most sqrt(2). NaN is never skipped.
+
+def counting(slope: Tensor) -> Tensor:
+    """Which rows of a slope, or upstream gradient, `[..., n]` have a gradient. NaN does."""
+    return slope != 0 if slope.dim() == 1 else (slope != 0).any(0)
+
+
+def significant(slope: Tensor, skip_below: float) -> Tensor:
+    """The slopes `[..., n]` with those of rows that do not count set to exactly 0.
+
+    A slope (`row_size`) below `skip_below` times the largest does not. With `skip_below = s` and
+    the largest slope S, a skipped row's own gradient is off by at most `2 s S max_j |W_j|`, and the
+    weight's by at most `sqrt(2) s S sum |h_i|` (Frobenius) over the skipped rows, since a gradient
+    row of size 1 sums to 0, has 1-norm at most 2 and so a 2-norm of at most sqrt(2). NaN is never
+    skipped.
     """
     if skip_below == 0.0 or slope.numel() == 0:
         return slope
-    size = slope.abs()
+    size = row_size(slope)
     return torch.where(size < skip_below * size.amax(), 0.0, slope)
 
 

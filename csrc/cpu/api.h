@@ -49,17 +49,21 @@ enum UnilogitStatus : std::int32_t {
 std::int32_t unilogit_select_instruction_set(const char* name);
 const char* unilogit_instruction_set(void);
 
-// Folds the columns of `logits` into `state` (max, sum, target: rows `state_stride` apart).
+// Folds the columns of `logits` into `state` (max, sum, target: rows `state_stride` apart). With
+// `runner_up`, its fourth row holds the column of the maximum, of equal ones the lowest, as the bits
+// of an int32.
 std::int32_t unilogit_log_odds_update(const UnilogitMatrix* logits, const std::int64_t* labels,
                                       std::int64_t first_column, float* state,
-                                      std::int64_t state_stride,
+                                      std::int64_t state_stride, std::int32_t runner_up,
                                       const UnilogitTransform* transform, std::int32_t threads);
 
-// out = slope * (1[j == label] - exp(z - max) / sum) * dz/dx from a complete state.
+// out = slope * (1[j == label] - exp(z - max) / sum) * dz/dx from a complete state. Where
+// `slope_stride` is not 0, two more rows of `slope`, so far apart, replace `slope * 1[...]` at the
+// label, and the whole but for dz/dx at the column of the state's fourth row.
 std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const std::int64_t* labels,
                                         std::int64_t first_column, const float* state,
                                         std::int64_t state_stride, const float* slope,
-                                        const UnilogitMatrix* out,
+                                        std::int64_t slope_stride, const UnilogitMatrix* out,
                                         const UnilogitTransform* transform, std::int32_t threads);
 
 // Statistics, objective and gradient of whole rows; `out` may be null. Rows of weight 0 are not read.
@@ -129,6 +133,9 @@ constexpr int64_t kMaxUnit = 32;
 constexpr int64_t kWholeStep = 2 * kMaxUnit;
 
 constexpr int64_t kCacheLine = 64;
+
+// In a state's fourth row, of a row that is -inf but for the label: `NO_COLUMN` of row_state.py.
+constexpr std::int32_t kNoColumn = 0x7FFFFFFF;
 
 // Sum of exp(z - max) over some columns, without the label's. Empty: -inf and 0. The sum is NaN
 // where a logit was NaN or +inf; a merge makes the maximum NaN too.

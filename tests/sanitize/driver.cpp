@@ -93,11 +93,14 @@ std::uint64_t run(const Case& c, int32_t threads) {
   const auto n = static_cast<std::size_t>(c.rows);
   const Matrix logits = make_logits(c);
   std::vector<int64_t> labels(n);
-  std::vector<float> weight(n), loss(n), state(3 * n, -kInfinity);
+  std::vector<float> weight(n), loss(n), state(4 * n, -kInfinity), slopes(3 * n);
+  constexpr std::int32_t kNoColumn = 0x7FFFFFFF;
   for (std::size_t i = 0; i < n; ++i) {
     labels[i] = i % 5 == 4 ? -100 : static_cast<int64_t>(i * 7919) % c.columns;
     weight[i] = i % 5 == 4 ? 0.0f : 1.0f + static_cast<float>(i);
     state[n + i] = 0.0f;
+    std::memcpy(&state[3 * n + i], &kNoColumn, 4);
+    for (std::size_t k = 0; k < 3; ++k) slopes[k * n + i] = weight[i] * (0.5f - float(k));
   }
   std::uint64_t sum = 14695981039346656037u;
   int32_t status = 0;
@@ -120,12 +123,15 @@ std::uint64_t run(const Case& c, int32_t threads) {
                    first * c.column_stride * (c.type == kUnilogitFloat32 ? 4 : 2);
     }
     status |= unilogit_log_odds_update(&chunk, labels.data(), part == 0 ? 0 : first, state.data(),
-                                       c.rows, &c.transform, threads);
+                                       c.rows, 1, &c.transform, threads);
   }
-  sum = checksum(sum, state.data(), 12 * n);
-  status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
-                                       weight.data(), out.view(), &c.transform, threads);
-  sum = out.sum(sum);
+  sum = checksum(sum, state.data(), 16 * n);
+  for (const bool runner_up : {false, true}) {
+    status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
+                                         runner_up ? slopes.data() : weight.data(),
+                                         runner_up ? c.rows : 0, out.view(), &c.transform, threads);
+    sum = out.sum(sum);
+  }
   // Two rows: the logits against another model's, of the other type and in another layout.
   const Matrix other = make_logits({c.rows, c.columns, 3, 1, c.out_type, c.out_type, {1.0f, 0.0f}});
   const UnilogitTransform plain = {1.0f, 0.0f};
@@ -163,7 +169,7 @@ std::uint64_t run(const Case& c, int32_t threads) {
   sum = logits.sum(sum);
   const Matrix again = make_logits(c);
   status |= unilogit_log_odds_gradient(again.view(), labels.data(), 0, state.data(), c.rows,
-                                       weight.data(), again.view(), &c.transform, threads);
+                                       slopes.data(), c.rows, again.view(), &c.transform, threads);
   sum = again.sum(sum);
   return status == 0 ? sum : 0;
 }

@@ -62,7 +62,12 @@ class RowKernels(Protocol):
         state: Tensor,
         transform: LogitTransform,
     ) -> None:
-        """Fold these columns into `state` (`[3, n]`, see `row_state`), in place; one read."""
+        """Fold these columns into `state` (see `row_state`), in place; one read.
+
+        `state` is `[3, n]`, or `[4, n]` where the column of the largest logit of the rest is asked
+        for: of the transformed logits, the lowest column of equal ones, counted in the whole
+        vocabulary, in whatever order columns are folded. In a row that is NaN it may be any.
+        """
 
     def log_odds_gradient(
         self,
@@ -80,6 +85,10 @@ class RowKernels(Protocol):
         `rest_lse` instead would cost a digit for every decade of the logits' common offset.
         `out` is `[n, v]`, any strides, of the logits' dtype or another float dtype; it may be
         `logits` itself. A row whose slope is exactly 0 becomes exactly 0, whatever its logits hold.
+
+        With a state of four rows `slope` is `[3, n]`, rows contiguous (`row_state.row_slopes`): the
+        slope of the rest, and the entries (but for dz/dx) of the label and of the state's column. A
+        row of three zeros becomes exactly 0.
         """
 
 
@@ -215,6 +224,12 @@ def sweep_kernels(kernels: RowKernels) -> SweepKernels | None:
 def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
     """The kernels as ones that scale in place, if they do; looked up once."""
     return kernels if isinstance(kernels, ScaleKernels) else None
+
+
+def eager_rows(name: str) -> RowKernels:
+    """The eager row kernels, with one warning, for what a backend's own do not compute yet."""
+    _warn_once("eager", f"the {name!r} kernels do not look for the runner-up")
+    return load("eager")
 
 
 def load_divergence(name: str) -> DivergenceKernels:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform
 
 LIBRARY_VARIABLE = "UNILOGIT_KERNELS_CPU_LIBRARY"
@@ -66,11 +67,14 @@ _SIGNATURES = {
     "unilogit_instruction_set": (c_char_p, []),
     "unilogit_log_odds_update": (
         c_int32,
-        [_MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _TRANSFORM, c_int32],
+        [_MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, c_int32, _TRANSFORM, c_int32],
     ),
     "unilogit_log_odds_gradient": (
         c_int32,
-        [_MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, _MATRIX, _TRANSFORM, c_int32],
+        [
+            *(_MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, c_int64),
+            *(_MATRIX, _TRANSFORM, c_int32),
+        ],
     ),
     "unilogit_log_odds_sweep": (
         c_int32,
@@ -206,6 +210,7 @@ class CpuKernels:
             first_column,
             state.data_ptr(),
             state.stride(0),
+            row_state.has_runner_up(state),
             byref(_Transform(*transform)),
             torch.get_num_threads(),
         )
@@ -229,6 +234,7 @@ class CpuKernels:
             state.data_ptr(),
             state.stride(0),
             slope.data_ptr(),
+            slope.stride(0) if row_state.has_runner_up(state) else 0,
             byref(_matrix(out, "out")),
             byref(_Transform(*transform)),
             torch.get_num_threads(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unilogit_kernels import pair_state, row_state
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.row_state import finite_shift
+from unilogit_kernels.row_state import finite_shift, has_runner_up
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits processed at a time: temporaries of 4 MiB in float32, which stay in a CPU's cache."""
@@ -26,6 +26,12 @@ def _label_columns(labels: Tensor, first_column: int, v: int) -> tuple[Tensor, T
     """Column of each label among these `v` (clamped, `[n, 1]`) and whether it is one (`[n, 1]`)."""
     column = (labels - first_column)[:, None]
     return column.clamp(0, v - 1), (column >= 0) & (column < v)
+
+
+def _put(row: Tensor, tokens: Tensor, first_column: int, values: Tensor) -> None:
+    """Replace each row's entry of its token, if that is among these columns."""
+    column, inside = _label_columns(tokens, first_column, row.shape[1])
+    row.scatter_(1, column, torch.where(inside, values[:, None], row.gather(1, column)))
 
 
 def _transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
@@ -87,8 +93,12 @@ class EagerKernels:
             z, row_max, target = _rest_and_target(
                 logits[rows], column, inside, transform, state.dtype
             )
-            part = torch.stack((row_max, z.exp_().sum(1), target))
-            state[:, rows] = row_state.merge(state[:, rows], part)
+            runner_up = []
+            if has_runner_up(state):
+                # Of equal ones, the first; where all are -inf, the merge takes none.
+                runner_up.append(row_state.as_row(first_column + z.argmax(1), state.dtype))
+            part = [row_max, z.exp_().sum(1), target, *runner_up]
+            state[:, rows] = row_state.merge(state[:, rows], torch.stack(part))
 
     def log_odds_gradient(
         self,
@@ -104,18 +114,20 @@ class EagerKernels:
         v = logits.shape[1]
         if v == 0:
             return
+        slopes = slope if has_runner_up(state) else slope.expand(2, -1)
         for rows in _row_blocks(logits):
-            row_slope = slope[rows, None]
-            factor = transform.scale * row_slope
-            if transform.softcap:
-                factor = factor * _softcap_slope(logits[rows], transform, state.dtype)
+            rest, at_label, *at_runner_up = slopes[:, rows]
             z = _transformed(logits[rows], transform, state.dtype)
             row_max, row_sum = state[row_state.ROW_MAX, rows], state[row_state.ROW_SUM, rows]
-            row = z.sub_(row_max[:, None]).exp_().div_(-row_sum[:, None])
-            column, inside = _label_columns(labels[rows], first_column, v)
-            row.scatter_(1, column, torch.where(inside, 1.0, row.gather(1, column)))
-            row.mul_(factor)
-            out[rows] = row.masked_fill_(row_slope == 0, 0.0)
+            row = z.sub_(row_max[:, None]).exp_().mul_((-rest / row_sum)[:, None])
+            _put(row, labels[rows], first_column, at_label)
+            if at_runner_up:
+                column = row_state.runner_up(state[:, rows], labels[rows])
+                _put(row, column, first_column, at_runner_up[0])
+            if transform.softcap:
+                row.mul_(_softcap_slope(logits[rows], transform, state.dtype))
+            row.mul_(transform.scale)
+            out[rows] = row.masked_fill_((slopes[:, rows] == 0).all(0)[:, None], 0.0)
 
     def divergence_update(
         self,
@@ -169,8 +181,7 @@ class EagerKernels:
             gap = s.sub_(t).masked_fill_(beta == 0, 0.0)  # where t is -inf, 0 * inf is not meant
             row = gap.mul_(beta).add_(alpha).mul_(p).masked_fill_(p == 0, 0.0)
             row.add_(t.exp_().mul_(gamma))
-            column, inside = _label_columns(labels[rows], first_column, v)
-            row.scatter_(1, column, torch.where(inside, at_label, row.gather(1, column)))
+            _put(row, labels[rows], first_column, at_label[:, 0])
             if transform.softcap:
                 row.mul_(_softcap_slope(logits[rows], transform, state.dtype))
             row.mul_(transform.scale)

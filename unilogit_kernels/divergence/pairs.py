@@ -109,6 +109,11 @@ class PairLoss(NamedTuple):
         """See `RowLoss`."""
         return False
 
+    @property
+    def runner_up(self) -> bool:
+        """See `RowLoss`."""
+        return False
+
     def at(self, tokens: slice | Tensor) -> PairLoss:
         """See `RowLoss.at`."""
         return PairLoss(self.rows.at(tokens), self.row_weight[tokens], self.factor)

@@ -1,7 +1,8 @@
 """Losses as functions of the label's log-odds.
 
-`token` holds those of one token's own probability, `sequence` those of whole sequences; `base` says
-what an objective is and knows them by name.
+`token` holds those of one token's own probability, `runner_up` those that also see the likeliest
+other token, `sequence` those of whole sequences; `base` says what an objective is and knows them by
+name.
 """
 
 from unilogit_kernels.objectives.base import (
@@ -21,6 +22,7 @@ from unilogit_kernels.objectives.base import (
     uniform_log_odds,
     unpack,
 )
+from unilogit_kernels.objectives.runner_up import LoKU, RunnerUpObjective
 from unilogit_kernels.objectives.sequence import (
     DPO,
     FLAT,
@@ -59,10 +61,12 @@ __all__ = [
     "FLATPearson",
     "GradientAscent",
     "IdkDPO",
+    "LoKU",
     "Mixture",
     "Objective",
     "Packed",
     "Probability",
+    "RunnerUpObjective",
     "SatImp",
     "SelfUnDIAL",
     "SequenceObjective",

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
+from unilogit_kernels.row_state import Statistics
+
 _PER_TOKEN = "per_token"
 _MIXTURE, _JOIN = "mixture", "+"
 
@@ -65,6 +67,8 @@ class Objective:
     name: ClassVar[str]
     coupled: ClassVar[bool] = False
     """Whether a token's loss depends on other tokens: then all of them are evaluated together."""
+    needs_runner_up: ClassVar[bool] = False
+    """Whether it sees the largest logit other than the label's, which the kernels then look for."""
 
     def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """`f(d)`, elementwise, in the dtype of `log_odds`."""
@@ -75,6 +79,19 @@ class Objective:
         # Unlike autograd.grad, this works inside an operator, where autograd is off.
         slope: Tensor = torch.func.grad(lambda d: self.value(d, vocab_size).sum())(log_odds)
         return slope
+
+    def evaluate(self, seen: Statistics, vocab_size: int) -> Tensor:
+        """The losses of rows, `[n]`."""
+        return self.value(seen.log_odds, vocab_size)
+
+    def differentiate(self, seen: Statistics, vocab_size: int) -> Statistics:
+        """Their derivatives by what they see; None for what they do not."""
+        return Statistics(self.slope(seen.log_odds, vocab_size))
+
+    def of_rows(self, seen: Statistics, vocab_size: int) -> Tensor:
+        """The losses of rows, with `differentiate` as their derivative."""
+        result: Tensor = _ValueWithSlope.apply(*seen, self, vocab_size)
+        return result
 
     def parameters(self) -> list[float]:
         """The values of the float fields, in order."""
@@ -95,8 +112,7 @@ class Objective:
 
     def __call__(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """`f(d)` with `f'(d)` as its derivative; differentiable twice where `slope` is once."""
-        result: Tensor = _ValueWithSlope.apply(log_odds, self, vocab_size)
-        return result
+        return self.of_rows(Statistics(log_odds), vocab_size)
 
 
 class _Declared(NamedTuple):
@@ -142,18 +158,21 @@ class _ValueWithSlope(torch.autograd.Function):
     """Pairs a value with its own slope formula, since differentiating the value loses digits."""
 
     @staticmethod
-    def forward(log_odds: Tensor, objective: Objective, vocab_size: int) -> Tensor:
-        return objective.value(log_odds, vocab_size)
+    def forward(
+        log_odds: Tensor, runner_up: Tensor | None, objective: Objective, vocab_size: int
+    ) -> Tensor:
+        return objective.evaluate(Statistics(log_odds, runner_up), vocab_size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        log_odds, ctx.objective, ctx.vocab_size = inputs
-        ctx.save_for_backward(log_odds)
+        *seen, ctx.objective, ctx.vocab_size = inputs
+        ctx.save_for_backward(*seen)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (log_odds,) = ctx.saved_tensors
-        return grad * ctx.objective.slope(log_odds, ctx.vocab_size), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
+        runner_up = None if slope.runner_up is None else grad * slope.runner_up
+        return grad * slope.log_odds, runner_up, None, None
 
 
 REGISTRY: dict[str, type[Objective]] = {}
@@ -260,13 +279,32 @@ class Mixture(Objective):
         """Whether one of the objectives is."""
         return any(each.coupled for each in self.objectives)
 
+    @property
+    def needs_runner_up(self) -> bool:  # type: ignore[override]
+        """Whether one of the objectives does."""
+        return any(each.needs_runner_up for each in self.objectives)
+
+    def evaluate(self, seen: Statistics, vocab_size: int) -> Tensor:
+        """Each token's loss."""
+        return self._select([each.evaluate(seen, vocab_size) for each in self.objectives])
+
+    def differentiate(self, seen: Statistics, vocab_size: int) -> Statistics:
+        """Each token's derivatives."""
+        found = [each.differentiate(seen, vocab_size) for each in self.objectives]
+        log_odds = self._select([each.log_odds for each in found])
+        if not self.needs_runner_up:
+            return Statistics(log_odds)
+        none = torch.zeros_like(log_odds)
+        by_runner_up = [none if each.runner_up is None else each.runner_up for each in found]
+        return Statistics(log_odds, self._select(by_runner_up))
+
     def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """Each token's `f(d)`."""
-        return self._select([each.value(log_odds, vocab_size) for each in self.objectives])
+        return self.evaluate(Statistics(log_odds), vocab_size)
 
     def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """Each token's `f'(d)`."""
-        return self._select([each.slope(log_odds, vocab_size) for each in self.objectives])
+        return self.differentiate(Statistics(log_odds), vocab_size).log_odds
 
     def _select(self, candidates: list[Tensor]) -> Tensor:
         result = torch.zeros_like(candidates[0])

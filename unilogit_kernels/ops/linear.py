@@ -12,14 +12,15 @@ from unilogit_kernels.ops.registration import (
     NEEDS,
     OPTIONS,
     ROWS,
+    VALUES,
     WEIGHTED,
     check_twice_differentiable,
     differentiable,
     fake,
     grad_of_some,
     linear_inputs,
-    literal_log_odds,
     literal_objective,
+    literal_values,
     losses_of,
     operator,
     or_empty,
@@ -27,9 +28,12 @@ from unilogit_kernels.ops.registration import (
     scalar_of,
     scaled,
     shape_of,
+    values_of,
+    values_outputs,
     weighted_objective,
 )
 from unilogit_kernels.projection import GemmDtypes, Needs
+from unilogit_kernels.row_state import has_runner_up
 from unilogit_kernels.rows import ObjectiveLoss
 
 # ---- log-odds of a fused linear ----------------------------------------------------------------
@@ -38,15 +42,17 @@ _LINEAR = "Tensor hidden, Tensor weight, Tensor? bias"
 
 
 @operator(
-    f"linear_log_odds({_LINEAR}, Tensor active, {ROWS}, {OPTIONS}, bool needs_grad) "
-    "-> (Tensor log_odds, Tensor state, Tensor kept)"
+    f"linear_log_odds({_LINEAR}, Tensor active, {ROWS}, {OPTIONS}, bool needs_grad, "
+    f"bool runner_up) -> ({VALUES}, Tensor kept)"
 )
 def _linear_log_odds(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    rows, inputs = row_problem(*args[:5]), linear_inputs(hidden, weight, bias, *args[5:9])
+    rows = row_problem(*args[:5], runner_up=args[10])
+    inputs = linear_inputs(hidden, weight, bias, *args[5:9])
     kept = inputs.new_kept(rows.vocab_size, needs_grad=args[9])
-    return *compacted_values(inputs, active, rows, kept), *kept
+    values, state = compacted_values(inputs, active, rows, kept)
+    return *values_outputs(values, state, rows.labels), *kept
 
 
 @fake("linear_log_odds")
@@ -54,12 +60,8 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     inputs = linear_inputs(hidden, weight, bias, *args[5:9])
-    n, dtype = hidden.shape[0], inputs.dtypes.exact
-    return (
-        hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(3, n, dtype=dtype),
-        *inputs.new_kept(args[3], needs_grad=args[9]),
-    )
+    kept = inputs.new_kept(args[3], needs_grad=args[9])
+    return *values_of(hidden, runner_up=args[10]), *kept
 
 
 @operator(
@@ -70,8 +72,9 @@ def _(
 def _linear_log_odds_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, inputs = row_problem(*args[:5]), linear_inputs(hidden, weight, bias, *args[5:9])
     state, kept, slope, *needs = args[9:]
+    rows = row_problem(*args[:5], runner_up=has_runner_up(state))
+    inputs = linear_inputs(hidden, weight, bias, *args[5:9])
     gradients = compacted_gradient(inputs, active, rows, Needs(*needs), state, slope, [kept])
     return (
         or_empty(gradients.hidden, hidden).to(hidden.dtype),
@@ -92,13 +95,11 @@ def _(
     )
 
 
-def _linear_log_odds_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def _linear_log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, active, labels, *ctx.settings = inputs[:9]
     ctx.options = inputs[9:13]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden, weight, bias, active, labels, *output[1:])
+    ctx.save_for_backward(hidden, weight, bias, active, labels, *output[2:])
     ctx.set_materialize_grads(False)
 
 
@@ -110,8 +111,9 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tens
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        d, valid = literal_log_odds(logits, labels, *ctx.settings)
-        return tuple(grad_of_some((hidden, weight, bias), needs, d, slope[valid]))
+        runner_up = has_runner_up(state)
+        values, valid = literal_values(logits, labels, *ctx.settings, runner_up=runner_up)
+        return tuple(grad_of_some((hidden, weight, bias), needs, values, slope[..., valid]))
     gradients = torch.ops.unilogit_kernels.linear_log_odds_backward(
         hidden,
         weight,
@@ -122,7 +124,7 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tens
         *ctx.options,
         state,
         kept,
-        slope.contiguous(),
+        slope,
         *needs,
     )
     return tuple(_wanted(gradients, needs))
@@ -146,7 +148,8 @@ def _linear_objective_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *described, need_hidden, need_weight, need_bias = args
-    rows, weighted = row_problem(*described[:5]), weighted_objective(*described[5:-4])
+    weighted = weighted_objective(*described[5:-4])
+    rows = row_problem(*described[:5], runner_up=weighted.objective.needs_runner_up)
     inputs = linear_inputs(hidden, weight, bias, *described[-4:])
     needs = Needs(need_hidden, need_weight, need_bias)
     losses, gradients = compacted_loss(inputs, ObjectiveLoss(rows, weighted), needs)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from unilogit_kernels.ops.registration import (
     ROWS,
+    VALUES,
     WEIGHTED,
     check_twice_differentiable,
     differentiable,
     fake,
-    literal_log_odds,
     literal_objective,
+    literal_values,
     losses_of,
     operator,
     or_empty,
@@ -22,25 +23,27 @@ from unilogit_kernels.ops.registration import (
     scalar_of,
     scaled,
     shape_of,
+    values_of,
+    values_outputs,
     weighted_objective,
 )
+from unilogit_kernels.row_state import has_runner_up
 from unilogit_kernels.rows import logits_gradient, logits_objective, logits_state
 
 # ---- log-odds of logits ------------------------------------------------------------------------
 
 
-@operator(f"log_odds(Tensor logits, {ROWS}) -> (Tensor log_odds, Tensor state)")
-def _log_odds(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
-    problem = row_problem(*rows)
+@operator(f"log_odds(Tensor logits, {ROWS}, bool runner_up) -> ({VALUES})")
+def _log_odds(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rows, runner_up = args
+    problem = row_problem(*rows, runner_up=runner_up)
     state = logits_state([logits], problem)
-    return problem.values(state), state
+    return values_outputs(problem.values(state), state, problem.labels)
 
 
 @fake("log_odds")
-def _(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    n = logits.shape[0]
-    return logits.new_empty(n, dtype=dtype), logits.new_empty(3, n, dtype=dtype)
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return values_of(logits, runner_up=args[-1])
 
 
 @operator(
@@ -48,7 +51,8 @@ def _(logits: Tensor, *rows: Any) -> tuple[Tensor, Tensor]:
 )
 def _log_odds_backward(logits: Tensor, *args: Any) -> Tensor:
     *rows, state, slope = args
-    return logits_gradient([logits], row_problem(*rows), state, slope.contiguous())
+    problem = row_problem(*rows, runner_up=has_runner_up(state))
+    return logits_gradient([logits], problem, state, slope)
 
 
 @fake("log_odds_backward")
@@ -56,20 +60,22 @@ def _(logits: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, labels, *ctx.settings = inputs
-    ctx.save_for_backward(logits, labels, output[1])
+def _log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, *ctx.settings, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, labels, output[2])
     ctx.set_materialize_grads(False)
 
 
-def _log_odds_grad(ctx: Any, slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, state = ctx.saved_tensors
     if slope is None:
         return (None,)
     if torch.is_grad_enabled():
         check_twice_differentiable(ctx.settings[-1])
-        d, valid = literal_log_odds(logits, labels, *ctx.settings)
-        return tuple(torch.autograd.grad(d, logits, slope[valid], create_graph=True))
+        runner_up = has_runner_up(state)
+        values, valid = literal_values(logits, labels, *ctx.settings, runner_up=runner_up)
+        return tuple(torch.autograd.grad(values, logits, slope[..., valid], create_graph=True))
     gradient = torch.ops.unilogit_kernels.log_odds_backward(
         logits, labels, *ctx.settings, state, slope
     )
@@ -88,7 +94,8 @@ differentiable("log_odds", _log_odds_grad, _log_odds_context)
 )
 def _objective_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *described, needs_gradient = args
-    rows, weighted = row_problem(*described[:5]), weighted_objective(*described[5:])
+    weighted = weighted_objective(*described[5:])
+    rows = row_problem(*described[:5], runner_up=weighted.objective.needs_runner_up)
     losses, gradient = logits_objective(logits, rows, weighted, needs_gradient=needs_gradient)
     return weighted.factor * losses.sum(), losses, or_empty(gradient, logits)
 

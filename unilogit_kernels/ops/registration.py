@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilogit_kernels import backends, objectives, reference
+from unilogit_kernels import backends, objectives, reference, row_state
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.compaction import LinearInputs
 from unilogit_kernels.plan import LinearOptions
+from unilogit_kernels.row_state import Statistics
 from unilogit_kernels.rows import RowProblem, Weighted, weigh
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
@@ -22,6 +23,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 ROWS = "Tensor labels, float scale, float softcap, int vocab_size, str backend"
 WEIGHTED = "Tensor row_weight, Tensor factor, str objective, float[] parameters, Tensor[] tensors"
 OPTIONS = "int memory_budget, float skip_below, bool compact, ScalarType? logits_dtype"
+VALUES = "Tensor log_odds, Tensor column, Tensor state"
 NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 
 
@@ -124,10 +126,17 @@ def _device_type(args: tuple[Any, ...]) -> str:
 
 
 def row_problem(
-    labels: Tensor, scale: float, softcap: float, vocab_size: int, backend: str
+    labels: Tensor,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    backend: str,
+    *,
+    runner_up: bool = False,
 ) -> RowProblem:
     """The arguments `ROWS` as the layers below take them."""
-    return RowProblem(labels, LogitTransform(scale, softcap), vocab_size, backends.load(backend))
+    transform = LogitTransform(scale, softcap)
+    return RowProblem(labels, transform, vocab_size, backends.load(backend), runner_up)
 
 
 def weighted_objective(row_weight: Tensor, factor: Tensor, *packed: Any) -> Weighted:
@@ -180,6 +189,27 @@ def losses_of(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[0], dtype=torch.promote_types(like.dtype, torch.float32))
 
 
+def values_outputs(values: Tensor, state: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs `VALUES`.
+
+    Log-odds are `[n]`, and there is no column. With the runner-up its `log p` is a second row,
+    `[2, n]`, and its column int64 `[n]`.
+    """
+    if not row_state.has_runner_up(state):
+        return values, labels.new_empty(0), state
+    return values, row_state.runner_up(state, labels), state
+
+
+def values_of(like: Tensor, *, runner_up: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What these look like to a fake kernel, for the rows of `like`."""
+    n, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
+    return (
+        like.new_empty((2, n) if runner_up else (n,), dtype=dtype),
+        like.new_empty(n if runner_up else 0, dtype=torch.int64),
+        like.new_empty(4 if runner_up else 3, n, dtype=dtype),
+    )
+
+
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """`upstream * gradient` in `dtype`, at no cost where the upstream gradient is exactly 1.
 
@@ -212,19 +242,29 @@ def check_twice_differentiable(backend: str) -> None:
         )
 
 
-def literal_log_odds(
-    logits: Tensor, labels: Tensor, scale: float, softcap: float, vocab_size: int, backend: str
+def literal_values(
+    logits: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float,
+    vocab_size: int,
+    backend: str,
+    *,
+    runner_up: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The log-odds of the rows with a label by plain autograd, and which rows these are."""
+    """The values of the rows with a label by plain autograd, and which rows these are."""
     valid = (labels >= 0) & (labels < vocab_size)
-    d = reference.target_log_odds(
-        logits[valid].to(torch.promote_types(logits.dtype, torch.float32)),
-        labels[valid],
-        softcap=softcap or None,
-        logit_scale=scale,
-        vocab_size=vocab_size,
-    )
-    return d, valid
+    logits = logits[valid].to(torch.promote_types(logits.dtype, torch.float32))
+    transform: dict[str, Any] = {
+        "softcap": softcap or None,
+        "logit_scale": scale,
+        "vocab_size": vocab_size,
+    }
+    values = reference.target_log_odds(logits, labels[valid], **transform)
+    if runner_up:
+        log_prob = reference.runner_up_log_prob(logits, labels[valid], **transform)
+        values = torch.stack((values, log_prob))
+    return values, valid
 
 
 def literal_objective(
@@ -236,7 +276,7 @@ def literal_objective(
     settings: tuple[Any, ...],
 ) -> Tensor:
     """The loss of logits by plain autograd."""
-    d, valid = literal_log_odds(logits, labels, *settings)
-    function = objectives.unpack(*objective).at(valid)
-    values: Tensor = function(d, settings[2])
-    return factor * weigh(row_weight[valid], values).sum()
+    function = objectives.unpack(*objective)
+    values, valid = literal_values(logits, labels, *settings, runner_up=function.needs_runner_up)
+    losses = function.at(valid).of_rows(Statistics.of(values), settings[2])
+    return factor * weigh(row_weight[valid], losses).sum()
