@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from divergence_pairs import DIVERGENCES, check_gradient, linear_pair
 from problems import Problem, linear_problem
-from test_explain import CASES, measured, predicted
+from test_explain import CASES, PAIR_CASES, measured, predicted
 
 from unilogit_kernels import compaction, linear_objective_loss, linear_unilogit_loss, projection
 from unilogit_kernels.plan import Plan
@@ -93,6 +94,36 @@ def test_operations_and_peak_are_predicted(case: str) -> None:
     report = predicted(n, h, BFLOAT16, **options)
     assert report.gemm_flops == flops
     assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
+
+
+@pytest.mark.parametrize("case", [case for case in PAIR_CASES if "float32 logits" not in case])
+def test_operations_and_peak_against_a_reference_model(case: str) -> None:
+    n, h, options = PAIR_CASES[case]
+    options = {"ref_h": h, **options}
+    flops, peak = measured(n, h, BFLOAT16, **options)
+    report = predicted(n, h, BFLOAT16, **options)
+    assert report.gemm_flops == flops
+    assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("memory_budget", [1 << 20, 1 << 30])
+def test_two_models_are_within_the_budget(
+    divergence: dict[str, Any], frozen: bool, memory_budget: int
+) -> None:
+    pair = linear_pair(40, 24, 503, BFLOAT16, **divergence)
+    _, exact = pair.plain(torch.float64)
+    _, plain = pair.plain(BFLOAT16)
+    hidden, weight, bias = (x.detach().requires_grad_() for x in pair.student)
+    weight.requires_grad_(not frozen)
+    loss = pair.loss((hidden, weight, bias), "cpu", memory_budget=memory_budget)
+    trained = [0, 2] if frozen else [0, 1, 2]
+    operands = [hidden, weight, bias]
+    for i, ours in zip(
+        trained, torch.autograd.grad(loss, [operands[i] for i in trained]), strict=True
+    ):
+        check_gradient(ours, exact[i], plain[i])
 
 
 @pytest.mark.parametrize("frozen", [False, True])
