@@ -30,10 +30,11 @@ from unilogit_kernels.bench.providers import Job
 from unilogit_kernels.memory import allocate
 from unilogit_kernels.testing import AllocationGuard
 
-OURS, BARE, BARE_NEW, PLAIN = (
+OURS, BARE, BARE_NEW, BARE_FLOAT32, PLAIN = (
     "linear_kl_loss",
     "bare GEMMs",
     "bare GEMMs into new gradients",
+    "bare GEMMs of float32 operands",
     "plain torch",
 )
 _TEACHER_NOISE = 0.3
@@ -147,15 +148,22 @@ def _plain(operands: Operands) -> Job:
     return _autograd_job(operands, loss)
 
 
-def _bare(operands: Operands, *, new_gradients: bool) -> Job:
-    """The matrix products alone, on logits in memory that is there already."""
-    hidden, weight = operands.hidden.detach(), operands.weight.detach()
+def _bare(
+    operands: Operands, *, new_gradients: bool = False, dtype: torch.dtype | None = None
+) -> Job:
+    """The matrix products alone, in the operands' dtype, on logits in memory that is there."""
+    hidden, weight = (
+        x.detach().to(dtype or operands.hidden.dtype) for x in (operands.hidden, operands.weight)
+    )
+    teacher = [x.to(dtype or x.dtype) for x in operands.teacher]
     shape = operands.case.shape
     logits = [hidden.new_empty(shape.n, shape.vocab_size) for _ in range(2)]
-    old = None if new_gradients else [torch.empty_like(x) for x in operands.trained]
+    old = None
+    if not new_gradients:
+        old = [torch.empty_like(x) for x in (hidden, weight)[: len(operands.trained)]]
 
     def forward() -> None:
-        for out, (x, w) in zip(logits, ((hidden, weight), operands.teacher), strict=True):
+        for out, (x, w) in zip(logits, ((hidden, weight), teacher), strict=True):
             torch.mm(x, w.t(), out=out)
 
     def backward(_: Tensor | None) -> None:
@@ -170,8 +178,11 @@ def _bare(operands: Operands, *, new_gradients: bool) -> Job:
 def jobs(operands: Operands, *, plain: bool) -> Iterator[tuple[str, Job]]:
     """Everybody, ours first."""
     yield OURS, _ours(operands)
-    yield BARE, _bare(operands, new_gradients=False)
+    yield BARE, _bare(operands)
     yield BARE_NEW, _bare(operands, new_gradients=True)
+    if operands.hidden.dtype.itemsize < 4 and operands.hidden.device.type == "cpu":
+        # The faster ones on a CPU without instructions for 16 bits.
+        yield BARE_FLOAT32, _bare(operands, dtype=torch.float32)
     if plain:
         yield PLAIN, _plain(operands)
 
