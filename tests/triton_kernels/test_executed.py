@@ -64,8 +64,11 @@ SHARED_SUITE = {
 """Tests that every backend goes through, and a filter: each dtype and flag costs a compilation."""
 
 
+# Every flag of the one-row kernels is in FLAGS as well.
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", SHARED_SUITE)
+@pytest.mark.parametrize(
+    "part", [pytest.param("one row", marks=pytest.mark.pinned_triton), "two rows"]
+)
 def test_shared_suite(part: str) -> None:
     """On the kernels compiled for sm_90."""
     tests, matching = SHARED_SUITE[part]
@@ -90,9 +93,25 @@ def test_every_kernel_and_flag(case: Case, share: str) -> None:
         check_chunks(case)
 
 
+# The random order is the one most likely to show a missing barrier; sm_90 has all other tests, and
+# the PTX of sm_120 has the instructions of sm_80.
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(
+            schedule, marks=[] if name == "random 1" else pytest.mark.pinned_triton, id=name
+        )
+        for name, schedule in SCHEDULES.items()
+    ],
+)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=[] if arch in (80, 100) else pytest.mark.pinned_triton)
+        for arch in (80, 90, 100, 120)
+    ],
+)
 def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str) -> None:
     case = Case(torch.bfloat16, PLAIN, in_place=True, n=5)
     with small_problems(share), triton_device(arch, schedule=schedule):
