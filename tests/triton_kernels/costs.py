@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ptxsim import Launch as ExecutedLaunch
 from ptxsim import Schedule, collect
 from ptxsim.triton_device import triton_device
 from torch import Tensor
 
 from triton_kernels.aot import Launch, Resources, compiling_for, resources
-from unilogit_kernels import row_state, unilogit_loss
-from unilogit_kernels.backends import LogitTransform, load
+from unilogit_kernels import pair_state, row_state, unilogit_loss
+from unilogit_kernels.backends import LogitTransform, gpu, load
 from unilogit_kernels.backends.triton import settings
+from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.backends.triton.settings import Settings
 from unilogit_kernels.testing import force_backend
 
@@ -167,6 +169,7 @@ def _one_multiprocessor() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "sizes", sizes)
+        patch.setattr(gpu, "WAVES", 1)
         yield
 
 
@@ -180,6 +183,15 @@ _ARCHITECTURE = 90
 
 def execute(call: Call, v: int, dtype: torch.dtype) -> Cost:
     """Run a call on `[ROWS, v]` logits and labels, as compiled for sm_90."""
+    return _sum(_launches(call, v, dtype), v, dtype)
+
+
+def execute_each(call: Call, v: int, dtype: torch.dtype) -> list[Cost]:
+    """The same, with the cost of each of its launches."""
+    return [_sum([launch], v, dtype) for launch in _launches(call, v, dtype)]
+
+
+def _launches(call: Call, v: int, dtype: torch.dtype) -> list[ExecutedLaunch]:
     torch.manual_seed(0)
     logits = torch.randn(ROWS, v).to(dtype)
     labels = torch.randint(0, v, (ROWS,))
@@ -188,6 +200,10 @@ def execute(call: Call, v: int, dtype: torch.dtype) -> Cost:
         collect() as launches,
     ):
         call(logits, labels)
+    return launches
+
+
+def _sum(launches: list[ExecutedLaunch], v: int, dtype: torch.dtype) -> Cost:
     counters = [launch.counters for launch in launches]
     size = ROWS * v * dtype.itemsize
     sectors = sum(c.sectors_loaded + c.sectors_stored for c in counters)
@@ -210,6 +226,20 @@ def our_step(logits: Tensor, labels: Tensor) -> None:
     """Loss and gradient."""
     with _one_multiprocessor(), force_backend("triton"):
         unilogit_loss(logits.requires_grad_(), labels).backward()
+
+
+def our_pair(logits: Tensor, labels: Tensor) -> None:
+    """Statistics of two rows, and the gradient of the reverse KL, which has the longer formula."""
+    n, plain = len(labels), LogitTransform()
+    other = torch.randn(logits.shape).to(logits.dtype)
+    state, out = pair_state.empty_state(n, logits.device), torch.empty_like(logits)
+    coefficients = torch.tensor([[0.1], [0.2], [0.0], [0.3]]).repeat(1, n)
+    kernels = TritonKernels()
+    with _one_multiprocessor():
+        kernels.divergence_update(logits, other, labels, 0, state, plain, plain)
+        kernels.divergence_gradient(
+            logits, other, labels, 0, state, coefficients, "a", out, plain, plain
+        )
 
 
 def liger_forward(logits: Tensor, labels: Tensor) -> None:
