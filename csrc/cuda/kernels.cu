@@ -4,18 +4,23 @@
 #define UNILOGIT_PAIR(LOGITS, OUT)                                                                \
   LOG_ODDS_GRADIENT(LOGITS, OUT, plain)                                                           \
   LOG_ODDS_GRADIENT(LOGITS, OUT, capped)                                                          \
+  RUNNER_UP_GRADIENT(LOGITS, OUT, plain)                                                          \
+  RUNNER_UP_GRADIENT(LOGITS, OUT, capped)                                                         \
   LOG_ODDS_SWEEP(LOGITS, OUT, plain)                                                              \
   LOG_ODDS_SWEEP(LOGITS, OUT, capped)
 
 #define UNILOGIT_TYPE(TYPE)                                                                       \
   LOG_ODDS_UPDATE(TYPE, plain)                                                                    \
   LOG_ODDS_UPDATE(TYPE, capped)                                                                   \
+  RUNNER_UP_UPDATE(TYPE, plain)                                                                   \
+  RUNNER_UP_UPDATE(TYPE, capped)                                                                  \
   UNILOGIT_PAIR(TYPE, Float32)                                                                    \
   UNILOGIT_PAIR(TYPE, Bfloat16)                                                                   \
   UNILOGIT_PAIR(TYPE, Float16)                                                                    \
   SCALE(TYPE)
 
 MERGE_PARTS()
+RUNNER_UP_MERGE()
 DIVERGENCE_UPDATE()
 MERGE_PAIRS()
 DIVERGENCE_GRADIENT()

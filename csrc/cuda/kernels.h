@@ -14,31 +14,38 @@ namespace unilogit {
 
 // ---- a block -----------------------------------------------------------------------------------
 
+template <bool kRunnerUp>
 UNILOGIT_DEVICE Part merge_warp(Part part) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const Part other = {__shfl_xor_sync(kAllLanes, part.max, distance),
-                        __shfl_xor_sync(kAllLanes, part.sum, distance)};
+    Part other = {__shfl_xor_sync(kAllLanes, part.max, distance),
+                  __shfl_xor_sync(kAllLanes, part.sum, distance)};
+    if (kRunnerUp) other.column = __shfl_xor_sync(kAllLanes, part.column, distance);
     part = merge(part, other);
   }
   return part;
 }
 
 // Merges the parts of a block's threads in one fixed order; the result is valid in thread 0.
+template <bool kRunnerUp>
 UNILOGIT_DEVICE Part merge_block(Part part) {
   __shared__ float max[kMostThreads / kWarp];
   __shared__ float sum[kMostThreads / kWarp];
+  __shared__ int column[kRunnerUp ? kMostThreads / kWarp : 1];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  part = merge_warp(part);
+  part = merge_warp<kRunnerUp>(part);
   if (lane == 0) {
     max[warp] = part.max;
     sum[warp] = part.sum;
+    if (kRunnerUp) column[warp] = part.column;
   }
   __syncthreads();
   if (warp == 0) {
     const bool exists = lane < static_cast<int>(blockDim.x) / kWarp;
-    part = merge_warp(exists ? Part{max[lane], sum[lane]} : empty_part());
+    part = exists ? Part{max[lane], sum[lane]} : empty_part();
+    if (kRunnerUp && exists) part.column = column[lane];
+    part = merge_warp<kRunnerUp>(part);
   }
   return part;
 }
@@ -53,8 +60,9 @@ UNILOGIT_DEVICE float target_of(const Matrix<Logits>& row, int label,
 // ---- statistics --------------------------------------------------------------------------------
 
 // Folds `v` columns into `state` (`[3, n]`). Where several blocks share a row they leave maximum and
-// sum in `parts` (`[2, n, gridDim.y]`) for merge_parts; a row of weight 0 is then not read.
-template <class Logits, bool kCapped>
+// sum in `parts` (`[2, n, gridDim.y]`) for merge_parts; a row of weight 0 is then not read. With
+// `kRunnerUp` both have one row more: the column of the maximum, as the bits of an int.
+template <class Logits, bool kCapped, bool kRunnerUp = false>
 UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
                             const float* row_weight, float* state, int64 state_stride,
                             float* parts, int64 first_column, int v,
@@ -66,20 +74,27 @@ UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
   const bool is_read = row_weight == nullptr || row_weight[row_index] != 0.0f;
   Part part = empty_part();
   if (is_read) {
-    part = RestStatistics<Logits, kCapped>(row, v, label, transform).walk(part, team);
+    part = RestStatistics<Logits, kCapped, kRunnerUp>(row, v, label, transform).walk(part, team);
   }
-  part = merge_block(part);
+  part = merge_block<kRunnerUp>(part);
   if (threadIdx.x != 0) return;
   float* max = state + row_index;
   float* sum = max + state_stride;
+  float* column = max + 3 * state_stride;
+  if (kRunnerUp && part.column != kNoColumn) part.column += static_cast<int>(first_column);
   if (parts == nullptr) {
-    part = spread_nan(merge({*max, *sum}, part));
+    Part so_far = {*max, *sum};
+    if (kRunnerUp) so_far.column = int_of_bits(*column);
+    part = spread_nan(merge(so_far, part));
     *max = part.max;
     *sum = part.sum;
+    if (kRunnerUp) *column = bits_of_int(part.column);
   } else {
     const int64 index = row_index * team.parts + team.part;
+    const int64 plane = static_cast<int64>(gridDim.x) * team.parts;
     parts[index] = part.max;
-    parts[static_cast<int64>(gridDim.x) * team.parts + index] = part.sum;
+    parts[plane + index] = part.sum;
+    if (kRunnerUp) parts[2 * plane + index] = bits_of_int(part.column);
   }
   if (team.part == 0 && label >= 0 && is_read) {
     max[2 * state_stride] = target_of(row, label, transform);
@@ -88,6 +103,7 @@ UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
 
 // Merges the `count` parts of each row into `state`. With an objective, `values` receives f(d) and
 // `slopes` row_weight * f'(d), both 0 where the weight is.
+template <bool kRunnerUp = false>
 UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* labels,
                                  const float* row_weight, float* state, int64 state_stride,
                                  float* values, float* slopes, int64 vocab_size,
@@ -95,16 +111,22 @@ UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* lab
   const int64 row_index = blockIdx.x;
   const float* max = parts + row_index * count;
   const float* sum = max + static_cast<int64>(gridDim.x) * count;
+  const float* column = sum + static_cast<int64>(gridDim.x) * count;
   Part part = empty_part();
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
-    part = merge(part, {max[i], sum[i]});
+    Part other = {max[i], sum[i]};
+    if (kRunnerUp) other.column = int_of_bits(column[i]);
+    part = merge(part, other);
   }
-  part = merge_block(part);
+  part = merge_block<kRunnerUp>(part);
   if (threadIdx.x != 0) return;
   state += row_index;
-  part = spread_nan(merge({state[0], state[state_stride]}, part));
+  Part so_far = {state[0], state[state_stride]};
+  if (kRunnerUp) so_far.column = int_of_bits(state[3 * state_stride]);
+  part = spread_nan(merge(so_far, part));
   state[0] = part.max;
   state[state_stride] = part.sum;
+  if (kRunnerUp) state[3 * state_stride] = bits_of_int(part.column);
   if (terms.objective == kNoObjective) return;
   const float weight = row_weight[row_index];
   const int64 label = labels[row_index];
@@ -117,19 +139,30 @@ UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* lab
 
 // ---- gradient rows -----------------------------------------------------------------------------
 
-template <class Logits, class Out, bool kCapped>
+// `slopes` is `[n]`; with `kRunnerUp` `[3, n]`, see row_state.row_slopes.
+template <class Logits, class Out, bool kCapped, bool kRunnerUp = false>
 UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels,
                               const float* state, int64 state_stride, const float* slopes,
                               const Matrix<Out>& out, int64 first_column, int v,
-                              const Transform<kCapped>& transform) {
+                              const Transform<kCapped>& transform, int64 slope_stride = 0) {
   const int64 row_index = blockIdx.x;
   const Team team = {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   const Matrix<Logits> row = logits.at_row(row_index);
   const Matrix<Out> out_row = out.at_row(row_index);
   const int label = label_column(labels, row_index, first_column, v);
   const Part rest = {state[row_index], state[row_index + state_stride]};
-  const GradientRow values = gradient_row(rest, slopes[row_index], transform.derivative);
-  GradientWriter<Logits, Out, kCapped>(row, out_row, v, label, transform).walk(values, team);
+  GradientRow values = gradient_row(rest, slopes[row_index], transform.derivative);
+  if constexpr (kRunnerUp) {
+    const float at_label = slopes[row_index + slope_stride];
+    const float at_runner_up = slopes[row_index + 2 * slope_stride];
+    values.size = fabsf(values.size) + fabsf(at_label) + fabsf(at_runner_up);
+    values.at_label = at_label * transform.derivative;
+    values.at_runner_up = at_runner_up * transform.derivative;
+    const int64 column = int_of_bits(state[row_index + 3 * state_stride]) - first_column;
+    values.runner_up = column >= 0 && column < v ? static_cast<int>(column) : -1;
+  }
+  GradientWriter<Logits, Out, kCapped, kRunnerUp>(row, out_row, v, label, transform)
+      .walk(values, team);
 }
 
 // Statistics, objective and gradient of whole rows in one visit: the second read comes from the
@@ -147,8 +180,9 @@ UNILOGIT_DEVICE void sweep(const Matrix<Logits>& logits, const int64* labels,
   GradientRow entries = {0.0f, 0.0f, 0.0f, 0.0f};
   float value = 0.0f;
   if (weight != 0.0f) {
-    Part part = RestStatistics<Logits, kCapped>(row, v, label, transform).walk(empty_part(), team);
-    part = merge_block(part);
+    Part part =
+        RestStatistics<Logits, kCapped, false>(row, v, label, transform).walk(empty_part(), team);
+    part = merge_block<false>(part);
     if (threadIdx.x == 0) {
       // The label's logit is read before the barrier: behind it others may overwrite the row.
       const float target = label >= 0 ? target_of(row, label, transform) : 0.0f;
@@ -163,7 +197,8 @@ UNILOGIT_DEVICE void sweep(const Matrix<Logits>& logits, const int64* labels,
   if (threadIdx.x == 0) values[row_index] = value;
   if (out.data == nullptr) return;
   const Matrix<Out> out_row = out.at_row(row_index);
-  GradientWriter<Logits, Out, kCapped>(row, out_row, v, label, transform).walk(entries, team);
+  GradientWriter<Logits, Out, kCapped, false>(row, out_row, v, label, transform)
+      .walk(entries, team);
 }
 
 // ---- scale -------------------------------------------------------------------------------------
@@ -214,6 +249,39 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
     unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP>(                                        \
         {logits, row_stride, column_stride}, labels, row_weight, state, state_stride, parts,      \
         first_column, v, {scale, softcap, 1.0f});                                                 \
+  }
+
+// The same with the runner-up.
+#define RUNNER_UP_UPDATE(LOGITS, CAP)                                                             \
+  UNILOGIT_GLOBAL runner_up_update_##LOGITS##_##CAP(                                              \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, float* state,              \
+      float* parts, unilogit::int64 row_stride, unilogit::int64 column_stride,                    \
+      unilogit::int64 state_stride, unilogit::int64 first_column, int v, float scale,             \
+      float softcap) {                                                                            \
+    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP, true>(                                  \
+        {logits, row_stride, column_stride}, labels, nullptr, state, state_stride, parts,         \
+        first_column, v, {scale, softcap, 1.0f});                                                 \
+  }
+
+#define RUNNER_UP_MERGE()                                                                         \
+  UNILOGIT_GLOBAL runner_up_merge(const float* parts, float* state, unilogit::int64 state_stride, \
+                                  int count) {                                                    \
+    unilogit::merge_parts<true>(parts, count, nullptr, nullptr, state, state_stride, nullptr,     \
+                                nullptr, 0, {unilogit::kNoObjective, 0.0f, 0.0f, 0.0f});          \
+  }
+
+#define RUNNER_UP_GRADIENT(LOGITS, OUT, CAP)                                                      \
+  UNILOGIT_GLOBAL runner_up_gradient_##LOGITS##_##OUT##_##CAP(                                    \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* state,        \
+      const float* slopes, unilogit::OUT::Stored* out, unilogit::int64 row_stride,                \
+      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                              \
+      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                            \
+      unilogit::int64 slope_stride, unilogit::int64 first_column, int v, float scale,             \
+      float softcap, float derivative) {                                                          \
+    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP, true>(                 \
+        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                 \
+        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative},  \
+        slope_stride);                                                                            \
   }
 
 #define MERGE_PARTS()                                                                             \

@@ -48,6 +48,10 @@ UNILOGIT_DEVICE uint32 bits_of_float(float value) {
 #endif
 }
 
+// An integer that lies among floats: a float counts to 2^24 only.
+UNILOGIT_DEVICE int int_of_bits(float bits) { return static_cast<int>(bits_of_float(bits)); }
+UNILOGIT_DEVICE float bits_of_int(int value) { return float_of_bits(static_cast<uint32>(value)); }
+
 UNILOGIT_DEVICE float infinity() { return float_of_bits(0x7f800000u); }
 UNILOGIT_DEVICE float not_a_number() { return float_of_bits(0x7fffffffu); }
 

@@ -83,10 +83,16 @@ struct Transform {
 
 // ---- running statistics ------------------------------------------------------------------------
 
-// Of some columns without the label's: the largest z, and the sum of exp(z - max).
+// In a state, of a row that is -inf but for the label: `NO_COLUMN` of row_state.py.
+constexpr int kNoColumn = 0x7fffffff;
+
+// Of some columns without the label's: the largest z, and the sum of exp(z - max). The column of the
+// largest, of equal ones the lowest, is kept only by kernels with `kRunnerUp`; the others never
+// look at it, so that it costs them nothing.
 struct Part {
   float max;
   float sum;
+  int column = kNoColumn;
 };
 
 UNILOGIT_DEVICE Part empty_part() { return {-infinity(), 0.0f}; }
@@ -100,12 +106,16 @@ UNILOGIT_DEVICE float shift_of(float max) { return max == -infinity() ? 0.0f : m
 UNILOGIT_DEVICE Part merge(Part a, Part b) {
   const float max = fmaxf(a.max, b.max);
   const float shift = shift_of(max);
-  return {max, fmaf(a.sum, exponential(a.max - shift), b.sum * exponential(b.max - shift))};
+  const int lower = a.column < b.column ? a.column : b.column;
+  return {max, fmaf(a.sum, exponential(a.max - shift), b.sum * exponential(b.max - shift)),
+          a.max > b.max ? a.column : a.max < b.max ? b.column : lower};
 }
 
 // A part as others may see it: NaN in the sum is NaN in the maximum.
 UNILOGIT_DEVICE Part spread_nan(Part part) {
-  return {part.sum != part.sum ? not_a_number() : part.max, part.sum};
+  const bool nowhere = part.max == -infinity();
+  return {part.sum != part.sum ? not_a_number() : part.max, part.sum,
+          nowhere ? kNoColumn : part.column};
 }
 
 // Adds kept logits to a part. Short chains of additions are fast and keep the rounding small.
@@ -123,7 +133,22 @@ UNILOGIT_DEVICE Part fold(Part part, const float (&kept)[kCount],
   }
 #pragma unroll
   for (int i = 1; i < kChains; ++i) chains[0] += chains[i];
-  return {max, fmaf(part.sum, exponential(part.max - shift), chains[0])};
+  return {max, fmaf(part.sum, exponential(part.max - shift), chains[0]), part.column};
+}
+
+// Where the largest of a part and of kept logits is; called before these are folded into it. Few
+// tiles have a new maximum: only then is it looked for column by column.
+template <bool kCapped, int kCount, class ColumnOf>
+UNILOGIT_DEVICE int fold_column(const Part& part, const float (&kept)[kCount],
+                                const Transform<kCapped>& transform, const ColumnOf& column_of) {
+  const float largest = transform.largest(kept);
+  if (largest < part.max) return part.column;
+  int lowest = largest == part.max ? part.column : kNoColumn;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (transform.finished(kept[i]) == largest && column_of(i) < lowest) lowest = column_of(i);
+  }
+  return lowest;
 }
 
 // ---- objectives --------------------------------------------------------------------------------
@@ -189,11 +214,15 @@ UNILOGIT_DEVICE RowResult evaluate_objective(const ObjectiveTerms& terms, float 
 
 // A gradient row, but for the cap's slope: `at_label` at the label, elsewhere
 // `coefficient * exp(z - max)`.
+//
+// With `kRunnerUp` the runner-up has an entry of its own too. A row of size 0 is exactly 0.
 struct GradientRow {
   float max;
   float coefficient;
   float at_label;
-  float slope;
+  float size;
+  float at_runner_up = 0.0f;
+  int runner_up = -1;
 };
 
 UNILOGIT_DEVICE GradientRow gradient_row(Part rest, float slope, float derivative) {

@@ -141,7 +141,7 @@ UNILOGIT_DEVICE void load_singly(const typename T::Stored* from, float (&x)[kVec
 // ---- statistics --------------------------------------------------------------------------------
 
 // Folds this thread's share of a row into `part`, without the label's column.
-template <class Logits, bool kCapped>
+template <class Logits, bool kCapped, bool kRunnerUp>
 class RestStatistics {
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Logits::Stored));
@@ -168,6 +168,9 @@ class RestStatistics {
       const int column = layout_.single_column(i);
       if (column == label_) continue;
       const float kept[1] = {transform_.staged(Logits::load(*row_.column(column)))};
+      if constexpr (kRunnerUp) {
+        part.column = fold_column(part, kept, transform_, [=](int) { return column; });
+      }
       part = fold<kCapped>(part, kept, transform_);
     }
     return part;
@@ -188,6 +191,11 @@ class RestStatistics {
         if (before == i / kVector * step + i % kVector) kept[i] = transform_.absent();
       }
     }
+    if constexpr (kRunnerUp) {
+      part.column = fold_column(part, kept, transform_, [=](int i) {
+        return first + i / kVector * step + i % kVector;
+      });
+    }
     return fold<kCapped>(part, kept, transform_);
   }
 
@@ -201,7 +209,7 @@ class RestStatistics {
 
 // Writes this thread's share of a gradient row, which may lie where the logits do. From the end to
 // the start: what an earlier visit read last is still in the cache.
-template <class Logits, class Out, bool kCapped>
+template <class Logits, class Out, bool kCapped, bool kRunnerUp>
 class GradientWriter {
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Out::Stored));
@@ -224,7 +232,7 @@ class GradientWriter {
 
   UNILOGIT_DEVICE void walk(const GradientRow& gradient, Team team) const {
     // A row of slope 0 is exactly 0, whatever its logits hold: they are not read.
-    if (gradient.slope == 0.0f) {
+    if (gradient.size == 0.0f) {
       walk<false>(gradient, team);
     } else {
       walk<true>(gradient, team);
@@ -241,7 +249,9 @@ class GradientWriter {
       if constexpr (kReads) {
         x[0] = Logits::load(*row_.column(column));
         if (column == label_) {
-          x[0] = label_entry(gradient);
+          x[0] = entry_of(gradient.at_label, label_);
+        } else if (kRunnerUp && column == gradient.runner_up) {
+          x[0] = entry_of(gradient.at_runner_up, gradient.runner_up);
         } else {
           differentiate(gradient, x);
         }
@@ -264,7 +274,7 @@ class GradientWriter {
   template <int kCount, bool kReads>
   UNILOGIT_DEVICE void write(const GradientRow& gradient, int first, int step) const {
     float values[kCount * kVector] = {};
-    float at_label = 0.0f;
+    float at_label = 0.0f, at_runner_up = 0.0f;
     if constexpr (kReads) {
       if (kCount > 1 || whole_) {
         load_columns<Logits, kCount, kVector>(row_.data + first, step, values);
@@ -272,20 +282,26 @@ class GradientWriter {
         load_singly<Logits, kVector>(row_.data + first, values);
       }
       // Read before it may be overwritten, by this thread.
-      if (owns_label<kCount>(first, step)) at_label = label_entry(gradient);
+      if (owns<kCount>(label_, first, step)) at_label = entry_of(gradient.at_label, label_);
+      if (kRunnerUp && owns<kCount>(gradient.runner_up, first, step)) {
+        at_runner_up = entry_of(gradient.at_runner_up, gradient.runner_up);
+      }
       differentiate(gradient, values);
     }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       store_vector<Out>(out_.data + first + u * step, values + u * kVector);
     }
-    if (kReads && owns_label<kCount>(first, step)) out_.data[label_] = Out::store(at_label);
+    if (kReads && owns<kCount>(label_, first, step)) out_.data[label_] = Out::store(at_label);
+    if (kReads && kRunnerUp && owns<kCount>(gradient.runner_up, first, step)) {
+      out_.data[gradient.runner_up] = Out::store(at_runner_up);
+    }
   }
 
-  // Whether the label's column is in a vector of this thread.
+  // Whether a column is in a vector of this thread.
   template <int kCount>
-  UNILOGIT_DEVICE bool owns_label(int first, int step) const {
-    const int before = label_ - first;
+  UNILOGIT_DEVICE bool owns(int column, int first, int step) const {
+    const int before = column - first;
     if (before < 0 || before >= (kCount - 1) * step + kVector) return false;
     bool owns = false;
 #pragma unroll
@@ -293,10 +309,10 @@ class GradientWriter {
     return owns;
   }
 
-  UNILOGIT_DEVICE float label_entry(const GradientRow& gradient) const {
+  UNILOGIT_DEVICE float entry_of(float entry, int column) const {
     float cap_slope = 1.0f;
-    if (kCapped) transform_.staged(Logits::load(*row_.column(label_)), cap_slope);
-    return gradient.at_label * cap_slope;
+    if (kCapped) transform_.staged(Logits::load(*row_.column(column)), cap_slope);
+    return entry * cap_slope;
   }
 
   // Raw logits to entries of the gradient row.

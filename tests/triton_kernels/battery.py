@@ -142,6 +142,41 @@ def check_chunks(case: Case) -> None:
         assert_only_written(out, out_memory)
 
 
+def check_runner_up(case: Case) -> None:
+    """The column of the largest logit, with many equal ones, and its entry, chunk by chunk."""
+    logits, labels, weight = problem(case)
+    logits = logits.float().nan_to_num(0.0)
+    logits[1:] = logits[1:].round().clamp(-2, 2)
+    logits = logits.to(case.dtype)
+    labels[-1], weight[-1] = int(logits[-1].argmax()), 0.5
+    middle = case.v // 3
+    chunks = [(first, last) for first, last in ((middle, case.v), (0, middle)) if last > first]
+    views = [place(logits[:, first:last], case.layout) for first, last in chunks]
+    states = {}
+    for dtype, kernels in ((torch.float64, EAGER), (torch.float32, TRITON)):
+        state = row_state.empty_state(case.n, logits.device, dtype, runner_up=True)
+        for (first, _), (view, _) in zip(chunks, views, strict=True):
+            kernels.log_odds_update(view, labels, first, state, case.transform)
+        states[dtype] = state
+    exact, found = states.values()
+    columns = row_state.runner_up(found, labels)
+    assert torch.equal(columns, row_state.runner_up(exact, labels)), "another column"
+    for (first, last), (view, memory) in zip(chunks, views, strict=True):
+        rows = []
+        for kernels, state in ((EAGER, exact), (EAGER, exact.float()), (TRITON, found)):
+            state[row_state.RUNNER_UP] = row_state.as_row(columns, state.dtype)
+            slope = torch.stack((weight, 1 - weight, 2 * weight)).to(state.dtype)
+            out, out_memory = place(view, case.layout)
+            if state.dtype == torch.float64:
+                out = torch.empty_like(logits[:, first:last], dtype=torch.float64)
+            elif kernels is TRITON and case.in_place:
+                out, out_memory = view, memory
+            kernels.log_odds_gradient(view, labels, first, state, slope, out, case.transform)
+            rows.append(out)
+        assert_within_budget(rows[2], rows[0], rows[1], "gradient with the runner-up")
+        assert_only_written(rows[2], out_memory)
+
+
 def check_distant_rows(case: Case) -> None:
     """Rows 2^30 elements apart, of a virtual allocation of which only touched pages exist."""
     logits, labels, weight = problem(case)

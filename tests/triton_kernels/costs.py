@@ -79,10 +79,22 @@ def _rows_of_a_chunk(v: int, dtype: torch.dtype, softcap: float | None) -> None:
     kernels.log_odds_gradient(logits, labels, 0, state, slope, logits, transform)
 
 
+def _runner_up(v: int, dtype: torch.dtype, softcap: float | None) -> None:
+    """Statistics with the runner-up, in one stage and two, and gradients with its entry."""
+    transform, kernels = LogitTransform(1.0, softcap or 0.0), load("triton")
+    for n in (MANY_ROWS, FEW_ROWS):
+        logits, labels = _logits(n, v, dtype)
+        logits = logits.detach()
+        state = row_state.empty_state(n, logits.device, runner_up=True)
+        kernels.log_odds_update(logits, labels, 0, state, transform)
+        kernels.log_odds_gradient(logits, labels, 0, state, torch.ones(3, n), logits, transform)
+
+
 USES: dict[str, Callable[[int, torch.dtype, float | None], None]] = {
     "loss, many rows": _loss_of_many_rows,
     "loss, few rows": _loss_of_few_rows,
     "chunk of many rows": _rows_of_a_chunk,
+    "runner-up": _runner_up,
 }
 
 

@@ -25,6 +25,7 @@ from triton_kernels.battery import (
     check_bad_labels,
     check_chunks,
     check_distant_rows,
+    check_runner_up,
     check_sweep,
 )
 from triton_kernels.small_problems import SHARES, small_problems
@@ -60,6 +61,12 @@ SHARED_SUITE = {
         "(test_hard_rows and whole) or (test_state and float32 and split) "
         "or (test_gradient and float32 and whole) or equal_rows",
     ),
+    "runner-up": (
+        "test_runner_up.py test_methods.py",
+        "(test_column and bfloat16 and not softcap) or lowest and float32 or every_column or "
+        "cannot_count or hard_rows or (test_gradient_rows and float32) or without_a_slope or "
+        "ways_to_run or (test_tokens and loku and float32)",
+    ),
 }
 """Tests that every backend goes through, and a filter: each dtype and flag costs a compilation."""
 
@@ -91,6 +98,7 @@ def test_every_kernel_and_flag(case: Case, share: str) -> None:
     with small_problems(share), triton_device(90, read_only=read_only):
         check_sweep(case)
         check_chunks(case)
+        check_runner_up(case)
 
 
 # The random order is the one most likely to show a missing barrier; sm_90 has all other tests, and
@@ -117,6 +125,7 @@ def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str
     with small_problems(share), triton_device(arch, schedule=schedule):
         check_sweep(case)
         check_chunks(case)
+        check_runner_up(case)
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -22,6 +22,11 @@ SELECTION = {
         "not float16 and ((test_linear and softcap and unilogit and not forward) or "
         "any_strides or (token_weights and logits) or (poison and nan) or all_ignored)",
     ),
+    "runner-up": (
+        "test_runner_up.py",
+        "(lowest and float32 and 0-1-2) or (test_hard_rows and 100) or cannot_count or "
+        "(test_gradient_rows and float32 and softcap and True)",
+    ),
     "two rows": (
         "test_divergence_kernels.py",
         "equal_rows or (forbidden and float32) or (test_gradient and float32 and True and softcap)",

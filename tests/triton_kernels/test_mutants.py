@@ -23,6 +23,7 @@ from triton_kernels.battery import (
     check_bad_labels,
     check_chunks,
     check_distant_rows,
+    check_runner_up,
     check_sweep,
 )
 from triton_kernels.small_problems import SHARES, small_problems
@@ -151,7 +152,39 @@ MUTANTS = {
         "        values = values * 1.0\n",
         case=Case(transform=CAPPED),
     ),
-    "rows of weight 0": Mutant("log_odds.py", "    if slope == 0.0:\n", "    if slope == 2e30:\n"),
+    "rows of weight 0": Mutant("log_odds.py", "    if size == 0.0:\n", "    if size == 2e30:\n"),
+    "of equal logits the last": Mutant(
+        "row_maths.py",
+        "first = tl.where(tile_max == row_max, tl.minimum(first, column), first)",
+        "first = first + 0",
+        check_runner_up,
+        Case(v=6000),
+    ),
+    "merge of columns": Mutant(
+        "row_maths.py",
+        "tl.min(tl.where(part_max == row_max, part_column, NO_COLUMN), 0)",
+        "tl.min(part_column, 0)",
+        check_runner_up,
+    ),
+    "column so far, split": Mutant(
+        "log_odds.py",
+        "part_column = tl.where(i == count, so_far, part_column)",
+        "part_column = part_column",
+        check_runner_up,
+        share=SPLIT,
+    ),
+    "label among the runners-up": Mutant(
+        "log_odds.py",
+        "z = tl.where(columns == label, NEGATIVE_INFINITY, z)",
+        "z = z + 0.0",
+        check_runner_up,
+    ),
+    "runner-up counted from the boundary": Mutant(
+        "log_odds.py",
+        "at_runner_up, entries.runner_up - share.peeled)",
+        "at_runner_up, entries.runner_up)",
+        check_runner_up,
+    ),
     "label as a pointer": Mutant(
         "row_walk.py",
         "return tl.where((column >= 0) & (column < v), column, -1).to(tl.int32)",

@@ -226,12 +226,6 @@ def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
     return kernels if isinstance(kernels, ScaleKernels) else None
 
 
-def eager_rows(name: str) -> RowKernels:
-    """The eager row kernels, with one warning, for what a backend's own do not compute yet."""
-    _warn_once("eager", f"the {name!r} kernels do not look for the runner-up")
-    return load("eager")
-
-
 def load_divergence(name: str) -> DivergenceKernels:
     """The two-row kernels of a backend; eager's, with one warning, where it has none yet.
 

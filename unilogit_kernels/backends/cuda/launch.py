@@ -7,13 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform, eager_rows
+from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
 from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
 from unilogit_kernels.backends.cuda.geometry import TYPES, check
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
-from unilogit_kernels.row_state import has_runner_up
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:
@@ -60,9 +59,6 @@ class CudaKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_update`. Each row of `state` must be contiguous."""
-        if has_runner_up(state):
-            eager_rows("cuda").log_odds_update(logits, labels, first_column, state, transform)
-            return
         check(logits)
         if logits.numel():
             log_odds.update(logits, labels, first_column, state, transform)
@@ -78,11 +74,6 @@ class CudaKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_gradient`. Rows of `state` and `slope` must be contiguous."""
-        if has_runner_up(state):
-            eager_rows("cuda").log_odds_gradient(
-                logits, labels, first_column, state, slope, out, transform
-            )
-            return
         check(logits, out)
         if logits.numel():
             log_odds.gradient(logits, labels, first_column, state, slope, out, transform)

@@ -49,18 +49,21 @@ def update(
     launcher = current()
     n, v = logits.shape
     shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
+    runner_up = row_state.has_runner_up(state)
+    assert finish is None or not runner_up
     parts = None
     if shares.parts > 1 or finish is not None:
-        parts = torch.empty(2, n, shares.parts, device=logits.device)
+        parts = torch.empty(3 if runner_up else 2, n, shares.parts, device=logits.device)
     row_weight = None if finish is None else finish.row_weight
+    macro = "RUNNER_UP_UPDATE" if runner_up else "LOG_ODDS_UPDATE"
     launcher.launch(
-        Kernel("LOG_ODDS_UPDATE", (TYPES[logits.dtype], _cap(transform))),
+        Kernel(macro, (TYPES[logits.dtype], _cap(transform))),
         (n, shares.parts),
         shares.threads,
         [
             logits,
             labels,
-            row_weight,
+            *([] if runner_up else [row_weight]),
             state,
             parts,
             *strides(logits),
@@ -72,6 +75,15 @@ def update(
         logits,
     )
     if parts is None:
+        return
+    if runner_up:
+        launcher.launch(
+            Kernel("RUNNER_UP_MERGE"),
+            (n, 1),
+            geometry.ROW_THREADS,
+            [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
+            logits,
+        )
         return
     launcher.launch(
         Kernel("MERGE_PARTS"),
@@ -107,8 +119,10 @@ def gradient(
     launcher = current()
     n, v = logits.shape
     shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
+    runner_up = row_state.has_runner_up(state)
+    macro = "RUNNER_UP_GRADIENT" if runner_up else "LOG_ODDS_GRADIENT"
     launcher.launch(
-        Kernel("LOG_ODDS_GRADIENT", (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
+        Kernel(macro, (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
         (n, shares.parts),
         shares.threads,
         [
@@ -120,6 +134,7 @@ def gradient(
             *strides(logits),
             *strides(out),
             c_int64(state.stride(0)),
+            *([c_int64(slope.stride(0))] if runner_up else []),
             c_int64(first_column),
             c_int32(v),
             *factors(transform),

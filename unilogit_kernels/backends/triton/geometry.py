@@ -82,7 +82,14 @@ def vector_of(tensor: Tensor) -> int:
     return int(ACCESS_BYTES.value) // tensor.element_size()
 
 
-def logits_of(place: Place, leading: Place, transform: LogitTransform, eviction: str) -> Logits:
+def logits_of(
+    place: Place,
+    leading: Place,
+    transform: LogitTransform,
+    eviction: str,
+    *,
+    runner_up: bool = False,
+) -> Logits:
     """What kernels are compiled for of a matrix of logits."""
     capped = transform.softcap != 0.0
     return Logits(
@@ -90,6 +97,7 @@ def logits_of(place: Place, leading: Place, transform: LogitTransform, eviction:
         eviction=eviction,
         scaled=transform.scale != 1.0 and not capped,
         capped=capped,
+        runner_up=runner_up,
     )
 
 

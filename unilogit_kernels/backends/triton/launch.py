@@ -7,12 +7,11 @@ from typing import Literal
 import triton
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform, eager_rows
+from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.gpu import check_dtypes
 from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import device_guard, options_of
 from unilogit_kernels.backends.triton.kernels.scale import scale_kernel
-from unilogit_kernels.row_state import has_runner_up
 
 SCALE_BLOCK = 4096
 """Elements of a tile of `scale_`: 64 or 128 bytes in flight for each of 128 threads."""
@@ -38,9 +37,6 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_update`. Each row of `state` must be contiguous."""
-        if has_runner_up(state):
-            eager_rows("triton").log_odds_update(logits, labels, first_column, state, transform)
-            return
         check_dtypes("Triton", logits)
         if logits.numel():
             with device_guard(logits):
@@ -57,11 +53,6 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_gradient`. Rows of `state` and `slope` must be contiguous."""
-        if has_runner_up(state):
-            eager_rows("triton").log_odds_gradient(
-                logits, labels, first_column, state, slope, out, transform
-            )
-            return
         check_dtypes("Triton", logits, out)
         if logits.numel():
             with device_guard(logits):

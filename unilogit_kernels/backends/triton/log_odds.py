@@ -54,9 +54,12 @@ def update(
     place = Place.of(logits)
     shares = Shares.of(logits, place, lanes=_lanes(transform, chosen))
     two_stages = shares.parts > 1 or finish is not None
-    parts = torch.empty(2, n, shares.parts, device=logits.device) if two_stages else None
+    runner_up = row_state.has_runner_up(state)
+    planes = 3 if runner_up else 2
+    parts = torch.empty(planes, n, shares.parts, device=logits.device) if two_stages else None
     row_weight = None if finish is None else finish.row_weight
-    factors, compiled = factors_of(transform), logits_of(place, place, transform, "")
+    factors = factors_of(transform)
+    compiled = logits_of(place, place, transform, "", runner_up=runner_up)
     log_odds_update_kernel[(n, shares.parts)](
         place.base,
         labels,
@@ -112,6 +115,7 @@ def gradient(
     place, out_place = Place.of(logits), Place.of(out)
     lanes = _lanes(transform, settings.current_settings())
     shares = Shares.of(logits, out_place, place, lanes=lanes)
+    runner_up = row_state.has_runner_up(state)
     log_odds_gradient_kernel[(n, shares.parts)](
         place.base,
         labels,
@@ -121,12 +125,13 @@ def gradient(
         *place.strides,
         *out_place.strides,
         state.stride(0),
+        slope.stride(0) if runner_up else 0,
         first_column,
         v,
         shares.blocks_per_part,
         *factors_of(transform),
         transform.scale,
-        LOGITS=logits_of(place, out_place, transform, ""),
+        LOGITS=logits_of(place, out_place, transform, "", runner_up=runner_up),
         WALK=shares.walk,
         **shares.options,
     )

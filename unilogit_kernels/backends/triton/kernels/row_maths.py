@@ -11,6 +11,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 POSITIVE_INFINITY = tl.constexpr(float("inf"))
 
+# In a state, of a row that is -inf but for the label: `NO_COLUMN` of `row_state`.
+NO_COLUMN = tl.constexpr(2**31 - 1)
+
 # Beyond this sigmoid(-|d|) is 0; it keeps 0 * inf out of bounded values.
 SATURATED = tl.constexpr(2e4)
 
@@ -27,12 +30,15 @@ class Logits(NamedTuple):
             always leave first.
         scaled: `z = scale * x`; False where a cap takes the scale in.
         capped: `z = softcap * tanh(scale * x)`, where `scale` has been divided by `softcap`.
+        runner_up: Whether statistics say in which column the maximum is, and gradients have an
+            entry of its own there.
     """
 
     alignment: int
     eviction: str
     scaled: bool
     capped: bool
+    runner_up: bool = False
 
 
 class Factors(NamedTuple):
@@ -136,6 +142,41 @@ def merge_parts(part_max, part_sum):
     shift = finite_shift(row_max)
     row_sum = tl.sum(part_sum * tl.exp2((part_max - shift) * LOG2_E), 0)
     return tl.where(row_sum != row_sum, float("nan"), row_max), row_sum
+
+
+# ---- the runner-up -------------------------------------------------------------------------------
+
+
+@triton.jit
+def fold_column(row_max, column, z, columns):
+    """Where each thread's maximum is, with a tile; called before the maximum is `fold`ed.
+
+    Of equal ones, the lowest column, in whatever order tiles come.
+    """
+    tile_max = tl.max(tl.max(z, 2), 0)
+    here = tl.where(z == tile_max[None, :, None], columns, NO_COLUMN)
+    first = tl.min(tl.min(here, 2), 0)
+    first = tl.where(tile_max == row_max, tl.minimum(first, column), first)
+    return tl.where(tile_max < row_max, column, first)
+
+
+@triton.jit
+def merge_columns(part_max, part_column, row_max):
+    """The column of a row's maximum, of parts that `merge_parts` merges to `row_max`."""
+    column = tl.min(tl.where(part_max == row_max, part_column, NO_COLUMN), 0)
+    return tl.where(row_max == NEGATIVE_INFINITY, NO_COLUMN, column)
+
+
+@triton.jit
+def bits_of(column):
+    """A column as a state holds it: a float32 counts to 2^24 only."""
+    return column.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def column_of(bits):
+    """The inverse of `bits_of`."""
+    return bits.to(tl.int32, bitcast=True)
 
 
 # ---- log-odds and objectives ---------------------------------------------------------------------

@@ -250,7 +250,8 @@ def label_column(labels, row_index, first_column, v):
 UNSPECIALIZED = [
     "offset", "row_stride", "column_stride", "out_offset", "out_row_stride", "out_column_stride",
     "a_offset", "a_row_stride", "a_column_stride", "b_offset", "b_row_stride", "b_column_stride",
-    "state_stride", "coefficient_stride", "first_column", "v", "blocks_per_part", "count",
+    "state_stride", "slope_stride", "coefficient_stride", "first_column", "v", "blocks_per_part",
+    "count",
 ]  # fmt: skip
 """Numbers whose value Triton must not compile for: what matters of them is in a `Walk`."""
 
