@@ -151,18 +151,21 @@ UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels,
   const Matrix<Out> out_row = out.at_row(row_index);
   const int label = label_column(labels, row_index, first_column, v);
   const Part rest = {state[row_index], state[row_index + state_stride]};
-  GradientRow values = gradient_row(rest, slopes[row_index], transform.derivative);
+  const GradientRow values = gradient_row(rest, slopes[row_index], transform.derivative);
   if constexpr (kRunnerUp) {
     const float at_label = slopes[row_index + slope_stride];
     const float at_runner_up = slopes[row_index + 2 * slope_stride];
-    values.size = fabsf(values.size) + fabsf(at_label) + fabsf(at_runner_up);
-    values.at_label = at_label * transform.derivative;
-    values.at_runner_up = at_runner_up * transform.derivative;
     const int64 column = int_of_bits(state[row_index + 3 * state_stride]) - first_column;
-    values.runner_up = column >= 0 && column < v ? static_cast<int>(column) : -1;
+    RunnerUpRow both = {values, at_runner_up * transform.derivative,
+                        column >= 0 && column < v ? static_cast<int>(column) : -1};
+    both.size = fabsf(values.size) + fabsf(at_label) + fabsf(at_runner_up);
+    both.at_label = at_label * transform.derivative;
+    GradientWriter<Logits, Out, kCapped, RunnerUpRow>(row, out_row, v, label, transform)
+        .walk(both, team);
+  } else {
+    GradientWriter<Logits, Out, kCapped, GradientRow>(row, out_row, v, label, transform)
+        .walk(values, team);
   }
-  GradientWriter<Logits, Out, kCapped, kRunnerUp>(row, out_row, v, label, transform)
-      .walk(values, team);
 }
 
 // Statistics, objective and gradient of whole rows in one visit: the second read comes from the
@@ -197,7 +200,7 @@ UNILOGIT_DEVICE void sweep(const Matrix<Logits>& logits, const int64* labels,
   if (threadIdx.x == 0) values[row_index] = value;
   if (out.data == nullptr) return;
   const Matrix<Out> out_row = out.at_row(row_index);
-  GradientWriter<Logits, Out, kCapped, false>(row, out_row, v, label, transform)
+  GradientWriter<Logits, Out, kCapped, GradientRow>(row, out_row, v, label, transform)
       .walk(entries, team);
 }
 

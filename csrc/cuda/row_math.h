@@ -221,8 +221,27 @@ struct GradientRow {
   float coefficient;
   float at_label;
   float size;
-  float at_runner_up = 0.0f;
-  int runner_up = -1;
+};
+
+// One with an entry of its own in the column `runner_up`, -1 for none.
+struct RunnerUpRow : GradientRow {
+  float at_runner_up;
+  int runner_up;
+};
+
+// What both kinds of row answer, so that one writer serves them.
+template <class Row>
+struct RunnerUpOf {
+  static constexpr bool kExists = false;
+  static UNILOGIT_DEVICE int column(const Row&) { return -1; }
+  static UNILOGIT_DEVICE float entry(const Row&) { return 0.0f; }
+};
+
+template <>
+struct RunnerUpOf<RunnerUpRow> {
+  static constexpr bool kExists = true;
+  static UNILOGIT_DEVICE int column(const RunnerUpRow& row) { return row.runner_up; }
+  static UNILOGIT_DEVICE float entry(const RunnerUpRow& row) { return row.at_runner_up; }
 };
 
 UNILOGIT_DEVICE GradientRow gradient_row(Part rest, float slope, float derivative) {

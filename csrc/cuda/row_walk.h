@@ -209,8 +209,10 @@ class RestStatistics {
 
 // Writes this thread's share of a gradient row, which may lie where the logits do. From the end to
 // the start: what an earlier visit read last is still in the cache.
-template <class Logits, class Out, bool kCapped, bool kRunnerUp>
+template <class Logits, class Out, bool kCapped, class Row>
 class GradientWriter {
+  using RunnerUp = RunnerUpOf<Row>;
+
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Out::Stored));
   static constexpr int kVectors = (kCapped ? kCappedFlightBytes : kFlightBytes) /
@@ -230,7 +232,7 @@ class GradientWriter {
     layout_.divide(whole_);
   }
 
-  UNILOGIT_DEVICE void walk(const GradientRow& gradient, Team team) const {
+  UNILOGIT_DEVICE void walk(const Row& gradient, Team team) const {
     // A row of slope 0 is exactly 0, whatever its logits hold: they are not read.
     if (gradient.size == 0.0f) {
       walk<false>(gradient, team);
@@ -241,7 +243,7 @@ class GradientWriter {
 
  private:
   template <bool kReads>
-  UNILOGIT_DEVICE void walk(const GradientRow& gradient, Team team) const {
+  UNILOGIT_DEVICE void walk(const Row& gradient, Team team) const {
 #pragma unroll 1
     for (int i = team.member(); i < layout_.singles(); i += team.size()) {
       const int column = layout_.single_column(i);
@@ -250,8 +252,8 @@ class GradientWriter {
         x[0] = Logits::load(*row_.column(column));
         if (column == label_) {
           x[0] = entry_of(gradient.at_label, label_);
-        } else if (kRunnerUp && column == gradient.runner_up) {
-          x[0] = entry_of(gradient.at_runner_up, gradient.runner_up);
+        } else if (RunnerUp::kExists && column == RunnerUp::column(gradient)) {
+          x[0] = entry_of(RunnerUp::entry(gradient), column);
         } else {
           differentiate(gradient, x);
         }
@@ -272,9 +274,10 @@ class GradientWriter {
   }
 
   template <int kCount, bool kReads>
-  UNILOGIT_DEVICE void write(const GradientRow& gradient, int first, int step) const {
+  UNILOGIT_DEVICE void write(const Row& gradient, int first, int step) const {
     float values[kCount * kVector] = {};
     float at_label = 0.0f, at_runner_up = 0.0f;
+    const int runner_up = RunnerUp::column(gradient);
     if constexpr (kReads) {
       if (kCount > 1 || whole_) {
         load_columns<Logits, kCount, kVector>(row_.data + first, step, values);
@@ -283,8 +286,8 @@ class GradientWriter {
       }
       // Read before it may be overwritten, by this thread.
       if (owns<kCount>(label_, first, step)) at_label = entry_of(gradient.at_label, label_);
-      if (kRunnerUp && owns<kCount>(gradient.runner_up, first, step)) {
-        at_runner_up = entry_of(gradient.at_runner_up, gradient.runner_up);
+      if (RunnerUp::kExists && owns<kCount>(runner_up, first, step)) {
+        at_runner_up = entry_of(RunnerUp::entry(gradient), runner_up);
       }
       differentiate(gradient, values);
     }
@@ -293,8 +296,8 @@ class GradientWriter {
       store_vector<Out>(out_.data + first + u * step, values + u * kVector);
     }
     if (kReads && owns<kCount>(label_, first, step)) out_.data[label_] = Out::store(at_label);
-    if (kReads && kRunnerUp && owns<kCount>(gradient.runner_up, first, step)) {
-      out_.data[gradient.runner_up] = Out::store(at_runner_up);
+    if (kReads && RunnerUp::kExists && owns<kCount>(runner_up, first, step)) {
+      out_.data[runner_up] = Out::store(at_runner_up);
     }
   }
 
@@ -317,7 +320,7 @@ class GradientWriter {
 
   // Raw logits to entries of the gradient row.
   template <int kCount>
-  UNILOGIT_DEVICE void differentiate(const GradientRow& gradient, float (&x)[kCount]) const {
+  UNILOGIT_DEVICE void differentiate(const Row& gradient, float (&x)[kCount]) const {
 #pragma unroll
     for (float& entry : x) {
       float cap_slope;

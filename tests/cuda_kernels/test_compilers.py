@@ -32,13 +32,20 @@ MOST_SHARED_BYTES = 1024
 def every_kernel() -> Iterator[Kernel]:
     """What the launch functions may ask for."""
     names = TYPES.values()
-    for macro in ("MERGE_PARTS", "DIVERGENCE_UPDATE", "MERGE_PAIRS", "DIVERGENCE_GRADIENT"):
+    for macro in (
+        "MERGE_PARTS",
+        "RUNNER_UP_MERGE",
+        "DIVERGENCE_UPDATE",
+        "MERGE_PAIRS",
+        "DIVERGENCE_GRADIENT",
+    ):
         yield Kernel(macro)
     for name in names:
         yield Kernel("SCALE", (name,))
     for name, cap in itertools.product(names, ("plain", "capped")):
         yield Kernel("LOG_ODDS_UPDATE", (name, cap))
-    for macro in ("LOG_ODDS_GRADIENT", "LOG_ODDS_SWEEP"):
+        yield Kernel("RUNNER_UP_UPDATE", (name, cap))
+    for macro in ("LOG_ODDS_GRADIENT", "RUNNER_UP_GRADIENT", "LOG_ODDS_SWEEP"):
         for arguments in itertools.product(names, names, ("plain", "capped")):
             yield Kernel(macro, arguments)
 

@@ -36,8 +36,9 @@ SWEEP_WARPS = 4
 """Least of a program that visits its row twice."""
 
 
-def _lanes(transform: LogitTransform, chosen: Settings) -> int:
-    return chosen.capped_lanes if transform.softcap else chosen.lanes
+def _lanes(transform: LogitTransform, chosen: Settings, *, runner_up: bool = False) -> int:
+    # The columns of the runner-up need registers, as a cap does.
+    return chosen.capped_lanes if transform.softcap or runner_up else chosen.lanes
 
 
 def update(
@@ -52,9 +53,9 @@ def update(
     n, v = logits.shape
     chosen = settings.current_settings()
     place = Place.of(logits)
-    shares = Shares.of(logits, place, lanes=_lanes(transform, chosen))
-    two_stages = shares.parts > 1 or finish is not None
     runner_up = row_state.has_runner_up(state)
+    shares = Shares.of(logits, place, lanes=_lanes(transform, chosen, runner_up=runner_up))
+    two_stages = shares.parts > 1 or finish is not None
     planes = 3 if runner_up else 2
     parts = torch.empty(planes, n, shares.parts, device=logits.device) if two_stages else None
     row_weight = None if finish is None else finish.row_weight
