@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import test_cpu_kernels as rows
@@ -12,23 +11,10 @@ import torch
 from ptxsim import KernelFaultError
 
 from cuda_kernels import devices
+from cuda_kernels.bugs import Bug, sources_with
 from cuda_kernels.test_rows import KERNELS, distant_rows
-from unilogit_kernels.backends.cuda import sources
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
-
-
-class Bug(NamedTuple):
-    """A bug: what replaces what in which source, and how the executor words it.
-
-    Attributes:
-        caught: A pattern of the executor's message; None where only the results are wrong.
-    """
-
-    header: str
-    right: str
-    wrong: str
-    caught: str | None
 
 
 BUGS = {
@@ -75,16 +61,6 @@ BUGS = {
         "kernels.h", "label >= 0 ? target_of", "true ? target_of", "data race|out-of-bounds"
     ),
 }
-
-
-def sources_with(bug: Bug, folder: Path) -> Path:
-    for name in sources.HEADERS:
-        text = (sources.directory() / name).read_text()
-        if name == bug.header:
-            assert text.count(bug.right) == 1, f"{name} has changed: {bug.right!r}"
-            text = text.replace(bug.right, bug.wrong)
-        (folder / name).write_text(text)
-    return folder
 
 
 def sweep_in_place(device: devices.PtxLauncher) -> None:
