@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from ptxsim.cuda_cpu import Sanitizer, build, run
 
-from cuda_kernels.test_faults import BUGS, sources_with
+from cuda_kernels.bugs import sources_with
+from cuda_kernels.test_faults import BUGS
 from unilogit_kernels.backends.cuda import sources
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")

@@ -74,7 +74,12 @@ SHARED_SUITE = {
 # Every flag of the one-row kernels is in FLAGS as well.
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "part", [pytest.param("one row", marks=pytest.mark.pinned_triton), "two rows"]
+    "part",
+    [
+        pytest.param("one row", marks=pytest.mark.pinned_triton),
+        "two rows",
+        pytest.param("runner-up", marks=pytest.mark.pinned_triton),
+    ],
 )
 def test_shared_suite(part: str) -> None:
     """On the kernels compiled for sm_90."""
