@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.kept import Kept, KeptInGradient
-from unilogit_kernels.memory import allocate
+from unilogit_kernels.memory import allocate, tile_view
 from unilogit_kernels.one_visit import gradient_in_one_visit
 from unilogit_kernels.plan import LinearOptions, Plan, slices, token_groups, token_tiles
 from unilogit_kernels.projection import LinearHead, multiply
@@ -267,12 +267,6 @@ def _take(source: Tensor, index: Tensor | None, out: Tensor) -> None:
 
 def _longest(tiles: list[slice]) -> int:
     return max(int(tile.stop - tile.start) for tile in tiles)
-
-
-def tile_view(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
-    """A contiguous `[tokens, columns]` view of the front of a flat buffer."""
-    shape = (tokens.stop - tokens.start, columns.stop - columns.start)
-    return scratch[: shape[0] * shape[1]].view(shape)
 
 
 # ---- token chunks ------------------------------------------------------------------------------

@@ -127,6 +127,12 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     return tensor
 
 
+def tile_view(scratch: Tensor, tokens: slice, columns: slice) -> Tensor:
+    """A contiguous `[tokens, columns]` view of the front of a flat buffer."""
+    shape = (tokens.stop - tokens.start, columns.stop - columns.start)
+    return scratch[: shape[0] * shape[1]].view(shape)
+
+
 def _take(size: int) -> _Block | None:
     """The smallest idle block that holds `size` bytes without wasting most of itself."""
     fitting = [b for b in list(_idle) if size <= b.size <= _MAX_WASTE * size]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import row_state
-from unilogit_kernels.memory import allocate
+from unilogit_kernels.memory import allocate, tile_view
 from unilogit_kernels.plan import Plan, slices
 from unilogit_kernels.projection import LinearHead, multiply
 from unilogit_kernels.rows import RowProblem
@@ -46,7 +46,7 @@ def gradient_in_one_visit(
         out = total = d_hidden[tokens]
         if out.dtype != exact:
             total = allocate(out.shape, exact, out.device)
-        state, label_entry = _sum_rest(head, rows, plan, tokens, total)
+        state, label_entry = _sum_rest(head, rows.at(tokens), plan, tokens, total)
         slope = slope_of(state, tokens)
         _add_labels(head, rows.labels[tokens], label_entry, total)
         # A row of slope 0 gets no gradient, whatever it holds.
@@ -64,9 +64,8 @@ def _sum_rest(
 
     `t_j` is the derivative of the logit transform.
     """
-    labels, dtypes, m = rows.labels[tokens], head.dtypes, tokens.stop - tokens.start
-    device = head.hidden.device
-    state = row_state.empty_state(m, device, dtypes.exact)
+    dtypes, device, m = head.dtypes, head.hidden.device, tokens.stop - tokens.start
+    state = rows.empty_state(m, device, dtypes.exact)
     one = torch.ones(m, device=device, dtype=dtypes.exact)
     label_entry = torch.zeros_like(one)
     scratch = allocate((m * plan.columns,), dtypes.logits, device)
@@ -74,18 +73,15 @@ def _sum_rest(
     if dtypes.operands != dtypes.logits:
         row_scratch = allocate((m * plan.columns,), dtypes.operands, device)
     for columns in slices(rows.vocab_size, plan.columns):
-        shape = (m, columns.stop - columns.start)
-        logits, out = (x[: shape[0] * shape[1]].view(shape) for x in (scratch, row_scratch))
+        logits, out = (tile_view(x, tokens, columns) for x in (scratch, row_scratch))
         weight = head.weight_columns(columns)
         head.project(tokens, columns, weight, out=logits)
         before = state.clone()
-        rows.kernels.log_odds_update(logits, labels, columns.start, state, rows.transform)
+        rows.update([logits], columns.start, state)
         # Under the statistics so far: `onehot_y t_y - r t`.
         so_far = row_state.with_some_rest(state)
-        rows.kernels.log_odds_gradient(
-            logits, labels, columns.start, so_far, one, out, rows.transform
-        )
-        _take_labels(out, labels - columns.start, label_entry)
+        rows.gradient([logits], columns.start, so_far, one, out)
+        _take_labels(out, rows.labels - columns.start, label_entry)
         if columns.start:
             total.mul_(row_state.rest_share(before, state)[:, None])
         multiply(out, weight, total, accumulate=columns.start > 0)

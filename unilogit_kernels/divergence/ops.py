@@ -30,12 +30,12 @@ from unilogit_kernels.ops.registration import (
     differentiable,
     fake,
     grad_of_some,
+    gradient_outputs,
+    gradient_shapes,
     linear_inputs,
     operator,
-    or_empty,
     scalar_of,
     scaled,
-    shape_of,
 )
 from unilogit_kernels.projection import GemmDtypes, Needs
 from unilogit_kernels.rows import logits_gradient, logits_state, weigh
@@ -233,21 +233,12 @@ def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     gradients = compacted_gradient(
         *_described(args), Needs(*needs), state, upstream, [kept, ref_kept]
     )
-    return (
-        or_empty(gradients.hidden, hidden).to(hidden.dtype),
-        or_empty(gradients.weight, weight).to(weight.dtype),
-        or_empty(gradients.bias, weight).to(weight.dtype),
-    )
+    return gradient_outputs(gradients, hidden, weight, finished=True)
 
 
 @fake("linear_divergence_backward")
 def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = args[-3:]
-    return (
-        shape_of(need_hidden, hidden),
-        shape_of(need_weight, weight),
-        shape_of(need_bias, weight[:, 0]),
-    )
+    return gradient_shapes(args[-3:], hidden, weight)
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -269,7 +260,7 @@ def _linear_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | N
         values = _literal_linear_values(heads, labels, ctx.settings)
         upstream = torch.where(active, upstream, 0.0)
         return tuple(grad_of_some(heads[:3], needs, values, upstream))
-    gradients = torch.ops.unilogit_kernels.linear_divergence_backward(
+    gradients: tuple[Tensor, ...] = torch.ops.unilogit_kernels.linear_divergence_backward(
         *tensors,
         *ctx.settings,
         *ctx.options,
@@ -279,7 +270,7 @@ def _linear_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | N
         upstream.contiguous(),
         *needs,
     )
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+    return gradients
 
 
 def _literal_linear_values(
@@ -313,21 +304,16 @@ def _linear_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     losses, gradients = compacted_loss(inputs, loss, Needs(*args[-3:]))
     return (
         factor * losses.sum(),
-        or_empty(gradients.hidden, hidden),
-        or_empty(gradients.weight, weight),
-        or_empty(gradients.bias, weight),
+        *gradient_outputs(gradients, hidden, weight),
     )
 
 
 @fake("linear_divergence_loss")
 def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = args[-3:]
     dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
     return (
         scalar_of(hidden),
-        shape_of(need_hidden, hidden, dtypes.results),
-        shape_of(need_weight, weight, dtypes.results),
-        shape_of(need_bias, weight[:, 0], dtypes.exact),
+        *gradient_shapes(args[-3:], hidden, weight, dtypes),
     )
 
 

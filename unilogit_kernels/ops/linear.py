@@ -18,16 +18,16 @@ from unilogit_kernels.ops.registration import (
     differentiable,
     fake,
     grad_of_some,
+    gradient_outputs,
+    gradient_shapes,
     linear_inputs,
     literal_objective,
     literal_values,
     losses_of,
     operator,
-    or_empty,
     row_problem,
     scalar_of,
     scaled,
-    shape_of,
     values_of,
     values_outputs,
     weighted_objective,
@@ -76,23 +76,14 @@ def _linear_log_odds_backward(
     rows = row_problem(*args[:5], runner_up=has_runner_up(state))
     inputs = linear_inputs(hidden, weight, bias, *args[5:9])
     gradients = compacted_gradient(inputs, active, rows, Needs(*needs), state, slope, [kept])
-    return (
-        or_empty(gradients.hidden, hidden).to(hidden.dtype),
-        or_empty(gradients.weight, weight).to(weight.dtype),
-        or_empty(gradients.bias, weight).to(weight.dtype),
-    )
+    return gradient_outputs(gradients, hidden, weight, finished=True)
 
 
 @fake("linear_log_odds_backward")
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = args[-3:]
-    return (
-        shape_of(need_hidden, hidden),
-        shape_of(need_weight, weight),
-        shape_of(need_bias, weight[:, 0]),
-    )
+    return gradient_shapes(args[-3:], hidden, weight)
 
 
 def _linear_log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,7 +105,7 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tens
         runner_up = has_runner_up(state)
         values, valid = literal_values(logits, labels, *ctx.settings, runner_up=runner_up)
         return tuple(grad_of_some((hidden, weight, bias), needs, values, slope[..., valid]))
-    gradients = torch.ops.unilogit_kernels.linear_log_odds_backward(
+    gradients: tuple[Tensor, ...] = torch.ops.unilogit_kernels.linear_log_odds_backward(
         hidden,
         weight,
         bias,
@@ -127,11 +118,7 @@ def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tens
         slope,
         *needs,
     )
-    return tuple(_wanted(gradients, needs))
-
-
-def _wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return gradients
 
 
 differentiable("linear_log_odds", _linear_log_odds_grad, _linear_log_odds_context)
@@ -147,18 +134,15 @@ differentiable("linear_log_odds", _linear_log_odds_grad, _linear_log_odds_contex
 def _linear_objective_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *described, need_hidden, need_weight, need_bias = args
+    described = args[:-3]
     weighted = weighted_objective(*described[5:-4])
     rows = row_problem(*described[:5], runner_up=weighted.objective.needs_runner_up)
     inputs = linear_inputs(hidden, weight, bias, *described[-4:])
-    needs = Needs(need_hidden, need_weight, need_bias)
-    losses, gradients = compacted_loss(inputs, ObjectiveLoss(rows, weighted), needs)
+    losses, gradients = compacted_loss(inputs, ObjectiveLoss(rows, weighted), Needs(*args[-3:]))
     return (
         weighted.factor * losses.sum(),
         losses,
-        or_empty(gradients.hidden, hidden),
-        or_empty(gradients.weight, weight),
-        or_empty(gradients.bias, weight),
+        *gradient_outputs(gradients, hidden, weight),
     )
 
 
@@ -166,14 +150,11 @@ def _linear_objective_loss(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = args[-3:]
     dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
     return (
         scalar_of(hidden),
         losses_of(hidden),
-        shape_of(need_hidden, hidden, dtypes.results),
-        shape_of(need_weight, weight, dtypes.results),
-        shape_of(need_bias, weight[:, 0], dtypes.exact),
+        *gradient_shapes(args[-3:], hidden, weight, dtypes),
     )
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from unilogit_kernels import backends, objectives, reference, row_state
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.compaction import LinearInputs
+from unilogit_kernels.loops import Gradients
 from unilogit_kernels.plan import LinearOptions
+from unilogit_kernels.projection import GemmDtypes
 from unilogit_kernels.row_state import Statistics
 from unilogit_kernels.rows import RowProblem, Weighted, weigh
 
@@ -69,8 +71,8 @@ def differentiable(
 
     Args:
         name: The operator.
-        backward: From the context and the results' gradients to those of the first arguments; the
-            others have none.
+        backward: From the context and the results' gradients to those of the first arguments, of
+            which those that are not wanted are dropped; the others have none.
         setup_context: From the context, the arguments and the results; saves what backward needs.
     """
     overload = getattr(torch.ops.unilogit_kernels, name).default
@@ -86,7 +88,8 @@ def differentiable(
 
     def backward_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         first = backward(ctx, *gradients)
-        return *first, *(None,) * (ctx.arguments - len(first))
+        wanted = (g if n else None for g, n in zip(first, ctx.needs_input_grad, strict=False))
+        return *wanted, *(None,) * (ctx.arguments - len(first))
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_all)}
     function: Any = type(f"{name}_function", (torch.autograd.Function,), functions)
@@ -177,6 +180,34 @@ def grad_of_some(
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(output, wanted, upstream, create_graph=True))
     return [next(found) if need else None for need in needs]
+
+
+def gradient_outputs(
+    gradients: Gradients, hidden: Tensor, weight: Tensor, *, finished: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of an lm_head's operands as an operator returns them.
+
+    Args:
+        gradients: Those that are wanted.
+        hidden: `[n, h]`.
+        weight: `[V, h]`.
+        finished: Whether they leave in the operands' dtypes; else in those they were added up in.
+    """
+    found = [or_empty(g, x) for g, x in zip(gradients, (hidden, weight, weight), strict=True)]
+    if finished:
+        found = [g.to(x.dtype) for g, x in zip(found, (hidden, weight, weight), strict=True)]
+    return found[0], found[1], found[2]
+
+
+def gradient_shapes(
+    needs: Sequence[bool], hidden: Tensor, weight: Tensor, dtypes: GemmDtypes | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gradient_outputs` looks like to a fake kernel; `dtypes` where it is not finished."""
+    return (
+        shape_of(needs[0], hidden, dtypes and dtypes.results),
+        shape_of(needs[1], weight, dtypes and dtypes.results),
+        shape_of(needs[2], weight[:, 0], dtypes and dtypes.exact),
+    )
 
 
 def scalar_of(like: Tensor) -> Tensor:
