@@ -39,6 +39,10 @@ GEMM (up to 256 wide) is cut."""
 ALIGNED_TOKENS = {"cpu": 1, "cuda": 64}
 """Token chunks are a multiple of this many tokens, the smallest tile of a tensor-core GEMM."""
 
+CPU_ROW_TILE_COLUMNS = 2048
+"""Columns of a token chunk that one float32 GEMM on a CPU projects: MKL packs as much of the weight
+for itself as a GEMM reads, 24 MiB of it over a whole vocabulary and 4 MiB so."""
+
 MIN_CHUNK_TOKENS = 16
 """Below this many tokens, token chunks would read the whole weight for too little work."""
 
@@ -310,6 +314,8 @@ def _token_chunk(shape: LinearShape, budget: int, logit_bytes: int) -> int:
 def _row_tile(shape: LinearShape, tokens: int) -> int:
     """Columns of a token chunk that are projected at a time."""
     if shape.device_type == "cpu":
+        if not shape.separate_rows:
+            return min(shape.vocab_size, CPU_ROW_TILE_COLUMNS)
         return shape.vocab_size  # one GEMM: oneDNN prepares the weight once
     columns = per_device(TILE_BYTES, shape.device_type) // (tokens * shape.logit_bytes)
     return min(

@@ -8,26 +8,29 @@ from pathlib import Path
 import pytest
 from ptxsim.cuda_cpu import Sanitizer, build, run
 
-from cuda_kernels.bugs import sources_with
+from cuda_kernels.bugs import Bug, sources_with
 from cuda_kernels.test_faults import BUGS
+from cuda_kernels.test_pair_faults import CASES
 from unilogit_kernels.backends.cuda import sources
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")
-PROGRAM = Path(__file__).with_name("sanitized.cpp")
+PROGRAMS = Path(__file__).with_name("sanitized")
+KERNELS = ("rows", "pairs")
 SEEDS = ("0", "1", "2")
 
 
-def compiled(headers: Path, folder: Path, sanitizer: Sanitizer) -> Path:
-    program = folder / f"kernels-{sanitizer}"
+def compiled(kernels: str, headers: Path, folder: Path, sanitizer: Sanitizer) -> Path:
+    program = folder / f"{kernels}-{sanitizer}"
     options = [f"-I{headers}", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
     options += ["-Wno-unknown-pragmas", "-Wno-unused-variable"]  # nvcc's pragmas
-    build(PROGRAM, program, sanitizer=sanitizer, options=options)
+    build(PROGRAMS / f"{kernels}.cpp", program, sanitizer=sanitizer, options=options)
     return program
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sources_are_clean(sanitizer: Sanitizer, tmp_path: Path) -> None:
-    program = compiled(sources.directory(), tmp_path, sanitizer)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_sources_are_clean(kernels: str, sanitizer: Sanitizer, tmp_path: Path) -> None:
+    program = compiled(kernels, sources.directory(), tmp_path, sanitizer)
     for seed in SEEDS:
         result = run(program, seed)
         assert result.stdout == "correct\n", result.stdout + result.stderr
@@ -35,14 +38,28 @@ def test_sources_are_clean(sanitizer: Sanitizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bug", "sanitizer", "message"),
+    ("kernels", "bug", "sanitizer", "message"),
     [
-        ("a vector too many in the tail", "address", "heap-buffer-overflow"),
-        ("missing barrier before the warps' parts are read", "thread", "data race"),
+        ("rows", BUGS["a vector too many in the tail"], "address", "heap-buffer-overflow"),
+        (
+            "rows",
+            BUGS["missing barrier before the warps' parts are read"],
+            "thread",
+            "data race",
+        ),
+        ("pairs", CASES["a part too many is merged"].bug, "address", "heap-buffer-overflow"),
+        (
+            "pairs",
+            CASES["no barrier before the warps' parts are read"].bug,
+            "thread",
+            "data race",
+        ),
     ],
 )
-def test_bugs_are_caught(bug: str, sanitizer: Sanitizer, message: str, tmp_path: Path) -> None:
-    program = compiled(sources_with(BUGS[bug], tmp_path), tmp_path, sanitizer)
+def test_bugs_are_caught(
+    kernels: str, bug: Bug, sanitizer: Sanitizer, message: str, tmp_path: Path
+) -> None:
+    program = compiled(kernels, sources_with(bug, tmp_path), tmp_path, sanitizer)
     result = run(program, SEEDS[0])
     assert result.returncode != 0
     assert message in result.stderr, result.stdout + result.stderr

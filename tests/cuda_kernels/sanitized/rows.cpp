@@ -1,12 +1,7 @@
 // Launches the CUDA kernels, compiled for the CPU, on memory that ends where the tensors end, and
 // compares them with double precision. Argument: the seed of the order, 0 for in sequence.
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <string>
-#include <vector>
-
 #include "kernels.h"
+#include "memory.h"
 
 MERGE_PARTS()
 LOG_ODDS_UPDATE(Bfloat16, plain)
@@ -15,6 +10,11 @@ LOG_ODDS_GRADIENT(Bfloat16, Bfloat16, plain)
 LOG_ODDS_GRADIENT(Float32, Float16, capped)
 LOG_ODDS_SWEEP(Bfloat16, Bfloat16, plain)
 LOG_ODDS_SWEEP(Float32, Float16, capped)
+RUNNER_UP_MERGE()
+RUNNER_UP_UPDATE(Bfloat16, plain)
+RUNNER_UP_UPDATE(Float32, capped)
+RUNNER_UP_GRADIENT(Bfloat16, Bfloat16, plain)
+RUNNER_UP_GRADIENT(Float32, Float16, capped)
 SCALE(Bfloat16)
 
 namespace {
@@ -26,48 +26,11 @@ constexpr int kUnilogit = 0;
 
 unsigned seed = 0;
 
-template <class T>
-struct Tensor {
-  // `beyond` elements past a 16-byte boundary; the last element is the last one of the allocation.
-  Tensor(int rows, int stride, int columns, int beyond) : stride(stride), beyond(beyond) {
-    size = beyond + (rows - 1) * stride + columns;
-    memory.reset(new typename T::Stored[size]());
-  }
-  typename T::Stored* data() { return memory.get() + beyond; }
-  float at(int row, int column) { return T::load(data()[row * stride + column]); }
-
-  int stride, beyond, size;
-  std::unique_ptr<typename T::Stored[]> memory;
-};
-
-template <class T>
-std::unique_ptr<T[]> filled(int count, T value) {
-  std::unique_ptr<T[]> array(new T[count]);
-  std::fill(array.get(), array.get() + count, value);
-  return array;
-}
-
-void check(bool holds, const char* what, double got, double expected) {
-  if (holds) return;
-  std::printf("%s: got %.6g, expected %.6g\n", what, got, expected);
-  std::exit(1);
-}
-
-void check_near(const char* what, double got, double expected, double tolerance) {
-  check(std::fabs(got - expected) <= tolerance, what, got, expected);
-}
-
-void check_fault(const char* what, const std::string& fault) {
-  if (fault.empty()) return;
-  std::printf("%s: %s\n", what, fault.c_str());
-  std::exit(1);
-}
-
 // Everything that the kernels compute of a row, in double precision.
 struct Exact {
   std::vector<double> z, cap_slope;
   double max = -HUGE_VAL, sum = 0, d = 0, value = 0, slope = 0;
-  int label;
+  int label, runner_up = -1;
 
   template <class T>
   Exact(Tensor<T>& logits, int row, int v, int label, bool capped) : label(label) {
@@ -75,7 +38,9 @@ struct Exact {
       const double x = logits.at(row, j), t = std::tanh(x / kCap);
       z.push_back(capped ? kCap * t : x);
       cap_slope.push_back(capped ? 1 - t * t : 1);
-      if (j != label) max = std::max(max, z[j]);
+      if (j == label || z[j] <= max) continue;
+      max = z[j];
+      runner_up = j;
     }
     for (int j = 0; j < v; ++j) sum += j == label ? 0 : std::exp(z[j] - max);
     d = z[label] - max - std::log(sum);
@@ -88,13 +53,11 @@ struct Exact {
   }
 };
 
-struct Case {
-  int n, v, gap, beyond, threads, parts;
-};
-
 // The kernels of a pair of types, as functions of the launch.
-template <class Logits, class Out, class Update, class Gradient, class Sweep>
-void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep sweep) {
+template <class Logits, class Out, class Update, class Gradient, class Sweep, class RunnerUpUpdate,
+          class RunnerUpGradient>
+void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep sweep,
+         RunnerUpUpdate runner_up_update, RunnerUpGradient runner_up_gradient) {
   Tensor<Logits> logits(c.n, c.v + c.gap, c.v, c.beyond);
   Tensor<Out> out(c.n, c.v, c.v, 1);
   auto labels = filled<int64>(c.n, 0);
@@ -107,7 +70,7 @@ void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep swe
   for (int i = 0; i < c.n; ++i) {
     labels[i] = (i * 379 + c.v / 2) % c.v;
     for (int j = 0; j < c.v; ++j) {
-      logits.data()[i * logits.stride + j] = Logits::store(4 * std::sin(0.7f * (i * 31 + j)));
+      logits.set(i, j, 4 * std::sin(0.7f * (i * 31 + j)));
     }
     exact.emplace_back(logits, i, c.v, static_cast<int>(labels[i]), capped);
   }
@@ -141,6 +104,40 @@ void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep swe
     }
   };
   compare(out);
+
+  auto wide_state = filled<float>(4 * c.n, -HUGE_VALF), wide_slopes = filled<float>(3 * c.n, 0.0f);
+  auto wide_parts = filled<float>(3 * c.n * c.parts, 0.0f);
+  for (int i = 0; i < c.n; ++i) {
+    wide_state[c.n + i] = 0.0f;
+    wide_state[3 * c.n + i] = bits_of_int(kNoColumn);
+    wide_slopes[i] = 0.75f;
+    wide_slopes[c.n + i] = -0.5f;
+    wide_slopes[2 * c.n + i] = 0.25f;
+  }
+  check_fault("runner-up", cuda_cpu::launch({rows, parts_}, {threads}, seed, [&] {
+    runner_up_update(logits.data(), labels.get(), wide_state.get(), wide_parts.get(), logits.stride,
+                     1, c.n, 0, c.v, scale, kCap);
+  }));
+  check_fault("runner-up's merge", cuda_cpu::launch({rows}, {threads}, seed, [&] {
+    runner_up_merge(wide_parts.get(), wide_state.get(), c.n, c.parts);
+  }));
+  check_fault("runner-up's gradient", cuda_cpu::launch({rows, parts_}, {threads}, seed, [&] {
+    runner_up_gradient(logits.data(), labels.get(), wide_state.get(), wide_slopes.get(), out.data(),
+                       logits.stride, 1, out.stride, 1, c.n, c.n, 0, c.v, scale, kCap, 1.0f);
+  }));
+  for (int i = 0; i < c.n; ++i) {
+    const Exact& row = exact[i];
+    const int runner_up = int_of_bits(wide_state[3 * c.n + i]);
+    // Caps and float32 make logits equal that are not.
+    check_near("runner-up", row.z[runner_up], row.max, 1e-6);
+    for (int j = 0; j < c.v; ++j) {
+      const double special = j == row.label ? -0.5 : j == runner_up ? 0.25 : 0;
+      const double expected = j == row.label || j == runner_up ? special * row.cap_slope[j]
+                                                               : row.gradient(j, 0.75);
+      check_near("runner-up's gradient", out.at(i, j), expected, 1e-2);
+    }
+  }
+
   std::fill(values.get(), values.get() + c.n, 0.0f);
   check_fault("sweep", cuda_cpu::launch({rows}, {threads}, seed, [&] {
     sweep(logits.data(), labels.get(), weight.get(), out.data(), values.get(), logits.stride, 1,
@@ -170,16 +167,15 @@ void check_scale() {
 
 int main(int, char** arguments) {
   seed = static_cast<unsigned>(std::atoi(arguments[1]));
-  // Rows with tiles, single vectors and ends; aligned and not; of one block and of several.
-  const Case cases[] = {{3, 5, 0, 0, 32, 1},    {2, 701, 3, 1, 64, 1},   {2, 2501, 0, 5, 64, 1},
-                        {1, 3072, 0, 8, 64, 3}, {2, 2085, 11, 2, 32, 2}, {1, 1027, 0, 7, 96, 5}};
-  for (const Case& c : cases) {
+  for (const Case& c : kCases) {
     run<Bfloat16, Bfloat16>(c, false, log_odds_update_Bfloat16_plain,
                             log_odds_gradient_Bfloat16_Bfloat16_plain,
-                            log_odds_sweep_Bfloat16_Bfloat16_plain);
+                            log_odds_sweep_Bfloat16_Bfloat16_plain, runner_up_update_Bfloat16_plain,
+                            runner_up_gradient_Bfloat16_Bfloat16_plain);
     run<Float32, Float16>(c, true, log_odds_update_Float32_capped,
                           log_odds_gradient_Float32_Float16_capped,
-                          log_odds_sweep_Float32_Float16_capped);
+                          log_odds_sweep_Float32_Float16_capped, runner_up_update_Float32_capped,
+                          runner_up_gradient_Float32_Float16_capped);
   }
   check_scale();
   std::puts("correct");
