@@ -30,6 +30,12 @@ if INTERPRETED:
     interpreter.install()
 
 
+INSTRUCTION_SETS: list[str] = []
+"""Of the C++ kernels, those that this processor has; the best one, which comes first, is in use."""
+if cpu.is_available():
+    INSTRUCTION_SETS += cpu.INSTRUCTION_SETS[cpu.INSTRUCTION_SETS.index(cpu.instruction_set()) :]
+
+
 def _variants() -> list[Any]:
     """The backends that run on a CPU; the C++ one once for each instruction set that is here.
 
@@ -40,11 +46,7 @@ def _variants() -> list[Any]:
     if INTERPRETED or EXECUTED_FOR:
         return [f"triton-{share}" for share in SHARES]
     names: list[Any] = ["eager"]
-    if cpu.is_available():
-        best = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
-        names += (f"cpu-{name}" for name in cpu.INSTRUCTION_SETS[best:])
-    else:
-        names.append("cpu")
+    names += [f"cpu-{name}" for name in INSTRUCTION_SETS] or ["cpu"]
     without_nvcc = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
     names += (pytest.param(f"cuda-{share}", marks=without_nvcc) for share in devices.SHARES)
     return names
@@ -67,7 +69,7 @@ and test_divergence_kernels.py."""
 
 
 def _is_spared(item: pytest.Item) -> bool:
-    best = f"cpu-{cpu.instruction_set()}" if cpu.is_available() else None
+    best = f"cpu-{INSTRUCTION_SETS[0]}" if INSTRUCTION_SETS else None
     spared = ABOVE_THE_KERNELS.get(item.path.name, ())
     return any(variant in item.name for variant in spared if variant != best)
 
@@ -95,6 +97,20 @@ def _instruction_set(name: str) -> Iterator[None]:
     cpu.select_instruction_set(name)
     yield
     cpu.select_instruction_set(os.environ.get(cpu.INSTRUCTION_SET_VARIABLE, ""))
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the C++ kernels in turn."""
+    with _instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def instruction_sets() -> Iterator[list[str]]:
+    """All of them, for a test that selects one after the other."""
+    with _instruction_set(""):
+        yield INSTRUCTION_SETS
 
 
 @contextmanager

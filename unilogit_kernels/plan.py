@@ -43,6 +43,9 @@ CPU_ROW_TILE_COLUMNS = 2048
 """Columns of a token chunk that one float32 GEMM on a CPU projects: MKL packs as much of the weight
 for itself as a GEMM reads, 24 MiB of it over a whole vocabulary and 4 MiB so."""
 
+LIBRARY_SHARE = 8
+"""1 / this of a CPU's budget is left to what the GEMM library takes for itself."""
+
 MIN_CHUNK_TOKENS = 16
 """Below this many tokens, token chunks would read the whole weight for too little work."""
 
@@ -215,8 +218,10 @@ def plan_linear(
         runner_up: Whether a row has a second entry of its own, which one visit finds too late.
     """
     given = (options or LinearOptions()).budget(shape.device_type)
-    # Vectors grow with the tokens; logits get their share of the budget all the same.
-    budget = max(given - vector_bytes(shape), given // MIN_BUFFER_SHARE)
+    library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
+    # What grows with the tokens; logits get their share of the budget all the same.
+    for_tokens = vector_bytes(shape) + hidden_copy_bytes(shape)
+    budget = max(given - library - for_tokens, given // MIN_BUFFER_SHARE)
     skips = options is not None and options.skip_below > 0
     if visits == 2 and not (coupled or skips or runner_up) and _suits_one_visit(shape):
         return _one_visit(shape, budget)
@@ -379,6 +384,11 @@ def weight_sum_bytes(shape: LinearShape) -> int:
 def vector_bytes(shape: LinearShape) -> int:
     """Bytes of states, log-odds, slopes, and of what comes and goes while they are computed."""
     return 16 * shape.n * shape.dtypes.exact.itemsize
+
+
+def hidden_copy_bytes(shape: LinearShape) -> int:
+    """Bytes of the hidden states that the GEMMs read in another dtype, all tokens at once."""
+    return sum(shape.n * h.h * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)
 
 
 def _kept_tokens(shape: LinearShape, *, rows: bool) -> int:

@@ -16,6 +16,7 @@ from unilogit_kernels.plan import (
     LinearShape,
     Plan,
     cast_bytes,
+    hidden_copy_bytes,
     hidden_sum_bytes,
     product_bytes,
     row_bytes,
@@ -86,7 +87,7 @@ class Costs:
     def peak_bytes(self) -> int:
         """Most bytes alive at a time beside operands and gradients."""
         shape, plan, dtypes = self.shape, self.plan, self.shape.dtypes
-        vectors = vector_bytes(shape)
+        vectors = vector_bytes(shape) + hidden_copy_bytes(shape)
         v, exact = shape.vocab_size, dtypes.exact.itemsize
         if plan.order == "token_chunks":
             buffers = plan.tokens * v * row_bytes(shape)

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+// Which functions these are and what they take: one more with every change. A caller that counts on
+// another number must not call them.
+#define UNILOGIT_INTERFACE 1
+
 // Everything else stays inside the library.
 #pragma GCC visibility push(default)
 extern "C" {
@@ -44,6 +48,8 @@ enum UnilogitStatus : std::int32_t {
   kUnilogitOutOfMemory = 1,
   kUnilogitUnsupported = 2,
 };
+
+std::int32_t unilogit_interface(void);
 
 // Selects "avx512bf16", "avx512", "avx2" or "baseline"; the empty string means the best one of this machine.
 std::int32_t unilogit_select_instruction_set(const char* name);

@@ -498,6 +498,8 @@ std::int32_t unilogit_select_instruction_set(const char* name) {
   return kUnilogitOk;
 }
 
+std::int32_t unilogit_interface(void) { return UNILOGIT_INTERFACE; }
+
 const char* unilogit_instruction_set(void) { return current_kernels().name; }
 
 std::int32_t unilogit_log_odds_update(const UnilogitMatrix* logits, const int64_t* labels,

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+from ptxsim import KernelFaultError
+
+from cuda_kernels import devices
 from unilogit_kernels.backends.cuda import sources
+
+WHOLE, SPLIT = devices.SHARES
+
+Problem = Callable[[devices.PtxLauncher], None]
 
 
 class Bug(NamedTuple):
@@ -30,3 +39,25 @@ def sources_with(bug: Bug, folder: Path) -> Path:
             text = text.replace(bug.right, bug.wrong)
         (folder / name).write_text(text)
     return folder
+
+
+class Case(NamedTuple):
+    """A bug, what shows it, and how rows are shared among blocks then."""
+
+    bug: Bug
+    problem: Problem
+    share: str = WHOLE
+
+    def check_caught(self, folder: Path) -> None:
+        """With two warps to a block of whole rows, one to a block of parts."""
+        with devices.small_problems(self.share) as device, devices.block_sizes(64, 32, 128):
+            device.headers = sources_with(self.bug, folder)
+            with pytest.raises((KernelFaultError, AssertionError), match=self.bug.caught):
+                self.problem(device)
+
+
+def check_problems_without_a_bug(cases: dict[str, Case], share: str) -> None:
+    """What shows the bugs passes where there is none."""
+    for problem in dict.fromkeys(case.problem for case in cases.values()):
+        with devices.small_problems(share) as device, devices.block_sizes(64, 32, 128):
+            problem(device)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import test_divergence_kernels as pairs
 import torch
-from ptxsim import KernelFaultError, Schedule
+from ptxsim import Schedule
 
 from cuda_kernels import devices
-from cuda_kernels.bugs import Bug, sources_with
+from cuda_kernels.bugs import SPLIT, Bug, Case, check_problems_without_a_bug
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
-WHOLE, SPLIT = devices.SHARES
 KERNELS = CudaKernels()
 TRANSFORMS = (LogitTransform(scale=0.5), LogitTransform(scale=2.0, softcap=5.0))
 CUT = 1100
@@ -69,14 +66,6 @@ def distant_rows(device: devices.PtxLauncher) -> None:
     memory = torch.empty(stride + 300, dtype=torch.bfloat16)
     a, b, labels = pairs.rows(2, 300, torch.bfloat16)
     pairs.check_state(KERNELS, memory.as_strided((2, 300), (stride, 1)).copy_(a), b, labels)
-
-
-class Case(NamedTuple):
-    """A bug, what shows it, and how rows are shared among blocks then."""
-
-    bug: Bug
-    problem: Callable[[devices.PtxLauncher], None]
-    share: str = WHOLE
 
 
 def in_kernels(right: str, wrong: str, caught: str | None) -> Bug:
@@ -182,15 +171,9 @@ CASES = {
 
 @pytest.mark.parametrize("share", devices.SHARES)
 def test_without_a_bug_nothing_is_caught(share: str) -> None:
-    for problem in dict.fromkeys(case.problem for case in CASES.values()):
-        with devices.small_problems(share) as device, devices.block_sizes(64, 32, 128):
-            problem(device)
+    check_problems_without_a_bug(CASES, share)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bugs_are_caught(name: str, tmp_path: Path) -> None:
-    bug, problem, share = CASES[name]
-    with devices.small_problems(share) as device, devices.block_sizes(64, 32, 128):
-        device.headers = sources_with(bug, tmp_path)
-        with pytest.raises((KernelFaultError, AssertionError), match=bug.caught):
-            problem(device)
+    CASES[name].check_caught(tmp_path)

@@ -31,7 +31,17 @@ def check(found: list[Compiled]) -> None:
         assert set(kernel.resources.loop_accesses) <= {WHOLE_ACCESS}, what
 
 
-@pytest.mark.parametrize("target", TARGETS)
+NEWEST_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
+"""One of each generation of code: what compiles for these compiles alike for its relatives."""
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[] if target in NEWEST_TARGETS else pytest.mark.pinned_triton)
+        for target in TARGETS
+    ],
+)
 def test_every_target(target: str) -> None:
     """An odd vocabulary in bfloat16: the rows begin at every alignment."""
     check(compile_ours(target, V_ODD, torch.bfloat16))

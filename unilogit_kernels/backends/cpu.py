@@ -60,9 +60,13 @@ class _Transform(ctypes.Structure):
     _fields_ = (("scale", c_float), ("softcap", c_float))
 
 
+_INTERFACE = 1
+"""`UNILOGIT_INTERFACE` of `csrc/cpu/api.h`: the signatures are those of a library of this number."""
+
 _MATRIX, _TRANSFORM = POINTER(_Matrix), POINTER(_Transform)
 _ARRAY = c_void_p
 _SIGNATURES = {
+    "unilogit_interface": (c_int32, []),
     "unilogit_select_instruction_set": (c_int32, [c_char_p]),
     "unilogit_instruction_set": (c_char_p, []),
     "unilogit_log_odds_update": (
@@ -109,7 +113,8 @@ def load_library() -> ctypes.CDLL:
     """The loaded library, with the instruction set that the environment asks for, if it does.
 
     Raises:
-        RuntimeError: The library is missing, cannot be loaded, or lacks the instruction set.
+        RuntimeError: The library is missing, cannot be loaded, is not the one of this version, or
+            lacks the instruction set.
     """
     path = library_path()
     if not path.is_file():
@@ -125,6 +130,12 @@ def load_library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"{path} cannot be loaded: {error}") from error
+    found = library.unilogit_interface()
+    if found != _INTERFACE:
+        raise RuntimeError(
+            f"{path} has interface {found} and this version of the package needs {_INTERFACE}: it "
+            "was built from other sources; reinstall the package to build it again"
+        )
     select_instruction_set(os.environ.get(INSTRUCTION_SET_VARIABLE, ""), library)
     return library
 
