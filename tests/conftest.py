@@ -53,6 +53,7 @@ def _variants() -> list[Any]:
 
 
 ABOVE_THE_KERNELS = {
+    "test_calls.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "test_chunking.py": ("cuda-split rows",),
     "test_systems.py": ("cuda-split rows",),
     "test_divergence.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
@@ -64,8 +65,8 @@ ABOVE_THE_KERNELS = {
     "test_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
 }
 """Tests of what lies above the kernels, and the variants of a backend that are nothing to them: the
-kernels have every variant in test_accuracy.py, test_calls.py, test_tensors.py, test_cpu_kernels.py
-and test_divergence_kernels.py."""
+kernels have every variant in test_accuracy.py, test_tensors.py, test_runner_up.py,
+test_cpu_kernels.py and test_divergence_kernels.py."""
 
 
 def _is_spared(item: pytest.Item) -> bool:

@@ -127,7 +127,8 @@ def test_a_float32_pair_adds_up_where_its_logits_do_not_fit() -> None:
 def test_peak_is_within_the_budget(
     n: int, ref_h: int | None, train_weight: bool, dtype: torch.dtype, device: str
 ) -> None:
-    """Up to sums of the hidden states' gradient, where they alone leave less than they should."""
+    """Up to what grows with the tokens, where that alone leaves less than it should: sums of the
+    hidden states' gradient, and hidden states that are cast."""
     h = 1024
     report = explain_plan(
         n,
@@ -140,9 +141,11 @@ def test_peak_is_within_the_budget(
         quiet=True,
     )
     sums = n * h * 4 + n * h * 2 if dtype != torch.float32 and train_weight else 0
+    casts = device == "cpu" and dtype == torch.float16
+    copies = 4 * n * (h + (ref_h or 0)) if casts else 0
     budget = MEMORY_BUDGET[device]
     vectors = 64 * n
-    assert report.peak_bytes <= max(budget, sums + vectors + budget // 2)
+    assert report.peak_bytes <= max(budget, sums + copies + vectors + budget // 2)
 
 
 @pytest.mark.parametrize("train_weight", [False, True])

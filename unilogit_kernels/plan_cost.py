@@ -92,20 +92,21 @@ class Costs:
         if plan.order == "token_chunks":
             buffers = plan.tokens * v * row_bytes(shape)
             buffers += weight_sum_bytes(shape)
-            return buffers + self._projection_bytes(plan.tokens) + vectors
+            return buffers + self._projection_bytes(plan.tokens, plan.tile_columns) + vectors
         if plan.order == "one_visit":
             buffers = plan.tokens * plan.columns * row_bytes(shape)
             weight = plan.columns * cast_bytes(shape)
-            projection = self._projection_bytes(plan.tokens)
+            projection = self._projection_bytes(plan.tokens, plan.tile_columns)
             product = hidden_sum_bytes(shape._replace(n=plan.tokens))
             return buffers + weight + projection + product + vectors
         tile = self._longest() * plan.tile_columns
         tiles = tile * shape.logit_bytes
         cast = plan.columns * cast_bytes(shape)
-        phases = [tiles + cast + self._projection_bytes(self._longest())]
+        projection = self._projection_bytes(self._longest(), plan.tile_columns)
+        phases = [tiles + cast + projection]
         if plan.keeps_rows:
             rows = plan.row_tokens * v * shape.logit_bytes
-            phases.append(rows + self._projection_bytes(plan.row_tokens))
+            phases.append(rows + self._projection_bytes(plan.row_tokens, plan.row_columns))
         if self.gradients:
             group = min(shape.n, plan.tokens)
             total = group * plan.columns * dtypes.operands.itemsize + cast
@@ -115,9 +116,7 @@ class Costs:
                 total += shape.n * shape.h * exact
             if shape.needs.weight and self._adds_up():
                 total += plan.columns * shape.h * exact
-            phases.append(
-                total + max(self._product_bytes(), self._projection_bytes(self._longest()))
-            )
+            phases.append(total + max(self._product_bytes(), projection))
         return max(phases) + vectors + self.kept_logits * shape.logit_bytes
 
     # ---- the loops ------------------------------------------------------------------------------
@@ -258,14 +257,14 @@ class Costs:
             rows.append(self.plan.columns)
         return max(rows, default=0) * shape.h * product_bytes(shape)
 
-    def _projection_bytes(self, tokens: int) -> int:
+    def _projection_bytes(self, tokens: int, columns: int) -> int:
         """Of operands cast up, where the GEMM cannot write wider logits than it reads."""
-        return max(self._projection_bytes_of(head, tokens) for head in self.shape.heads)
+        return max(self._projection_bytes_of(head, tokens, columns) for head in self.shape.heads)
 
-    def _projection_bytes_of(self, head: HeadShape, tokens: int) -> int:
+    def _projection_bytes_of(self, head: HeadShape, tokens: int, columns: int) -> int:
         d = head.dtypes
         if d.logits == d.exact != d.operands and not writes_wider(self.shape.device_type):
-            return (tokens + self.plan.tile_columns) * head.h * d.exact.itemsize
+            return (tokens + columns) * head.h * d.exact.itemsize
         if d.logits.itemsize < d.operands.itemsize:
-            return tokens * self.plan.tile_columns * d.operands.itemsize
+            return tokens * columns * d.operands.itemsize
         return 0

@@ -16,7 +16,7 @@ from unilogit_kernels.backends.cuda import sources
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")
 PROGRAMS = Path(__file__).with_name("sanitized")
 KERNELS = ("rows", "pairs")
-SEEDS = ("0", "1", "2")
+SEEDS = ("0", "1")
 
 
 def compiled(kernels: str, headers: Path, folder: Path, sanitizer: Sanitizer) -> Path:

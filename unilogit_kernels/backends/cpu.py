@@ -61,7 +61,7 @@ class _Transform(ctypes.Structure):
 
 
 _INTERFACE = 1
-"""`UNILOGIT_INTERFACE` of `csrc/cpu/api.h`: the signatures are those of a library of this number."""
+"""`UNILOGIT_INTERFACE` of `csrc/cpu/api.h`: the signatures below are those of this number."""
 
 _MATRIX, _TRANSFORM = POINTER(_Matrix), POINTER(_Transform)
 _ARRAY = c_void_p
