@@ -107,6 +107,35 @@ def test_compiles_without_graph_breaks(two_row_backend: str, reduction: str) -> 
         assert all(map(torch.allclose, found, expected))
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_one_graph_serves_any_number_of_tokens(two_row_backend: str, linear: bool) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    heads = torch.randn(99, 8, requires_grad=True), torch.randn(99, 6)
+
+    def loss(x: Tensor, ref_x: Tensor, labels: Tensor) -> Tensor:
+        if linear:
+            return linear_kl_loss(x, heads[0], ref_x, heads[1], labels, backend=two_row_backend)
+        return kl_loss(x, ref_x, labels, backend=two_row_backend)
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    sizes = (8, 6) if linear else (99, 99)
+    graphs = []
+    for n in (5, 9, 33):
+        labels = torch.randint(0, 99, (n,))
+        labels[1] = -100
+        x, ref_x = torch.randn(n, sizes[0], requires_grad=True), torch.randn(n, sizes[1])
+        trained = (x, heads[0]) if linear else (x,)
+        values = [f(x, ref_x, labels) for f in (compiled, loss)]
+        assert torch.equal(*values)
+        gradients = [torch.autograd.grad(value, trained) for value in values]
+        for pair in zip(*gradients, strict=True):
+            assert torch.equal(*pair)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1]
+    torch._dynamo.reset()
+
+
 def test_operators_are_registered_correctly() -> None:
     logits, ref_logits = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
     pair = (torch.arange(3), 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")

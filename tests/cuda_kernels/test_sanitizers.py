@@ -47,7 +47,6 @@ def test_sources_are_clean(kernels: str, sanitizer: Sanitizer, tmp_path: Path) -
             "thread",
             "data race",
         ),
-        ("pairs", CASES["a part too many is merged"].bug, "address", "heap-buffer-overflow"),
         (
             "pairs",
             CASES["no barrier before the warps' parts are read"].bug,
