@@ -35,7 +35,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --timeout 0 --benchmark-columns=median,min,max,rounds
 
-# Every figure that is stated for a CPU, in one run of about an hour on two cores.
+# Every figure that is stated for a CPU, in one run, which took 36 minutes on two cores.
 bench-report: $(INSTALLED)
 	$(BIN)/unilogit bench --device cpu --seconds 120 --memory ours --json benchmarks/results/cpu.json
 
