@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from divergence_pairs import DIVERGENCES, Pair, linear_pair, logits_pair
 from torch import Tensor, nn
+from torch.library import opcheck
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -141,17 +142,15 @@ def test_operators_are_registered_correctly() -> None:
     pair = (torch.arange(3), 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")
     options = (0, 0.0, True, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair), test_utils=tests
-    )
+    opcheck(torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair), test_utils=tests)
     heads = (torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), None)
     teacher = (torch.randn(3, 5), torch.randn(9, 5), torch.randn(9))
-    torch.library.opcheck(
+    opcheck(
         torch.ops.unilogit_kernels.linear_divergence,
         (*heads, *teacher, torch.tensor([True, False, True]), *pair, *options, True),
         test_utils=tests,
     )
-    torch.library.opcheck(
+    opcheck(
         torch.ops.unilogit_kernels.linear_divergence_loss,
         (*heads, *teacher, *pair, torch.rand(3), torch.ones(()), *options, True, True, False),
         test_utils=tests,

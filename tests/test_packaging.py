@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "UNILOGIT_KERNELS_NVCC": ""}
 SMOKE = """
 import torch, unilogit_kernels as uk
-from unilogit_kernels.backends import cpu
+from unilogit_kernels.backends.cpu import library_path
 from unilogit_kernels.backends.cuda import sources
 assert sources.directory().parent == sources.Path(sources.__file__).parent, sources.directory()
 x = torch.randn(4, 1000, requires_grad=True)
 uk.unilogit_loss(x, torch.arange(4), backend="cpu").backward()
-print(uk.__file__, cpu.library_path())
+print(uk.__file__, library_path())
 """
 
 

@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.library import opcheck
 
 from unilogit_kernels import (
     available_backends,
@@ -144,7 +145,7 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     }
     operator, args = arguments[name]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    torch.library.opcheck(getattr(torch.ops.unilogit_kernels, operator), args, test_utils=checks)
+    opcheck(getattr(torch.ops.unilogit_kernels, operator), args, test_utils=checks)
 
 
 def test_distributed_data_parallel(backend: str, tmp_path: object) -> None:

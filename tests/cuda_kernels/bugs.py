@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-from ptxsim import KernelFaultError
-
 from cuda_kernels import devices
 from unilogit_kernels.backends.cuda import sources
 
@@ -47,17 +44,3 @@ class Case(NamedTuple):
     bug: Bug
     problem: Problem
     share: str = WHOLE
-
-    def check_caught(self, folder: Path) -> None:
-        """With two warps to a block of whole rows, one to a block of parts."""
-        with devices.small_problems(self.share) as device, devices.block_sizes(64, 32, 128):
-            device.headers = sources_with(self.bug, folder)
-            with pytest.raises((KernelFaultError, AssertionError), match=self.bug.caught):
-                self.problem(device)
-
-
-def check_problems_without_a_bug(cases: dict[str, Case], share: str) -> None:
-    """What shows the bugs passes where there is none."""
-    for problem in dict.fromkeys(case.problem for case in cases.values()):
-        with devices.small_problems(share) as device, devices.block_sizes(64, 32, 128):
-            problem(device)

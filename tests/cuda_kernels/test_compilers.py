@@ -118,8 +118,8 @@ print(log.getvalue())
 
 WITHOUT_NVRTC = driver.missing_bindings() or driver.missing_compiler()
 NVRTC_ARCHITECTURES = ARCHITECTURES if devices.NVCC is None else (ARCHITECTURES[0], 90)
-"""Both have one ptxas, so what fits every architecture by nvcc does by NVRTC. That NVRTC takes the
-source, whose branches ask at most whether there is sm_80, two of them show."""
+"""nvcc shows what fits each architecture. That NVRTC takes the source, whose branches ask at most
+whether there is sm_80, and makes code as small of it, two of them show."""
 
 
 def nvrtc_log(arch: int) -> str:

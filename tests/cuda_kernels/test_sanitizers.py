@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ptxsim.cuda_cpu import Sanitizer, build, run
 
+from cuda_kernels import pair_bugs
 from cuda_kernels.bugs import Bug, sources_with
 from cuda_kernels.test_faults import BUGS
-from cuda_kernels.test_pair_faults import CASES
 from unilogit_kernels.backends.cuda import sources
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")
@@ -49,7 +49,7 @@ def test_sources_are_clean(kernels: str, sanitizer: Sanitizer, tmp_path: Path) -
         ),
         (
             "pairs",
-            CASES["no barrier before the warps' parts are read"].bug,
+            pair_bugs.CASES["no barrier before the warps' parts are read"].bug,
             "thread",
             "data race",
         ),

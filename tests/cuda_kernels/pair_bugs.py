@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import test_divergence_kernels as pairs
 import torch
 from ptxsim import Schedule
 
 from cuda_kernels import devices
-from cuda_kernels.bugs import SPLIT, Bug, Case, check_problems_without_a_bug
+from cuda_kernels.bugs import SPLIT, Bug, Case
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 
-pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 KERNELS = CudaKernels()
 TRANSFORMS = (LogitTransform(scale=0.5), LogitTransform(scale=2.0, softcap=5.0))
 CUT = 1100
@@ -167,13 +163,3 @@ CASES = {
         equal_rows,
     ),
 }
-
-
-@pytest.mark.parametrize("share", devices.SHARES)
-def test_without_a_bug_nothing_is_caught(share: str) -> None:
-    check_problems_without_a_bug(CASES, share)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_bugs_are_caught(name: str, tmp_path: Path) -> None:
-    CASES[name].check_caught(tmp_path)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import test_runner_up as tests
 import torch
 from problems import TRANSFORMS
 
 from cuda_kernels import devices
-from cuda_kernels.bugs import SPLIT, Bug, Case, check_problems_without_a_bug
+from cuda_kernels.bugs import SPLIT, Bug, Case
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 
-pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 KERNELS = CudaKernels()
 
 
@@ -79,13 +75,3 @@ CASES = {
         gradients,
     ),
 }
-
-
-@pytest.mark.parametrize("share", devices.SHARES)
-def test_without_a_bug_nothing_is_caught(share: str) -> None:
-    check_problems_without_a_bug(CASES, share)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_bugs_are_caught(name: str, tmp_path: Path) -> None:
-    CASES[name].check_caught(tmp_path)
