@@ -144,3 +144,11 @@ def check(problem: Problem, backend: str, **more: Any) -> None:
 
 OBJECTIVES = ["cross_entropy", "gradient_ascent", "unilogit", "unilogit_forward"]
 """Those that a sweep may know; test_methods has the others."""
+
+
+def assert_equal_steps(values: list[Tensor], trained: tuple[Tensor, ...]) -> None:
+    """Two values of a loss, and the gradients of each, are equal to the last bit."""
+    assert torch.equal(*values)
+    gradients = [torch.autograd.grad(value, trained) for value in values]
+    for pair in zip(*gradients, strict=True):
+        assert torch.equal(*pair)
