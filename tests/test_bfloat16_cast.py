@@ -132,3 +132,15 @@ def test_never_allocates_all_logits(frozen: bool) -> None:
     weight = torch.randn(997, 8).bfloat16().requires_grad_(not frozen)
     with AllocationGuard(forbidden_elements=300 * 997):
         linear_unilogit_loss(hidden, weight, torch.randint(0, 997, (300,))).backward()
+
+
+@pytest.mark.parametrize("train_weight", [True, False])
+def test_hidden_states_are_cast_by_groups_of_tokens(train_weight: bool) -> None:
+    """Of everything that grows with the tokens, only sums of the gradient and vectors are left."""
+    n, h, budget = 6000, 64, 5 << 20
+    options = {"train_weight": train_weight, "memory_budget": budget}
+    peak = measured(n, h, BFLOAT16, **options)[1]
+    report = predicted(n, h, BFLOAT16, **options)
+    assert report.plan.tokens < n
+    assert peak <= budget
+    assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak

@@ -120,8 +120,7 @@ class LinearInputs(NamedTuple):
         elif not self.options.compact:
             # Their gradient rows are 0, and 0 * NaN is not.
             hidden = hidden.masked_fill(~active[:, None], 0.0)
-        dtypes = self._dtypes_of(hidden)
-        return LinearHead(hidden.to(dtypes.operands), inputs.weight, inputs.bias, dtypes)
+        return LinearHead(hidden, inputs.weight, inputs.bias, self._dtypes_of(hidden))
 
 
 def compacted_values(

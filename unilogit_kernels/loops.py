@@ -16,8 +16,8 @@ from torch import Tensor
 from unilogit_kernels.kept import Kept, KeptInGradient
 from unilogit_kernels.memory import allocate, tile_view
 from unilogit_kernels.one_visit import gradient_in_one_visit
-from unilogit_kernels.plan import LinearOptions, Plan, slices, token_groups, token_tiles
-from unilogit_kernels.projection import LinearHead, multiply
+from unilogit_kernels.plan import LinearOptions, Plan, slices, token_groups
+from unilogit_kernels.projection import LinearHead, OperandRows, multiply
 from unilogit_kernels.rows import RowLoss, RowProblem, Rows
 from unilogit_kernels.selection import (
     counting,
@@ -83,24 +83,30 @@ class VocabularyLoop:
         Logits are kept where there is room; otherwise one tile of them exists at a time.
         """
         plan, kept = self.plan, self.kept
-        tiles = [t for t in token_tiles(self.tokens, plan) if t.start >= first_token]
-        states = [_empty_state(self.heads, self.rows, tokens) for tokens in tiles]
+        groups = token_groups(self.tokens, plan, start=first_token)
+        tiles = [tile for group in groups for tile in group]
         if not tiles:
             return _empty_state(self.heads, self.rows, slice(0, 0))
+        states = {t.start: _empty_state(self.heads, self.rows, t) for t in tiles}
         buffers = _logit_buffers(self.heads, _longest(tiles) * plan.tile_columns)
+        operand_rows = OperandRows(self.heads, _longest([_whole(group) for group in groups]))
         for columns in slices(self.rows.vocab_size, plan.columns):
             weights = _weights(self.heads, columns)
-            for tokens, state in zip(tiles, states, strict=True):
-                place = None if kept is None or kept.finished else kept.place(tokens, columns)
-                rows = self.rows.at(tokens)
-                for part, here in _parts(columns, plan):
-                    logits = [tile_view(buffer, tokens, part) for buffer in buffers]
-                    if place is not None:
-                        logits = [tile[:, here] for tile in place]
-                    _project(self.heads, tokens, part, [w[here] for w in weights], logits)
-                    rows.update(logits, part.start, state)
+            for group in groups:
+                together = _whole(group)
+                hidden = operand_rows.at(together)
+                for tokens in group:
+                    place = None if kept is None or kept.finished else kept.place(tokens, columns)
+                    rows, inside = self.rows.at(tokens), _inside(tokens, together)
+                    own = [x[inside] for x in hidden]
+                    for part, here in _parts(columns, plan):
+                        logits = [tile_view(buffer, tokens, part) for buffer in buffers]
+                        if place is not None:
+                            logits = [tile[:, here] for tile in place]
+                        _project(self.heads, own, part, [w[here] for w in weights], logits)
+                        rows.update(logits, part.start, states[tokens.start])
             del weights  # copies in another dtype, if they are: never two chunks of them
-        return torch.cat(states, dim=1)
+        return torch.cat([*states.values()], dim=1)
 
     def finish_kept_rows(
         self, kept: KeptInGradient, slope_of: Callable[[Tensor, slice], Tensor]
@@ -112,14 +118,15 @@ class VocabularyLoop:
         heads, plan = self.heads, self.plan
         vocabulary = slice(0, self.rows.vocab_size)
         buffers = _logit_buffers(heads, plan.row_tokens * self.rows.vocab_size)
+        operand_rows = OperandRows(heads, plan.row_tokens)
         states = []
         for tokens in slices(kept.tokens, plan.row_tokens):
-            rows = self.rows.at(tokens)
+            rows, hidden = self.rows.at(tokens), operand_rows.at(tokens)
             logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
             state = _empty_state(heads, rows, tokens)
             for part in slices(rows.vocab_size, plan.row_columns):
                 tiles = [z[:, part] for z in logits]
-                _project(heads, tokens, part, _weights(heads, part), tiles)
+                _project(heads, hidden, part, _weights(heads, part), tiles)
                 rows.update(tiles, part.start, state)
             slope = slope_of(state, tokens)
             for columns in slices(rows.vocab_size, plan.columns):
@@ -137,7 +144,9 @@ class VocabularyLoop:
         dtypes = student.dtypes
         exact = dtypes.exact
         groups = token_groups(self.tokens, plan)
-        scratch, row_scratch = self._gradient_scratch(groups)
+        longest = _longest([_whole(group) for group in groups])
+        operand_rows = OperandRows(self.heads, longest)
+        scratch, row_scratch = self._gradient_scratch(groups, longest)
         hidden_sum = d_hidden
         if d_hidden is not None and d_hidden.dtype != exact:
             hidden_sum = torch.empty_like(d_hidden, dtype=exact)
@@ -152,15 +161,19 @@ class VocabularyLoop:
                 if adds_up:
                     weight_sum = torch.empty_like(weight_sum, dtype=exact)
             for i, tiles in enumerate(groups):
-                tokens = slice(tiles[0].start, tiles[-1].stop)
+                tokens = _whole(tiles)
+                hidden = operand_rows.at(tokens)
                 out = tile_view(row_scratch, tokens, columns)
                 for tile in tiles:
-                    here = slice(tile.start - tokens.start, tile.stop - tokens.start)
-                    self._gradient_rows(tile, columns, weights, state, slope, scratch, out[here])
+                    here = _inside(tile, tokens)
+                    rows = [x[here] for x in hidden]
+                    self._gradient_rows(
+                        tile, rows, columns, weights, state, slope, scratch, out[here]
+                    )
                 if hidden_sum is not None:
                     multiply(out, weights[0], hidden_sum[tokens], accumulate=columns.start > 0)
                 if weight_sum is not None:
-                    multiply(out.t(), student.hidden[tokens], weight_sum, accumulate=i > 0)
+                    multiply(out.t(), hidden[0], weight_sum, accumulate=i > 0)
                 if d_bias is not None:
                     d_bias[columns] += out.sum(0, dtype=exact)
             if d_weight is not None and weight_sum is not None and adds_up:
@@ -169,13 +182,14 @@ class VocabularyLoop:
         if d_hidden is not None and hidden_sum is not None and hidden_sum is not d_hidden:
             d_hidden.copy_(hidden_sum)
 
-    def _gradient_scratch(self, groups: list[list[slice]]) -> tuple[list[Tensor | None], Tensor]:
+    def _gradient_scratch(
+        self, groups: list[list[slice]], tokens: int
+    ) -> tuple[list[Tensor | None], Tensor]:
         """A tile of each head's logits, and a chunk of rows.
 
         No tile of the learning head's where its logits pass through the rows' memory.
         """
         plan, dtypes = self.plan, self.student.dtypes
-        tokens = max(group[-1].stop - group[0].start for group in groups)
         rows = _buffer(self.student, tokens * plan.columns, dtypes.operands)
         longest = _longest([tile for group in groups for tile in group])
         through_rows = dtypes.operands == dtypes.logits and plan.tile_columns >= plan.columns
@@ -186,6 +200,7 @@ class VocabularyLoop:
     def _gradient_rows(
         self,
         tokens: slice,
+        hidden: list[Tensor],
         columns: slice,
         weights: list[Tensor],
         state: Tensor,
@@ -203,7 +218,7 @@ class VocabularyLoop:
         for part, here in _parts(columns, self.plan):
             logits = [out if s is None else tile_view(s, tokens, part) for s in scratch]
             if sources is None:
-                _project(self.heads, tokens, part, [w[here] for w in weights], logits)
+                _project(self.heads, hidden, part, [w[here] for w in weights], logits)
             elif index is None:
                 logits = [source[:, here] for source in sources]
             else:
@@ -231,10 +246,14 @@ def _weights(heads: Heads, columns: slice) -> list[Tensor]:
 
 
 def _project(
-    heads: Heads, tokens: slice, columns: slice, weights: list[Tensor], logits: list[Tensor]
+    heads: Heads,
+    hidden: list[Tensor],
+    columns: slice,
+    weights: list[Tensor],
+    logits: list[Tensor],
 ) -> None:
-    for head, weight, tile in zip(heads, weights, logits, strict=True):
-        head.project(tokens, columns, weight, out=tile)
+    for head, rows, weight, tile in zip(heads, hidden, weights, logits, strict=True):
+        head.project(rows, columns, weight, out=tile)
 
 
 def _logit_buffers(heads: Heads, elements: int) -> list[Tensor]:
@@ -263,6 +282,16 @@ def _take(source: Tensor, index: Tensor | None, out: Tensor) -> None:
         out.copy_(source)
     else:
         torch.index_select(source, 0, index, out=out)
+
+
+def _whole(tiles: list[slice]) -> slice:
+    """Consecutive tiles as one."""
+    return slice(tiles[0].start, tiles[-1].stop)
+
+
+def _inside(tile: slice, tiles: slice) -> slice:
+    """Where a tile lies in others that hold it."""
+    return slice(tile.start - tiles.start, tile.stop - tiles.start)
 
 
 def _longest(tiles: list[slice]) -> int:
@@ -297,22 +326,24 @@ def by_tokens(
         d_weight = weight_sum = gradients.weight[vocabulary]
         if d_weight.dtype != dtypes.exact:
             weight_sum = allocate(d_weight.shape, dtypes.exact, device)
+    operand_rows = OperandRows(heads, plan.tokens)
     for tokens in slices(student.hidden.shape[0], plan.tokens):
         logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
         out = tile_view(row_buffer, tokens, vocabulary)
-        hidden = student.hidden[tokens]
+        hidden = operand_rows.at(tokens)
         for part in slices(rows.vocab_size, plan.tile_columns):
-            _project(heads, tokens, part, [w[part] for w in weights], [z[:, part] for z in logits])
+            _project(heads, hidden, part, [w[part] for w in weights], [z[:, part] for z in logits])
         index = gradient_rows(tokens, logits, out)
+        own = hidden[0]
         if index is not None:
-            out, hidden = gather_in_place(out, index), hidden[index]
+            out, own = gather_in_place(out, index), own[index]
         if gradients.hidden is not None:
             d_hidden = gradients.hidden[tokens]
             multiply(out, weights[0], d_hidden[: out.shape[0]])
             if index is not None:
                 spread(d_hidden, index)
         if weight_sum is not None:
-            multiply(out.t(), hidden, weight_sum, accumulate=tokens.start > 0)
+            multiply(out.t(), own, weight_sum, accumulate=tokens.start > 0)
         if gradients.bias is not None:
             gradients.bias[vocabulary] += out.sum(0, dtype=dtypes.exact)
     if d_weight is not None and weight_sum is not None and weight_sum is not d_weight:

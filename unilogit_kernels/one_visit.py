@@ -18,7 +18,7 @@ from torch import Tensor
 from unilogit_kernels import row_state
 from unilogit_kernels.memory import allocate, tile_view
 from unilogit_kernels.plan import Plan, slices
-from unilogit_kernels.projection import LinearHead, multiply
+from unilogit_kernels.projection import LinearHead, OperandRows, multiply
 from unilogit_kernels.rows import RowProblem
 
 LABEL_ROWS = 256
@@ -65,6 +65,7 @@ def _sum_rest(
     `t_j` is the derivative of the logit transform.
     """
     dtypes, device, m = head.dtypes, head.hidden.device, tokens.stop - tokens.start
+    hidden = OperandRows((head,), m).at(tokens)[0]
     state = rows.empty_state(m, device, dtypes.exact)
     one = torch.ones(m, device=device, dtype=dtypes.exact)
     label_entry = torch.zeros_like(one)
@@ -75,7 +76,7 @@ def _sum_rest(
     for columns in slices(rows.vocab_size, plan.columns):
         logits, out = (tile_view(x, tokens, columns) for x in (scratch, row_scratch))
         weight = head.weight_columns(columns)
-        head.project(tokens, columns, weight, out=logits)
+        head.project(hidden, columns, weight, out=logits)
         before = state.clone()
         rows.update([logits], columns.start, state)
         # Under the statistics so far: `onehot_y t_y - r t`.

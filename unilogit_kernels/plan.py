@@ -11,6 +11,7 @@ first visit found, which spares the second visit a GEMM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -30,7 +31,8 @@ TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 stay in the L2 cache, 40 MB on an A100 and 50 MB on an H100."""
 
 MIN_TILE_COLUMNS = 512
-"""Below this many columns, a tile is cut along the tokens instead: thin GEMMs are slow."""
+"""Below this many columns, a tile is cut along the tokens instead: thin GEMMs are slow. Groups of
+tokens are no smaller either."""
 
 ALIGNED_COLUMNS = {"cpu": 64, "cuda": 256}
 """Chunks are a multiple of this many columns wide: rows start aligned, and on GPUs no tile of a
@@ -43,7 +45,7 @@ CPU_ROW_TILE_COLUMNS = 2048
 """Columns of a token chunk that one float32 GEMM on a CPU projects: MKL packs as much of the weight
 for itself as a GEMM reads, 24 MiB of it over a whole vocabulary and 4 MiB so."""
 
-LIBRARY_SHARE = 8
+LIBRARY_SHARE = 5
 """1 / this of a CPU's budget is left to what the GEMM library takes for itself."""
 
 MIN_CHUNK_TOKENS = 16
@@ -60,9 +62,15 @@ MIN_REPROJECTED = 1.125
 """Tokens, as a multiple of those that can be kept, from which on the vocabulary order projects so
 many of them twice that adding the weight's gradient up over token chunks is cheaper."""
 
-MIN_BUFFER_SHARE = 2
-"""Logits get at least 1 / this of the budget, where float32 sums of the hidden states' gradient,
-which grow with the tokens, would leave them less."""
+MAX_SHARE = 2
+"""At most 1 / this of the room for buffers goes to float32 sums of the weight's gradient over token
+chunks, to a chunk of one visit, or to a copy of the hidden states in the GEMMs' dtype. Instead of a
+larger copy there are copies of groups of tokens, up to half as large, anew for each chunk."""
+
+MIN_BUFFER_SHARE = {"cpu": 4, "cuda": 2}
+"""Float32 sums of the hidden states' gradient, which grow with the tokens, may leave 1 / this of
+the budget to logits. Where even that is not left, logits get half, and the call takes more than its
+budget."""
 
 
 class LinearOptions(NamedTuple):
@@ -220,13 +228,12 @@ def plan_linear(
     given = (options or LinearOptions()).budget(shape.device_type)
     library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
     # What grows with the tokens; logits get their share of the budget all the same.
-    for_tokens = vector_bytes(shape) + hidden_copy_bytes(shape)
-    budget = max(given - library - for_tokens, given // MIN_BUFFER_SHARE)
+    budget = _left(given, library + vector_bytes(shape), shape)
     skips = options is not None and options.skip_below > 0
     if visits == 2 and not (coupled or skips or runner_up) and _suits_one_visit(shape):
         return _one_visit(shape, budget)
     if not coupled and _suits_tokens(shape, budget, visits=visits):
-        left = max(budget - weight_sum_bytes(shape), budget // MIN_BUFFER_SHARE)
+        left = _left(budget, weight_sum_bytes(shape), shape)
         tokens = _token_chunk(shape, left, row_bytes(shape))
         if tokens >= MIN_CHUNK_TOKENS:
             return Plan("token_chunks", tokens, shape.vocab_size, _row_tile(shape, tokens))
@@ -301,6 +308,13 @@ def aligned_size(size: int, step: int) -> int:
     return size - size % step if size > step else size
 
 
+def _left(budget: int, taken: int, shape: LinearShape) -> int:
+    """What something that grows with the tokens leaves to logits; see `MIN_BUFFER_SHARE`."""
+    left = budget - taken
+    enough = budget // per_device(MIN_BUFFER_SHARE, shape.device_type)
+    return left if left >= enough else budget // 2
+
+
 def _token_chunk(shape: LinearShape, budget: int, logit_bytes: int) -> int:
     """Tokens whose logits over the whole vocabulary fit; at least two chunks: never n * V.
 
@@ -335,7 +349,7 @@ def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
     if not shape.needs.weight:
         return True
     # A weight gradient that adds up over the chunks must do so in float32.
-    if weight_sum_bytes(shape) > max(budget // MIN_BUFFER_SHARE, hidden_sum_bytes(shape)):
+    if weight_sum_bytes(shape) > max(budget // MAX_SHARE, hidden_sum_bytes(shape)):
         return False
     if not shape.widens and _suits_rows(shape):
         # Finished rows would wait for nothing: sums in float32 are the gradient itself.
@@ -356,17 +370,17 @@ def _suits_one_visit(shape: LinearShape) -> bool:
 
 def _one_visit(shape: LinearShape, budget: int) -> Plan:
     """As many tokens at a time as leave `ONE_VISIT_COLUMNS` to a chunk, in groups of one size."""
-    chunk = min(per_device(CHUNK_BYTES, shape.device_type), budget // MIN_BUFFER_SHARE)
+    chunk = min(per_device(CHUNK_BYTES, shape.device_type), budget // MAX_SHARE)
     most = chunk // (ONE_VISIT_COLUMNS * row_bytes(shape))
-    sum_bytes = hidden_sum_bytes(shape._replace(n=1))
-    if sum_bytes:
-        most = min(most, (budget - chunk) // sum_bytes)
+    token_bytes = hidden_sum_bytes(shape._replace(n=1)) + hidden_copy_bytes(shape, 1)
+    if token_bytes:
+        most = min(most, (budget - chunk) // token_bytes)
     groups = -(-shape.n // max(1, most))
     tokens = -(-shape.n // groups)
     columns = min((shape.vocab_size + 1) // 2, chunk // (tokens * row_bytes(shape)))
     weight_bytes = _weight_bytes(shape, adds_up=False)
     if weight_bytes:
-        columns = min(columns, (budget - chunk - tokens * sum_bytes) // weight_bytes)
+        columns = min(columns, (budget - chunk - tokens * token_bytes) // weight_bytes)
     columns = aligned_size(max(1, columns), per_device(ALIGNED_COLUMNS, shape.device_type))
     return Plan("one_visit", tokens, columns)
 
@@ -386,9 +400,9 @@ def vector_bytes(shape: LinearShape) -> int:
     return 16 * shape.n * shape.dtypes.exact.itemsize
 
 
-def hidden_copy_bytes(shape: LinearShape) -> int:
-    """Bytes of the hidden states that the GEMMs read in another dtype, all tokens at once."""
-    return sum(shape.n * h.h * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)
+def hidden_copy_bytes(shape: LinearShape, tokens: int) -> int:
+    """Bytes of so many tokens' hidden states that the GEMMs read in another dtype."""
+    return tokens * cast_bytes(shape)
 
 
 def _kept_tokens(shape: LinearShape, *, rows: bool) -> int:
@@ -419,11 +433,18 @@ def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
     """Tokens, columns and tile columns of a vocabulary chunk within the budget."""
     dtypes, device = shape.dtypes, shape.device_type
     aligned, half = per_device(ALIGNED_COLUMNS, device), (shape.vocab_size + 1) // 2
-    free = max(budget - hidden_sum_bytes(shape), budget // MIN_BUFFER_SHARE)
+    free = _left(budget, hidden_sum_bytes(shape), shape)
     # What a column costs beside its logits is left for the narrowest chunk, if that leaves half.
     rows_free = max(free // 2, free - MIN_TILE_COLUMNS * _weight_bytes(shape, adds_up=True))
     chunk = min(per_device(CHUNK_BYTES, device), rows_free)
     tokens = min(shape.n, max(1, chunk // (MIN_TILE_COLUMNS * row_bytes(shape))))
+    copied = free // MAX_SHARE
+    if hidden_copy_bytes(shape, shape.n) > copied:
+        # As many tokens as columns: the fewer chunks, the fewer copies.
+        square = math.isqrt(chunk // row_bytes(shape))
+        group = min(square, copied // 2 // hidden_copy_bytes(shape, 1))
+        tokens = min(tokens, max(MIN_TILE_COLUMNS, group))
+    free -= hidden_copy_bytes(shape, tokens)
     weight_bytes = _weight_bytes(shape, adds_up=tokens < shape.n)
     if not shape.separate_rows:
         logit = tokens * row_bytes(shape)
@@ -463,7 +484,7 @@ def _weight_bytes(shape: LinearShape, *, adds_up: bool) -> int:
 
 
 def cast_bytes(shape: LinearShape) -> int:
-    """Bytes of one column's rows of the weights that the GEMMs read in another dtype."""
+    """Bytes of a row of each weight, or of hidden states, that GEMMs read in another dtype."""
     return sum(h.h * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)
 
 
@@ -473,10 +494,13 @@ def token_tiles(n: int, plan: Plan) -> list[slice]:
     return [*kept, *slices(n, plan.tokens, start=plan.kept_tokens)]
 
 
-def token_groups(n: int, plan: Plan) -> list[list[slice]]:
-    """Tiles whose gradient rows go into one GEMM: all of them, or each one where they are long."""
-    tiles = token_tiles(n, plan)
-    return [tiles] if n <= plan.tokens else [[tile] for tile in tiles]
+def token_groups(n: int, plan: Plan, *, start: int = 0) -> list[list[slice]]:
+    """Tiles whose gradient rows go into one GEMM: all of them, or each one where they are long.
+
+    Those from token `start` on, which begins one.
+    """
+    tiles = [tile for tile in token_tiles(n, plan) if tile.start >= start]
+    return [tiles] if n <= plan.tokens and tiles else [[tile] for tile in tiles]
 
 
 def slices(total: int, size: int, start: int = 0) -> Iterator[slice]:

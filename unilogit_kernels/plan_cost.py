@@ -87,7 +87,8 @@ class Costs:
     def peak_bytes(self) -> int:
         """Most bytes alive at a time beside operands and gradients."""
         shape, plan, dtypes = self.shape, self.plan, self.shape.dtypes
-        vectors = vector_bytes(shape) + hidden_copy_bytes(shape)
+        vectors = vector_bytes(shape)
+        vectors += hidden_copy_bytes(shape, min(shape.n, plan.tokens))
         v, exact = shape.vocab_size, dtypes.exact.itemsize
         if plan.order == "token_chunks":
             buffers = plan.tokens * v * row_bytes(shape)

@@ -7,12 +7,15 @@ where its result is accumulated, so that the chunk loops need not.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from unilogit_kernels.memory import allocate
 
 
 class Needs(NamedTuple):
@@ -117,7 +120,7 @@ class LinearHead:
     """An lm_head applied to some hidden states, of which only tiles of logits are ever computed.
 
     Attributes:
-        hidden: `[n, h]`, in `dtypes.operands`.
+        hidden: `[n, h]`, in the inputs' dtype.
         weight: `[V, h]`, the rows that carry probability, in the inputs' dtype.
         bias: `[V]` or None.
         dtypes: See `GemmDtypes`.
@@ -132,12 +135,12 @@ class LinearHead:
         """The weight of these vocabulary columns, `[v, h]`, in the operands' dtype."""
         return self.weight[columns].to(self.dtypes.operands)
 
-    def project(self, tokens: slice, columns: slice, weight: Tensor, out: Tensor) -> None:
+    def project(self, hidden: Tensor, columns: slice, weight: Tensor, out: Tensor) -> None:
         """Write the logits of a tile into `out`, `[tokens, columns]` in `dtypes.logits`.
 
-        `weight` is `weight_columns(columns)`. They are rounded once, to that dtype.
+        `hidden` are rows of `self.hidden` and `weight` is `weight_columns(columns)`, both in the
+        operands' dtype. Logits are rounded once, to theirs.
         """
-        hidden = self.hidden[tokens]
         if self.bias is not None and out.dtype == hidden.dtype:
             bias = self.bias[columns].to(hidden.dtype)
             torch.addmm(bias, hidden, weight.t(), out=out)
@@ -153,3 +156,38 @@ class LinearHead:
             logits.add_(self.bias[columns])
         if logits is not out:
             out.copy_(logits)
+
+
+class OperandRows:
+    """Rows of the hidden states of several lm_heads in the operands' dtype.
+
+    Where that takes a copy, it lies in a buffer: rows are there until others are asked for.
+
+    Args:
+        heads: The lm_heads.
+        tokens: How many rows are asked for at most.
+    """
+
+    def __init__(self, heads: Sequence[LinearHead], tokens: int) -> None:
+        self._heads = heads
+        self._copies = [self._room(head, tokens) for head in heads]
+        self._copied: slice | None = None
+
+    def at(self, tokens: slice) -> list[Tensor]:
+        """`[tokens, h]` of each head."""
+        result = []
+        for head, copies in zip(self._heads, self._copies, strict=True):
+            rows = head.hidden[tokens]
+            if copies is not None:
+                copy = copies[: rows.shape[0]]
+                rows = copy if tokens == self._copied else copy.copy_(rows)
+            result.append(rows)
+        self._copied = tokens
+        return result
+
+    @staticmethod
+    def _room(head: LinearHead, tokens: int) -> Tensor | None:
+        hidden, dtype = head.hidden, head.dtypes.operands
+        if hidden.dtype == dtype:
+            return None
+        return allocate((tokens, hidden.shape[1]), dtype, hidden.device)
