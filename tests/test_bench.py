@@ -235,11 +235,15 @@ def test_fast_steps_get_more_rounds_and_slow_ones_fewer(monkeypatch: pytest.Monk
     assert [len(m.milliseconds) for m in late.values()] == [3, 1]
 
 
-def test_a_slow_first_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_very_slow_first_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0)
     order: list[str] = []
     found = _measure([_fake(OURS["unilogit"], order)], monkeypatch, rounds=7)
-    assert len(found[OURS["unilogit"]].milliseconds) == len(order) == 3
+    assert len(found[OURS["unilogit"]].milliseconds) == len(order) - 1 == 3
+    monkeypatch.setattr(measure, "VERY_SLOW_SECONDS", 0.0)
+    order.clear()
+    found = _measure([_fake(OURS["unilogit"], order)], monkeypatch, rounds=7)
+    assert len(found[OURS["unilogit"]].milliseconds) == len(order) == 1
 
 
 def test_a_peer_that_would_take_too_long_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ MOST_ROUNDS = 50
 FAST_SECONDS = 2.0
 """Where a round of everybody is short, rounds go on for about so long, up to `MOST_ROUNDS`."""
 SLOW_SECONDS, SLOW_ROUNDS = 5.0, 3
-"""A step that takes longer is repeated less often, and its first run counts: what warms up is a
-small part of it. All others run once before they count."""
+"""A step that takes longer is repeated less often."""
 VERY_SLOW_SECONDS = 20.0
-"""A step that takes longer is run once, so that it does not take the others' rounds."""
+"""A step that takes longer is run once, so that it does not take the others' rounds: its first run
+counts, since what warms up is a small part of it. All others run once before they count."""
 PROBES = ((64, 10.0), (8, 30.0))
 """A peer first steps on these parts of the tokens, and does not run if that takes so many seconds.
 Its whole step takes up to as many times longer, but less where it has a cost that is fixed."""
@@ -193,9 +193,9 @@ def _measure_times(
             progress(f"{provider.name}: {measurement.missing}")
     for runner in runners:
         first = runner.measurement.first_call_s or 0.0
-        if options.mode == "both" and first > SLOW_SECONDS and not runner.provider.compiles:
+        if options.mode == "both" and first > VERY_SLOW_SECONDS and not runner.provider.compiles:
             runner.measurement.milliseconds.append(1e3 * first)
-            runner.most_rounds = SLOW_ROUNDS if first < VERY_SLOW_SECONDS else 1
+            runner.most_rounds = 1
     _alternate(runners, options.rounds, time.perf_counter() + options.seconds)
     for measurement in found:
         ours = _ours_for(measurement, found)
