@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.figures import command_of, write
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import DTYPES, Problem, Shape
@@ -127,8 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = find_device(options.device)
     facts = device.facts()
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m benchmarks.inactive_rows", *given])
+    command = command_of("inactive_rows", arguments)
     results: list[Found] = []
     for n, dtype, head in itertools.product(options.tokens, options.dtype, options.head):
         shape = Shape(n, options.vocabulary, dtype, options.hidden, head == "frozen")
@@ -149,15 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         *(found.row() for found in results),
         "",
     ]
-    print("\n".join(lines))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.with_suffix(".md").write_text("\n".join(lines))
-    figures = {
-        "machine": facts,
-        "command": command,
-        "results": [asdict(found) for found in results],
-    }
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write(options.json, facts, command, "\n".join(lines), [asdict(found) for found in results])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.figures import command_of, write
 from unilogit_kernels import explain_plan, linear_kl_loss
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import DTYPES, Problem, Shape
@@ -385,8 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = find_device(options.device)
     facts, results = device.facts(), []
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m benchmarks.kl_cost", *given])
+    command = command_of("kl_cost", arguments)
     for case in cases(options):
         found = measure(
             case,
@@ -399,22 +398,11 @@ def main(arguments: list[str] | None = None) -> None:
         for m in found:
             print(f"{case.title}: {' | '.join(_row(m))}", file=sys.stderr)
     text = markdown(facts, command, results)
-    print(text)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.with_suffix(".md").write_text(text)
-    figures = {
-        "machine": facts,
-        "command": command,
-        "results": [
-            {
-                "title": case.title,
-                "case": asdict(case),
-                "measured": [asdict(m) for m in found],
-            }
-            for case, found in results
-        ],
-    }
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    measured = [
+        {"title": case.title, "case": asdict(case), "measured": [asdict(m) for m in found]}
+        for case, found in results
+    ]
+    write(options.json, facts, command, text, measured)
 
 
 if __name__ == "__main__":

@@ -162,15 +162,20 @@ class TestGpuBranch:
 
     @pytest.mark.parametrize("train_weight", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    @pytest.mark.parametrize("n", [8192, 70_000])
+    @pytest.mark.parametrize(("n", "v"), [(8192, 128_256), (70_000, 65_536)])
     def test_default_plan_runs_on_tensors_without_data(
-        self, monkeypatch: pytest.MonkeyPatch, n: int, train_weight: bool, dtype: torch.dtype
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        n: int,
+        v: int,
+        train_weight: bool,
+        dtype: torch.dtype,
     ) -> None:
-        """The loop at n x 128,256 x 4096 with the plan, dtypes and GEMMs of a GPU.
+        """The loop at n x V x 4096 with the plan, dtypes and GEMMs of a GPU.
 
         70,000 tokens are more than a launch has rows of blocks, and n * V is beyond 2^32.
         """
-        h, v = 4096, 128_256
+        h = 4096
         monkeypatch.setattr("unilogit_kernels.projection.writes_wider", lambda _: True)
         dtypes = GemmDtypes.of(dtype, "cuda")
         needs = Needs(hidden=True, weight=train_weight, bias=False)
