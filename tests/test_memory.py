@@ -54,6 +54,17 @@ def test_freed_pages_come_back() -> None:
     assert memory.kept_bytes() == 0
 
 
+def test_only_what_can_be_kept_takes_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(memory._Block, "_advise", lambda block, _: asked.append(block.size))
+    monkeypatch.setattr(memory, "MOST_HUGE_BYTES", BYTES)
+    x = allocate()
+    larger = allocate((4, 1 << 20))
+    assert asked == [x.nbytes]
+    larger.fill_(1.0)
+    assert larger.sum() == larger.numel()
+
+
 @pytest.mark.parametrize(
     "holder",
     [

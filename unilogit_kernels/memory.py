@@ -36,6 +36,10 @@ UNMARKED_BYTES = 64 << 20
 """Up to this much is kept without a word to the system, which costs 70 us for 4 MiB: as much as a
 call on a few rows has for it."""
 
+MOST_HUGE_BYTES = 1 << 30
+"""Larger blocks, too large to be kept by default, take ordinary pages: gathering huge ones for
+2.5 GiB cost a training step 1 s where memory had been in pieces before (docs/benchmarks.md)."""
+
 _HUGE_PAGE = 2 << 20
 _MAX_WASTE = 2
 """A kept block serves tensors down to this fraction of its size, as the number of tokens varies."""
@@ -50,7 +54,8 @@ class _Block:
         first = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self._start = -first % _HUGE_PAGE
         self.size = size
-        self._advise("MADV_HUGEPAGE")
+        if size <= MOST_HUGE_BYTES:
+            self._advise("MADV_HUGEPAGE")
         # Here, so that importing the package does not import what loads the library.
         from unilogit_kernels.backends import cpu
 
