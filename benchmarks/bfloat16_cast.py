@@ -115,10 +115,6 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(measure(shape, device, options.rounds))
         print(results[-1].row(), file=sys.stderr)
     lines = [
-        "# A bfloat16 fused linear by float32 GEMMs",
-        "",
-        f"{', '.join(f'{key} {value}' for key, value in facts.items())}.",
-        "",
         f"By `{command}`: medians of {options.rounds} rounds, milliseconds of a training step.",
         "The literal loss is eager Unilogit on `F.linear`; the GEMMs are those of a step alone, in",
         "float32: no loss that calls them is faster than the literal one by more than the ratio of",
@@ -128,9 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
         "| in GEMMs | in casts | in the rest |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(found.row() for found in results),
-        "",
     ]
-    write(options.json, facts, command, "\n".join(lines), [asdict(found) for found in results])
+    figures = [asdict(found) for found in results]
+    title = "A bfloat16 fused linear by float32 GEMMs"
+    write(options.json, facts, command, title, lines, figures)
 
 
 if __name__ == "__main__":

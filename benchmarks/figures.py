@@ -16,17 +16,25 @@ def command_of(module: str, arguments: list[str] | None) -> str:
 
 
 def write(
-    path: Path, facts: dict[str, Any], command: str, text: str, results: Sequence[Any]
+    path: Path,
+    facts: dict[str, Any],
+    command: str,
+    title: str,
+    lines: Sequence[str],
+    results: Sequence[Any],
 ) -> None:
-    """Print and write the Markdown `text`, and write JSON to `path`.
+    """Print and write Markdown, and write JSON to `path`.
 
     Args:
         path: Of the JSON; the Markdown lies beside it.
         facts: About the machine.
         command: Which made the figures.
-        text: The Markdown.
+        title: Of the Markdown, which goes on with the facts.
+        lines: The rest of the Markdown.
         results: The figures, for the JSON.
     """
+    about = ", ".join(f"{key} {value}" for key, value in facts.items())
+    text = "\n".join([f"# {title}", "", f"{about}.", "", *lines, ""])
     print(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(text)

@@ -135,10 +135,6 @@ def main(arguments: list[str] | None = None) -> None:
             results.append(found)
             print(found.row(), file=sys.stderr)
     lines = [
-        "# What rows that cannot matter cost",
-        "",
-        f"{', '.join(f'{key} {value}' for key, value in facts.items())}.",
-        "",
         f"By `{command}`: medians of {options.rounds} rounds. Ignored: a whole call over the same",
         "call without ignored labels. Inactive: the backward of log-odds whose upstream gradient",
         "is 0 for so many tokens, over the same backward with none 0.",
@@ -146,9 +142,10 @@ def main(arguments: list[str] | None = None) -> None:
         "| problem | rows | ms, all rows | ms, the others | ratio | least - most |",
         "|---|---|---:|---:|---:|---:|",
         *(found.row() for found in results),
-        "",
     ]
-    write(options.json, facts, command, "\n".join(lines), [asdict(found) for found in results])
+    figures = [asdict(found) for found in results]
+    title = "What rows that cannot matter cost"
+    write(options.json, facts, command, title, lines, figures)
 
 
 if __name__ == "__main__":

@@ -313,13 +313,9 @@ def _row(m: Measured) -> list[str]:
 
 def markdown(
     facts: dict[str, Any], command: str, results: list[tuple[Case, list[Measured]]]
-) -> str:
+) -> list[str]:
     """One table for each case."""
     lines = [
-        "# The KL against a reference model, beside its bare GEMMs",
-        "",
-        f"{', '.join(f'{key} {value}' for key, value in facts.items())}.",
-        "",
         f"By `{command}`.",
         "",
         "Forward and backward, everybody in turn in each round; the ratio is the median of the",
@@ -350,7 +346,7 @@ def markdown(
             "|---|" + "---:|" * (len(_COLUMNS) - 1),
             *(f"| {' | '.join(_row(m))} |" for m in found),
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -397,12 +393,13 @@ def main(arguments: list[str] | None = None) -> None:
         results.append((case, found))
         for m in found:
             print(f"{case.title}: {' | '.join(_row(m))}", file=sys.stderr)
-    text = markdown(facts, command, results)
     measured = [
         {"title": case.title, "case": asdict(case), "measured": [asdict(m) for m in found]}
         for case, found in results
     ]
-    write(options.json, facts, command, text, measured)
+    title = "The KL against a reference model, beside its bare GEMMs"
+    lines = markdown(facts, command, results)
+    write(options.json, facts, command, title, lines, measured)
 
 
 if __name__ == "__main__":

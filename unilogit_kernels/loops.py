@@ -273,7 +273,7 @@ def _empty_state(heads: Heads, rows: Rows, tokens: slice) -> Tensor:
 def _parts(columns: slice, plan: Plan) -> list[tuple[slice, slice]]:
     """Tiles of a chunk: which columns of the vocabulary, and which of the chunk."""
     parts = slices(columns.stop, plan.tile_columns, start=columns.start)
-    return [(p, slice(p.start - columns.start, p.stop - columns.start)) for p in parts]
+    return [(part, _inside(part, columns)) for part in parts]
 
 
 def _take(source: Tensor, index: Tensor | None, out: Tensor) -> None:
