@@ -114,7 +114,7 @@ def library() -> Extension:
     sources: Any = sorted(str(path) for path in SOURCE_DIR.glob("*.cpp"))
     headers = sorted(str(path) for path in SOURCE_DIR.glob("*.h"))
     return Extension(
-        "unilogit_kernels.backends._cpu_kernels",
+        "unilogit_kernels.backends.cpu._cpu_kernels",
         sources=sources,
         depends=headers,
         language="c++",

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unilogit_kernels import compaction, linear_objective_loss
-from unilogit_kernels.plan import Plan
+from unilogit_kernels import linear_objective_loss
+from unilogit_kernels.fused_linear import compaction
+from unilogit_kernels.fused_linear.plan import Plan
 
 
 class Result(NamedTuple):

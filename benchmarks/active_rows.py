@@ -31,11 +31,11 @@ from unilogit_kernels import (
     shift_labels,
 )
 from unilogit_kernels.bench.devices import Cpu
+from unilogit_kernels.huggingface.head import HeadCall, evaluating, run_head
 from unilogit_kernels.unlearning.data import IGNORED, Features, collate
 from unilogit_kernels.unlearning.demo.__main__ import Demo
 from unilogit_kernels.unlearning.demo.model import run_trunk, top_of
 from unilogit_kernels.unlearning.demo.recipe import Recipe, unlearn
-from unilogit_kernels.unlearning.head import HeadCall, evaluating, run_head
 
 THRESHOLDS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """A row is active at s if its slope exceeds s times the largest; at 0 if it is not exactly 0."""

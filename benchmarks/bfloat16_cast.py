@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.figures import command_of, write
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import Problem, Shape
-from unilogit_kernels.bench.providers import OURS, providers
+from unilogit_kernels.bench.provider import OURS
+from unilogit_kernels.bench.providers import providers
 from unilogit_kernels.bench.suites import targets
 
 LITERAL, GEMMS = "eager Unilogit", "bare GEMMs"

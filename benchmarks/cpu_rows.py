@@ -19,8 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from unilogit_kernels import memory, row_state, unilogit_loss
-from unilogit_kernels.backends import LogitTransform, cpu
+from unilogit_kernels import unilogit_loss
+from unilogit_kernels.backends import memory
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.cpu import library
+from unilogit_kernels.backends.cpu.kernels import CpuKernels
+from unilogit_kernels.maths import row_state
 
 SHAPES = ((512, 49_152), (1024, 131_072), (8, 131_072))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,8 +41,8 @@ class Timing(NamedTuple):
 
 def kernels(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What is timed, by name; the floor comes first."""
-    rows = cpu.CpuKernels()
-    library = cpu.load_library()
+    rows = CpuKernels()
+    loaded = library.load_library()
     threads = torch.get_num_threads()
     transform = LogitTransform()
     logits = torch.randn(n, v).mul_(2).to(dtype)
@@ -59,10 +63,10 @@ def kernels(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object
         return call()
 
     return {
-        FLOOR: lambda: library.unilogit_stream_copy(
+        FLOOR: lambda: loaded.unilogit_stream_copy(
             logits.data_ptr(), out.data_ptr(), size, threads
         ),
-        "copy into new memory": lambda: cpu.stream_copy(logits, torch.empty_like(logits)),
+        "copy into new memory": lambda: library.stream_copy(logits, torch.empty_like(logits)),
         "loss and gradient": call,
         "loss and gradient, nothing kept": call_with_nothing_kept,
         "sweep": lambda: rows.log_odds_sweep(logits, labels, weight, "unilogit", v, out, transform),
@@ -104,8 +108,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="at least 7")
     repeats = max(7, parser.parse_args().repeats)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu.instruction_set()}; "
-        f"medians of {repeats} (min .. max)"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{library.instruction_set()}; medians of {repeats} (min .. max)"
     )
     for n, v in SHAPES:
         for dtype in DTYPES:

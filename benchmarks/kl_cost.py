@@ -24,10 +24,10 @@ from torch import Tensor
 
 from benchmarks.figures import command_of, write
 from unilogit_kernels import explain_plan, linear_kl_loss
+from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import DTYPES, Problem, Shape
-from unilogit_kernels.bench.providers import Job
-from unilogit_kernels.memory import allocate
+from unilogit_kernels.bench.provider import Job
 from unilogit_kernels.testing import AllocationGuard
 
 OURS, BARE, BARE_NEW, BARE_FLOAT32, PLAIN = (

@@ -21,7 +21,8 @@ from unilogit_kernels.bench.measure import (
 )
 from unilogit_kernels.bench.oracle import Oracle
 from unilogit_kernels.bench.problems import Problem, Shape
-from unilogit_kernels.bench.providers import Provider, providers
+from unilogit_kernels.bench.provider import Provider
+from unilogit_kernels.bench.providers import providers
 from unilogit_kernels.bench.suites import targets
 
 CASES = [(shape, provider) for shape in targets("cpu") for provider in providers(shape.entry)]

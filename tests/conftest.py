@@ -12,8 +12,11 @@ import torch
 from cuda_kernels import devices
 from triton_kernels.small_problems import SHARES, small_problems
 
-from unilogit_kernels import available_backends, projection
-from unilogit_kernels.backends import DivergenceKernels, cpu, load
+from unilogit_kernels import available_backends
+from unilogit_kernels.backends.contract import DivergenceKernels
+from unilogit_kernels.backends.cpu import library
+from unilogit_kernels.backends.registry import load
+from unilogit_kernels.fused_linear import gemm
 
 # Triton's kernels have the suite for themselves, in processes that `triton_kernels` starts: whether
 # they are interpreted is decided once, when they are imported, and to compile them takes long.
@@ -32,8 +35,10 @@ if INTERPRETED:
 
 INSTRUCTION_SETS: list[str] = []
 """Of the C++ kernels, those that this processor has; the best one, which comes first, is in use."""
-if cpu.is_available():
-    INSTRUCTION_SETS += cpu.INSTRUCTION_SETS[cpu.INSTRUCTION_SETS.index(cpu.instruction_set()) :]
+if library.is_available():
+    INSTRUCTION_SETS += library.INSTRUCTION_SETS[
+        library.INSTRUCTION_SETS.index(library.instruction_set()) :
+    ]
 
 
 def _variants() -> list[Any]:
@@ -90,14 +95,14 @@ def _seeded() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _bfloat16_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     """One plan for bfloat16 on every machine; test_bfloat16_cast.py has the other one."""
-    monkeypatch.setattr(projection, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(gemm, "multiplies_bfloat16", lambda: True)
 
 
 @contextmanager
 def _instruction_set(name: str) -> Iterator[None]:
-    cpu.select_instruction_set(name)
+    library.select_instruction_set(name)
     yield
-    cpu.select_instruction_set(os.environ.get(cpu.INSTRUCTION_SET_VARIABLE, ""))
+    library.select_instruction_set(os.environ.get(library.INSTRUCTION_SET_VARIABLE, ""))
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

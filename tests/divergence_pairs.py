@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unilogit_kernels import Mask, Shift, Uniform, kl_loss, linear_kl_loss, reference
-from unilogit_kernels.divergence import Rewrite
+from unilogit_kernels.maths.rewrites import Rewrite
 from unilogit_kernels.testing import assert_within_budget
 
 DIVERGENCES: dict[str, dict[str, Any]] = {

@@ -20,17 +20,18 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from unilogit_kernels import reference
+from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.bench import compare, measure, peers, report
-from unilogit_kernels.bench.command import bench
 from unilogit_kernels.bench.devices import Cpu, Cuda, find_device
 from unilogit_kernels.bench.measure import Measurement, Options
 from unilogit_kernels.bench.oracle import Oracle
 from unilogit_kernels.bench.peaks import peak_mib
 from unilogit_kernels.bench.plots import swept_axis, write_plots
 from unilogit_kernels.bench.problems import Problem, Shape
-from unilogit_kernels.bench.providers import OURS, Job, Provider, providers
+from unilogit_kernels.bench.provider import OURS, Job, Provider
+from unilogit_kernels.bench.providers import providers
 from unilogit_kernels.bench.suites import SUITES
-from unilogit_kernels.memory import allocate
+from unilogit_kernels.cli.bench import bench
 
 T = TypeVar("T")
 

@@ -10,9 +10,10 @@ from divergence_pairs import DIVERGENCES, check_gradient, linear_pair
 from problems import Problem, linear_problem
 from test_explain import CASES, PAIR_CASES, measured, predicted
 
-from unilogit_kernels import compaction, linear_objective_loss, linear_unilogit_loss, projection
-from unilogit_kernels.plan import Plan
-from unilogit_kernels.projection import GemmDtypes
+from unilogit_kernels import linear_objective_loss, linear_unilogit_loss
+from unilogit_kernels.fused_linear import compaction, gemm
+from unilogit_kernels.fused_linear.gemm import GemmDtypes
+from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 BFLOAT16 = torch.bfloat16
@@ -20,7 +21,7 @@ BFLOAT16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def _without_bfloat16_gemms(_bfloat16_gemms: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(gemm, "multiplies_bfloat16", lambda: False)
 
 
 def _gradients(problem: Problem, trained: tuple[int, ...], **options: Any) -> list[torch.Tensor]:

@@ -9,25 +9,18 @@ import pytest
 import torch
 from problems import Problem, check, linear_problem
 
-from unilogit_kernels import (
-    compaction,
-    linear_objective_loss,
-    linear_target_log_odds,
-    linear_unilogit_loss,
-    loops,
-    row_state,
-)
-from unilogit_kernels.plan import (
+from unilogit_kernels import linear_objective_loss, linear_target_log_odds, linear_unilogit_loss
+from unilogit_kernels.fused_linear import compaction, loops
+from unilogit_kernels.fused_linear.budget import MEMORY_BUDGET, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.plan import (
     CHUNK_BYTES,
-    MEMORY_BUDGET,
     MIN_TILE_COLUMNS,
     ONE_VISIT_COLUMNS,
-    LinearOptions,
-    LinearShape,
     Plan,
     plan_linear,
 )
-from unilogit_kernels.projection import GemmDtypes, Needs
+from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 SHAPES = [(64, 16, 3001), (300, 8, 997), (80, 64, 2053)]
@@ -271,7 +264,8 @@ def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend:
 class TestRowState:
     def test_merge_is_what_one_pass_gives(self) -> None:
         logits, labels = torch.randn(3, 90, dtype=torch.float64) * 30, torch.tensor([0, 40, 89])
-        from unilogit_kernels.backends import LogitTransform, load
+        from unilogit_kernels.backends.contract import LogitTransform
+        from unilogit_kernels.backends.registry import load
 
         eager, cpu = load("eager"), torch.device("cpu")
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from unilogit_kernels import available_backends
-from unilogit_kernels.unlearning import commands
-from unilogit_kernels.unlearning.commands import app
+from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli.unlearn import app
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -73,7 +73,7 @@ def test_interrupt_and_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands._Bar, "on_step_end", interrupted)
+        patch.setattr(unlearn._Bar, "on_step_end", interrupted)
         result = run(f"{UNLEARN} --checkpoint-steps 1")
     assert result.exit_code == 130
     assert "--resume goes on" in result.output

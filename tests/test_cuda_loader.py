@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from unilogit_kernels import backends
-from unilogit_kernels.backends import cuda
+from unilogit_kernels.backends import cuda, registry
 from unilogit_kernels.backends.cuda import cache, driver, sources
 from unilogit_kernels.backends.cuda.loader import Loader, Target, target_for
 from unilogit_kernels.backends.cuda.sources import Kernel
-from unilogit_kernels.unlearning import doctor
+from unilogit_kernels.cli import doctor
 
 UPDATE = Kernel("LOG_ODDS_UPDATE", ("Bfloat16", "plain"))
 MERGE = Kernel("MERGE_PARTS")
@@ -249,33 +248,33 @@ class TestAvailability:
 class TestSelection:
     @pytest.fixture(autouse=True)
     def _fresh(self) -> Iterator[None]:
-        backends._warn_once.cache_clear()
+        registry._warn_once.cache_clear()
         yield
-        backends._warn_once.cache_clear()
+        registry._warn_once.cache_clear()
 
     def test_takes_over_from_triton_with_one_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
         missing = {"triton": "triton cannot be imported"}
-        monkeypatch.setattr(backends, "unavailable_reason", missing.get)
+        monkeypatch.setattr(registry, "unavailable_reason", missing.get)
         with pytest.warns(UserWarning, match="runs its cuda backend, since the 'triton'"):
-            assert backends.choose(None, "cuda", torch.bfloat16) == "cuda"
+            assert registry.choose(None, "cuda", torch.bfloat16) == "cuda"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert backends.choose(None, "cuda", torch.bfloat16) == "cuda"
-            assert backends.choose("cuda", "cuda", torch.bfloat16) == "cuda"
-        assert backends.choose(None, "cuda", torch.float64) == "eager"
+            assert registry.choose(None, "cuda", torch.bfloat16) == "cuda"
+            assert registry.choose("cuda", "cuda", torch.bfloat16) == "cuda"
+        assert registry.choose(None, "cuda", torch.float64) == "eager"
 
     def test_both_missing_leaves_eager(self, monkeypatch: pytest.MonkeyPatch) -> None:
         missing = {"triton": "no triton", "cuda": "no NVRTC"}
-        monkeypatch.setattr(backends, "unavailable_reason", missing.get)
+        monkeypatch.setattr(registry, "unavailable_reason", missing.get)
         with pytest.warns(UserWarning, match=r"eager backend, since .*no triton; .*no NVRTC"):
-            assert backends.choose(None, "cuda", torch.bfloat16) == "eager"
+            assert registry.choose(None, "cuda", torch.bfloat16) == "eager"
 
     def test_runs_on_cuda_tensors_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backends, "unavailable_reason", lambda name: None)
+        monkeypatch.setattr(registry, "unavailable_reason", lambda name: None)
         with pytest.raises(ValueError, match="'cuda' runs on cuda tensors, got cpu"):
-            backends.choose("cuda", "cpu", torch.float32)
+            registry.choose("cuda", "cpu", torch.float32)
         with pytest.raises(TypeError, match=r"'cuda' takes .* got torch\.float64"):
-            backends.choose("cuda", "cuda", torch.float64)
+            registry.choose("cuda", "cuda", torch.float64)
 
 
 def test_arguments_reach_the_kernel_as_it_declares_them() -> None:

@@ -14,7 +14,7 @@ from divergence_pairs import DIVERGENCES, linear_pair, logits_pair
 from torch import Tensor
 
 from unilogit_kernels import Mask, Shift, Uniform, kl_loss, reference
-from unilogit_kernels.divergence import Rewrite
+from unilogit_kernels.maths.rewrites import Rewrite
 
 LOG_ODDS = [-1e4, -100.0, -30.0, -5.0, 5.0, 13.8, 20.0, 60.0, 1e4]
 REF_LOG_ODDS = [-1e4, -30.0, -1.0, 13.8, 60.0, 1e4]

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unilogit_kernels import backends, pair_state, reference
-from unilogit_kernels.backends import DivergenceKernels, LogitTransform
+from unilogit_kernels import reference
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import DivergenceKernels, LogitTransform
+from unilogit_kernels.maths import pair_state
 from unilogit_kernels.testing import assert_within_budget
 
 PLAIN = LogitTransform()
@@ -27,7 +29,7 @@ Student = Literal["a", "b"]
 
 @pytest.fixture
 def kernels(two_row_backend: str) -> DivergenceKernels:
-    return backends.load_divergence(two_row_backend)
+    return registry.load_divergence(two_row_backend)
 
 
 def transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
@@ -384,7 +386,7 @@ class TestMerge:
             x.double() if x.is_floating_point() else x for x in rows(3, 90, torch.float32)
         )
         a, b = a * 10, b * 10
-        eager = backends.load_divergence("eager")
+        eager = registry.load_divergence("eager")
 
         def state(first: int, last: int) -> Tensor:
             part = pair_state.empty_state(3, a.device, torch.float64)
@@ -423,10 +425,10 @@ def test_a_backend_without_two_row_kernels_says_so(monkeypatch: pytest.MonkeyPat
     class OneRow:
         name = "cpu"
 
-    monkeypatch.setattr(backends, "load", lambda name: OneRow() if name == "cpu" else EAGER)
-    backends._warn_once.cache_clear()
+    monkeypatch.setattr(registry, "load", lambda name: OneRow() if name == "cpu" else EAGER)
+    registry._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="'cpu' kernels do not compare two models' rows"):
-        assert backends.load_divergence("cpu").name == "eager"
+        assert registry.load_divergence("cpu").name == "eager"
 
 
-EAGER = backends.load("eager")
+EAGER = registry.load("eager")

@@ -12,19 +12,19 @@ from test_linear_options import GemmCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unilogit_kernels import Shift, linear_kl_loss
-from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.divergence.closed_form import Divergence
-from unilogit_kernels.divergence.pairs import PairLoss, PairProblem
-from unilogit_kernels.loops import Gradients, linear_loss
-from unilogit_kernels.plan import (
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.fused_linear.budget import (
     MEMORY_BUDGET,
     HeadShape,
     LinearOptions,
     LinearShape,
-    Plan,
-    plan_linear,
 )
-from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
+from unilogit_kernels.fused_linear.loops import linear_loss
+from unilogit_kernels.fused_linear.plan import Plan, plan_linear
+from unilogit_kernels.fused_linear.tiles import Gradients
+from unilogit_kernels.maths.divergence import Divergence
+from unilogit_kernels.rows.divergence import PairLoss, PairProblem
 from unilogit_kernels.testing import AllocationGuard
 
 
@@ -71,7 +71,7 @@ def test_any_cut_is_within_the_budget(
         plans += [Plan("token_chunks", tokens, v, 40) for tokens in (active, 7, 1)]
     for plan in plans:
         monkeypatch.setattr(
-            "unilogit_kernels.compaction.plan_linear", lambda *_, plan=plan, **__: plan
+            "unilogit_kernels.fused_linear.compaction.plan_linear", lambda *_, plan=plan, **__: plan
         )
         check(pair, two_row_backend)
     if dtype == torch.float16:
@@ -82,7 +82,7 @@ def test_any_cut_is_within_the_budget(
     for tokens in (active, 3, 1):
         plan = Plan("token_chunks", tokens, v)
         monkeypatch.setattr(
-            "unilogit_kernels.compaction.plan_linear", lambda *_, plan=plan, **__: plan
+            "unilogit_kernels.fused_linear.compaction.plan_linear", lambda *_, plan=plan, **__: plan
         )
         for reduction in ("mean", "none"):
             inputs = hidden.detach().requires_grad_(), weight, bias.detach().requires_grad_()
@@ -220,7 +220,7 @@ def test_options_reach_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((shape, options))
         return plan_linear(shape, options, **more)
 
-    monkeypatch.setattr("unilogit_kernels.compaction.plan_linear", spy)
+    monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.plan_linear", spy)
     operands = torch.randn(9, H), torch.randn(V, H), torch.randn(9, 7), torch.randn(V, 7)
     linear_kl_loss(*operands, memory_budget=3 << 20, compact=False)
     ((shape, options),) = seen
@@ -248,7 +248,7 @@ def test_the_plan_of_a_gpu_runs_on_tensors_without_data(
 ) -> None:
     """At 8192 x 128,256 x 4096: shapes, dtypes and GEMMs of what a GPU would run."""
     n, h, v = 8192, 4096, 128_256
-    monkeypatch.setattr("unilogit_kernels.projection.writes_wider", lambda _: True)
+    monkeypatch.setattr("unilogit_kernels.fused_linear.gemm.writes_wider", lambda _: True)
     dtypes = GemmDtypes.of(dtype, "cuda")
     needs = Needs(hidden=True, weight=train_weight, bias=False)
     shape = LinearShape(n, h, v, dtypes, dtype, "cuda", needs, HeadShape(h, dtypes, dtype))

@@ -13,7 +13,7 @@ from divergence_pairs import Pair, check_gradient, linear_pair, logits_of, logit
 from torch import Tensor
 
 from unilogit_kernels import Mask, Shift, Uniform, reference
-from unilogit_kernels.divergence import count_ignored_positions
+from unilogit_kernels.functional.kl import count_ignored_positions
 from unilogit_kernels.testing import assert_within_budget
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]

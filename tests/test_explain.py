@@ -11,8 +11,8 @@ from test_linear_options import GemmCounter
 from torch import Tensor
 
 from unilogit_kernels import explain_plan, linear_kl_loss, linear_unilogit_loss
-from unilogit_kernels.explain import ACCELERATORS, PlanReport
-from unilogit_kernels.plan import MEMORY_BUDGET
+from unilogit_kernels.functional.explain import ACCELERATORS, PlanReport
+from unilogit_kernels.fused_linear.budget import MEMORY_BUDGET
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "kept whole": (96, 128, {}),

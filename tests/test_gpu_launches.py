@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda.geometry import Shares
 
 H100_MULTIPROCESSORS = 132

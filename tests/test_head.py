@@ -13,8 +13,7 @@ from tiny_models import one_thread
 from torch import Tensor, nn
 
 from unilogit_kernels import reference
-from unilogit_kernels.testing import AllocationGuard, assert_within_budget
-from unilogit_kernels.unlearning.head import (
+from unilogit_kernels.huggingface.head import (
     HeadTransform,
     UnsupportedHeadError,
     fused_log_odds,
@@ -23,6 +22,7 @@ from unilogit_kernels.unlearning.head import (
     run_head,
     verify_head,
 )
+from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

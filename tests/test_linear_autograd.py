@@ -16,19 +16,17 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from unilogit_kernels import (
-    compaction,
-    linear_target_log_odds,
-    linear_unilogit_loss,
-    loops,
-    unilogit_loss,
-)
-from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.kept import KeptInGradient, KeptLogits
+from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss, unilogit_loss
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.fused_linear import compaction, token_chunks, vocabulary_chunks
+from unilogit_kernels.fused_linear.budget import LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs, multiply
+from unilogit_kernels.fused_linear.loops import linear_loss
+from unilogit_kernels.fused_linear.plan import Plan, plan_linear
+from unilogit_kernels.fused_linear.saved import KeptInGradient, KeptLogits
+from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.objectives import CrossEntropy
-from unilogit_kernels.plan import LinearOptions, LinearShape, Plan, plan_linear
-from unilogit_kernels.projection import GemmDtypes, LinearHead, Needs, multiply
-from unilogit_kernels.rows import ObjectiveLoss, RowProblem, Weighted
+from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 
 N, H, V = 12, 16, 300
 
@@ -176,7 +174,7 @@ class TestGpuBranch:
         70,000 tokens are more than a launch has rows of blocks, and n * V is beyond 2^32.
         """
         h = 4096
-        monkeypatch.setattr("unilogit_kernels.projection.writes_wider", lambda _: True)
+        monkeypatch.setattr("unilogit_kernels.fused_linear.gemm.writes_wider", lambda _: True)
         dtypes = GemmDtypes.of(dtype, "cuda")
         needs = Needs(hidden=True, weight=train_weight, bias=False)
         plan = plan_linear(LinearShape(n, h, v, dtypes, dtype, "cuda", needs), visits=2)
@@ -189,12 +187,13 @@ class TestGpuBranch:
             products.append((a.dtype, out.dtype))
             multiply(a, b, out, accumulate=accumulate)
 
-        monkeypatch.setattr(loops, "multiply", watched)
+        monkeypatch.setattr(token_chunks, "multiply", watched)
+        monkeypatch.setattr(vocabulary_chunks, "multiply", watched)
         with FakeTensorMode():
             hidden = torch.empty(n, h, dtype=dtype, device="meta")
             weight = torch.empty(v, h, dtype=dtype, device="meta")
             head = LinearHead(hidden, weight, None, dtypes)
-            gradients = loops.Gradients(
+            gradients = Gradients(
                 torch.empty_like(hidden, dtype=dtypes.results),
                 torch.empty_like(weight, dtype=dtypes.results) if train_weight else None,
                 None,
@@ -206,7 +205,7 @@ class TestGpuBranch:
             weighted = Weighted(CrossEntropy(), ones, torch.ones((), device="meta"))
             options = LinearOptions(compact=False)
             loss = ObjectiveLoss(rows, weighted)
-            values = loops.linear_loss((head,), loss, plan, gradients, options)
+            values = linear_loss((head,), loss, plan, gradients, options)
             assert values.shape == (n,)
         # Sums are float32; a finished gradient is written at once in its own dtype.
         assert {out for _, out in products} <= {torch.float32, dtypes.results}

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from unilogit_kernels import (
     LinearUnilogitLoss,
-    compaction,
     linear_objective_loss,
     linear_target_log_odds,
     linear_unilogit_loss,
     objectives,
     reference,
 )
-from unilogit_kernels.kept import KeptLogits
-from unilogit_kernels.plan import LinearOptions, Plan, plan_linear
+from unilogit_kernels.fused_linear import compaction
+from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.fused_linear.plan import Plan, plan_linear
+from unilogit_kernels.fused_linear.saved import KeptLogits
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 BUDGETS = [1 << 20, 2 << 20, 1 << 30]
@@ -233,7 +234,7 @@ class TestWithoutCompaction:
         weight = torch.randn(V, H, requires_grad=True)
         labels = torch.randint(0, V, (30,))
         # These two look at numbers on CPU only, where they are at hand.
-        monkeypatch.setattr("unilogit_kernels.inputs._check_label_range", lambda *_: None)
+        monkeypatch.setattr("unilogit_kernels.calls.validation._check_label_range", lambda *_: None)
         monkeypatch.setattr("unilogit_kernels.ops.linear.scaled", lambda g, up, *_: g * up)
         for reduction in ("mean", "none"):
             for frozen in (False, True):

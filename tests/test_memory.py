@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unilogit_kernels import linear_unilogit_loss, memory, unilogit_loss
+from unilogit_kernels import linear_unilogit_loss, unilogit_loss
+from unilogit_kernels.backends import memory
 from unilogit_kernels.testing import AllocationGuard
 
 CPU = torch.device("cpu")

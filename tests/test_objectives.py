@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unilogit_kernels import objective_loss, objectives
+from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.objectives import TNPO, LoKU, Mixture, Objective, SequenceObjective
-from unilogit_kernels.row_state import Statistics
 
 Exact = Callable[[Any, int], tuple[Any, Any]]
 

@@ -45,7 +45,7 @@ def test_tag_and_contents(wheel: Path) -> None:
     assert platform != "any"
     names = zipfile.ZipFile(wheel).namelist()
     assert "unilogit_kernels/py.typed" in names
-    assert "unilogit_kernels/backends/_cpu_kernels.so" in names
+    assert "unilogit_kernels/backends/cpu/_cpu_kernels.so" in names
     for header in cuda_sources.HEADERS:
         assert f"unilogit_kernels/backends/cuda/csrc/{header}" in names
     fatbin = cuda_sources.FATBIN_PATTERN.format(digest=cuda_sources.digest())

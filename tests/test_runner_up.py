@@ -14,15 +14,15 @@ from problems import TRANSFORMS
 from torch import Tensor
 
 from unilogit_kernels import (
-    backends,
     linear_objective_loss,
     linear_target_and_runner_up,
     reference,
-    row_state,
     target_and_runner_up,
 )
-from unilogit_kernels.backends import LogitTransform, RowKernels
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels
 from unilogit_kernels.backends.eager import EagerKernels
+from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 PLAIN = LogitTransform()
@@ -31,7 +31,7 @@ V = 503
 
 @pytest.fixture
 def kernels(backend: str) -> RowKernels:
-    return backends.load(backend)
+    return registry.load(backend)
 
 
 def fold(

@@ -17,13 +17,8 @@ from problems import assert_equal_steps
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from unilogit_kernels import (
-    available_backends,
-    backends,
-    linear_unilogit_loss,
-    objective_loss,
-    unilogit_loss,
-)
+from unilogit_kernels import available_backends, linear_unilogit_loss, objective_loss, unilogit_loss
+from unilogit_kernels.backends import registry
 from unilogit_kernels.testing import force_backend
 
 
@@ -180,7 +175,7 @@ class TestRegistry:
         assert available_backends()["eager"] is None
 
     def test_missing_backend_raises_with_the_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backends, "unavailable_reason", lambda name: "no such library")
+        monkeypatch.setattr(registry, "unavailable_reason", lambda name: "no such library")
         with pytest.raises(RuntimeError, match="'cpu' is not available: no such library"):
             unilogit_loss(torch.randn(2, 5), torch.tensor([0, 1]), backend="cpu")
 
@@ -190,22 +185,22 @@ class TestRegistry:
             unilogit_loss(torch.randn(2, 5), torch.tensor([0, 1]), backend="triton")
 
     def test_gpus_run_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backends, "unavailable_reason", lambda name: None)
-        assert backends.choose(None, "cuda", torch.bfloat16) == "triton"
-        assert backends.choose(None, "cuda", torch.float64) == "eager"
+        monkeypatch.setattr(registry, "unavailable_reason", lambda name: None)
+        assert registry.choose(None, "cuda", torch.bfloat16) == "triton"
+        assert registry.choose(None, "cuda", torch.float64) == "eager"
         with pytest.raises(ValueError, match="'triton' runs on cuda tensors, got cpu"):
-            backends.choose("triton", "cpu", torch.float32)
+            registry.choose("triton", "cpu", torch.float32)
 
     def test_fallback_is_never_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        backends._warn_once.cache_clear()
+        registry._warn_once.cache_clear()
         monkeypatch.setattr(
-            backends, "unavailable_reason", lambda name: "broken" if name == "cpu" else None
+            registry, "unavailable_reason", lambda name: "broken" if name == "cpu" else None
         )
         logits, labels = torch.randn(2, 5), torch.tensor([0, 1])
         with pytest.warns(UserWarning, match="eager backend, since .*'cpu'.* broken"):
             loss = unilogit_loss(logits, labels)
         assert torch.equal(loss, unilogit_loss(logits, labels, backend="eager"))
-        backends._warn_once.cache_clear()
+        registry._warn_once.cache_clear()
 
     def test_float64_is_not_for_the_fused_backends(self) -> None:
         logits, labels = torch.randn(2, 5, dtype=torch.float64), torch.tensor([0, 1])

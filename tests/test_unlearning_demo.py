@@ -12,13 +12,13 @@ import torch
 import transformers
 from tiny_models import FORGET, RETAIN, make_model, make_tokenizer, one_thread
 
+from unilogit_kernels.huggingface.head import fused_loss
 from unilogit_kernels.unlearning.data import Encoding, Example, Row, collate, read_rows
 from unilogit_kernels.unlearning.demo.dataset import make_demo_data
 from unilogit_kernels.unlearning.demo.loss_cost import compare_losses
 from unilogit_kernels.unlearning.demo.model import MissingModelError, load_base, run_trunk, top_of
 from unilogit_kernels.unlearning.demo.recipe import Recipe, learn, unlearn
 from unilogit_kernels.unlearning.evaluation import token_probabilities
-from unilogit_kernels.unlearning.head import fused_loss
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

@@ -9,6 +9,7 @@ import torch
 from tiny_models import FORGET, RETAIN, encoded, make_model, make_tokenizer, one_thread
 from transformers import PreTrainedModel
 
+from unilogit_kernels.huggingface.head import fused_loss, observe_logit_transform
 from unilogit_kernels.testing import AllocationGuard
 from unilogit_kernels.unlearning.data import Encoding, Row, collate
 from unilogit_kernels.unlearning.evaluation import (
@@ -16,7 +17,6 @@ from unilogit_kernels.unlearning.evaluation import (
     holds_key,
     token_probabilities,
 )
-from unilogit_kernels.unlearning.head import fused_loss, observe_logit_transform
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from unilogit_kernels import Shift, Uniform
-from unilogit_kernels.divergence import count_ignored_positions
+from unilogit_kernels.functional.kl import count_ignored_positions
+from unilogit_kernels.huggingface.two_heads import frozen_copy, fused_kl_loss
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.data import PairSampler, collate
 from unilogit_kernels.unlearning.methods import MethodError
-from unilogit_kernels.unlearning.reference_model import frozen_copy, fused_kl_loss
 from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
 

@@ -1,8 +1,6 @@
 """Fused, memory-flat unlearning losses for large-vocabulary language models."""
 
-from unilogit_kernels.backends import available_backends
-from unilogit_kernels.divergence import Mask, Shift, Uniform, kl_loss, linear_kl_loss
-from unilogit_kernels.explain import explain_plan
+from unilogit_kernels.backends.registry import available_backends
 from unilogit_kernels.functional import (
     linear_objective_loss,
     linear_target_log_odds,
@@ -12,14 +10,17 @@ from unilogit_kernels.functional import (
     target_log_odds,
     unilogit_loss,
 )
-from unilogit_kernels.mixed import MixedLoss, linear_mixed_loss, mixed_loss
-from unilogit_kernels.modules import LinearUnilogitLoss, UnilogitLoss
-from unilogit_kernels.runner_up import (
+from unilogit_kernels.functional.explain import explain_plan
+from unilogit_kernels.functional.kl import kl_loss, linear_kl_loss
+from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss, mixed_loss
+from unilogit_kernels.functional.modules import LinearUnilogitLoss, UnilogitLoss
+from unilogit_kernels.functional.runner_up import (
     TargetAndRunnerUp,
     linear_target_and_runner_up,
     target_and_runner_up,
 )
-from unilogit_kernels.sequences import linear_sequence_log_probs, sequence_log_probs
+from unilogit_kernels.functional.sequences import linear_sequence_log_probs, sequence_log_probs
+from unilogit_kernels.maths.rewrites import Mask, Shift, Uniform
 
 __version__ = "0.1.0"
 

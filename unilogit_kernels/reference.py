@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from unilogit_kernels.divergence import Rewrite
+    from unilogit_kernels.maths.rewrites import Rewrite
 
 
 def transform_logits(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unilogit_kernels import ops
-from unilogit_kernels.backends import forced as force_backend
+from unilogit_kernels.backends.registry import forced as force_backend
 
 __all__ = [
     "AllocationGuard",

@@ -19,8 +19,7 @@ from ptxsim.cuda_source import launch_cuda
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from unilogit_kernels import backends
-from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends import gpu, registry
 from unilogit_kernels.backends.cuda import geometry, sources
 from unilogit_kernels.backends.cuda.launcher import Argument, launching_through
 from unilogit_kernels.backends.cuda.sources import Kernel
@@ -167,6 +166,6 @@ def small_problems(share: str) -> Iterator[PtxLauncher]:
     ):
         if share == "whole rows":
             patch.setattr(gpu, "WAVES", 1)
-        patch.setitem(backends._DEVICES, "cuda", "cpu")
-        patch.setattr(backends, "unavailable_reason", lambda name: None)
+        patch.setitem(registry._DEVICES, "cuda", "cpu")
+        patch.setattr(registry, "unavailable_reason", lambda name: None)
         yield device

@@ -8,7 +8,7 @@ from ptxsim import Schedule
 
 from cuda_kernels import devices
 from cuda_kernels.bugs import SPLIT, Bug, Case
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 
 KERNELS = CudaKernels()

@@ -8,11 +8,12 @@ from ptxsim import Launch, collect
 from torch import Tensor
 
 from cuda_kernels import devices
-from unilogit_kernels import pair_state, row_state
-from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 from unilogit_kernels.backends.cuda.launcher import launching_through
+from unilogit_kernels.maths import pair_state, row_state
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 N, V = 2, 128_256

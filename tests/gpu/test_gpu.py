@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unilogit_kernels import backends, linear_unilogit_loss, unilogit_loss
+from unilogit_kernels import linear_unilogit_loss, unilogit_loss
+from unilogit_kernels.backends import registry
 from unilogit_kernels.testing import assert_within_budget
 
 N, V = 512, 50_257
@@ -37,7 +38,7 @@ def _no_synchronisation() -> Iterator[None]:
 
 
 def test_triton_is_the_default() -> None:
-    assert backends.choose(None, "cuda", torch.bfloat16) == "triton"
+    assert registry.choose(None, "cuda", torch.bfloat16) == "triton"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unilogit_kernels import objectives, row_state
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels import objectives
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.backends.triton.launch import TritonKernels
+from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import assert_within_budget
 
 TRITON, EAGER = TritonKernels(), EagerKernels()

@@ -18,11 +18,14 @@ from ptxsim.triton_device import triton_device
 from torch import Tensor
 
 from triton_kernels.aot import Launch, Resources, compiling_for, resources
-from unilogit_kernels import pair_state, row_state, unilogit_loss
-from unilogit_kernels.backends import LogitTransform, gpu, load
+from unilogit_kernels import unilogit_loss
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.registry import load
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.backends.triton.settings import Settings
+from unilogit_kernels.maths import pair_state, row_state
 from unilogit_kernels.testing import force_backend
 
 MANY_ROWS = 4096

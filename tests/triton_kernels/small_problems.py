@@ -21,8 +21,7 @@ def small_problems(share: str) -> Iterator[None]:
     the device that the launches imagine is so small, or so large, that rows are shared as asked.
     """
     # Kernels are decorated when this is imported, which the interpreter must come before.
-    from unilogit_kernels import backends
-    from unilogit_kernels.backends import gpu
+    from unilogit_kernels.backends import gpu, registry
     from unilogit_kernels.backends.triton import settings
 
     small = dataclasses.replace(
@@ -38,6 +37,6 @@ def small_problems(share: str) -> Iterator[None]:
         patch.setattr(settings, "current_settings", lambda: small)
         if share == "whole rows":
             patch.setattr(gpu, "WAVES", 1)
-        patch.setitem(backends._DEVICES, "triton", "cpu")
-        patch.setattr(backends, "unavailable_reason", lambda name: None)
+        patch.setitem(registry._DEVICES, "triton", "cpu")
+        patch.setattr(registry, "unavailable_reason", lambda name: None)
         yield

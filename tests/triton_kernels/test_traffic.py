@@ -21,7 +21,8 @@ from triton_kernels.costs import (
     our_pair,
     our_step,
 )
-from unilogit_kernels.backends import ScaleKernels, load
+from unilogit_kernels.backends.contract import ScaleKernels
+from unilogit_kernels.backends.registry import load
 
 # What is stated of costs (docs/gpu.md) is stated of one compiler.
 pytestmark = pytest.mark.pinned_triton

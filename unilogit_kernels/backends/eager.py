@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels import pair_state, row_state
-from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.row_state import finite_shift, has_runner_up
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.maths import pair_state, row_state
+from unilogit_kernels.maths.row_state import finite_shift, has_runner_up
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits processed at a time: temporaries of 4 MiB in float32, which stay in a CPU's cache."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What logits and gradients may be."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from unilogit_kernels.bench.measure import Measurement
-from unilogit_kernels.bench.providers import OURS
+from unilogit_kernels.bench.provider import OURS
 
 COMPARABLE = 2.0
 """Errors are comparable if ours is at most this many times the other's..."""

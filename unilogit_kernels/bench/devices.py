@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 import unilogit_kernels
-from unilogit_kernels.backends import cpu
+from unilogit_kernels.backends.cpu import library
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class Cpu:
             "processor": model,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "instruction_set": cpu.instruction_set() if cpu.is_available() else None,
+            "instruction_set": library.instruction_set() if library.is_available() else None,
             "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
             "load_before": round(os.getloadavg()[0], 2),
             **_versions(),

@@ -15,7 +15,8 @@ from unilogit_kernels.bench.devices import Device
 from unilogit_kernels.bench.oracle import Oracle
 from unilogit_kernels.bench.peaks import peak_mib, peak_of_fresh_process
 from unilogit_kernels.bench.problems import Problem, Shape
-from unilogit_kernels.bench.providers import OURS, Job, Provider, providers
+from unilogit_kernels.bench.provider import OURS, Job, Provider
+from unilogit_kernels.bench.providers import providers
 
 ROUNDS = 7
 """Counted rounds, at least, of what is fast."""

@@ -17,10 +17,11 @@ from dataclasses import asdict
 
 import torch
 
+from unilogit_kernels.backends.memory import release
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import Problem, Shape
-from unilogit_kernels.bench.providers import MODES, Provider, providers
-from unilogit_kernels.memory import release
+from unilogit_kernels.bench.provider import MODES, Provider
+from unilogit_kernels.bench.providers import providers
 
 _TIMEOUT_S = 600
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unilogit_kernels.bench.problems import Problem, Shape
-from unilogit_kernels.bench.providers import Job, Loss, Provider, by_autograd, unilogit_from_nll
+from unilogit_kernels.bench.provider import Job, Loss, Provider, by_autograd, unilogit_from_nll
 
 _QUACK_CAPABILITY = (9, 0)
 """quack's kernels are written for Hopper and later."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from unilogit_kernels.bench.measure import Measurement
 from unilogit_kernels.bench.problems import Shape
-from unilogit_kernels.bench.providers import OURS
+from unilogit_kernels.bench.provider import OURS
 from unilogit_kernels.bench.report import Report, Result
 
 _AXES = {"n": "tokens n", "vocab_size": "vocabulary V", "h": "hidden size h"}

@@ -6,9 +6,8 @@ returns the gradients. `peers` holds those of other packages.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,69 +21,19 @@ from unilogit_kernels import (
     reference,
     unilogit_loss,
 )
-from unilogit_kernels.backends import cpu
-from unilogit_kernels.bench.problems import DTYPES, Problem, Shape
-from unilogit_kernels.memory import allocate
-
-OURS = {"unilogit": "unilogit_kernels", "cross_entropy": "unilogit_kernels, cross-entropy"}
-"""This package's providers by loss: a peer is compared with the one that does the same job."""
-MODES = ("forward", "backward", "both")
-"""Loss alone without gradients, the backward of a training step, and the whole of one."""
-
-Loss = Callable[..., Tensor]
-"""From the operands, the labels and `softcap=` to the mean loss, differentiable."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training step, in two halves.
-
-    Attributes:
-        forward: The loss; None for a bound, which has none.
-        backward: From what `forward` returned to the gradients of the trained operands.
-    """
-
-    forward: Callable[[], Tensor | None]
-    backward: Callable[[Tensor | None], list[Tensor] | None]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """Somebody who can do the job, or a bound on it.
-
-    Attributes:
-        name: For tables.
-        entry: `"logits"` or `"linear"`.
-        loss: What it computes: `"unilogit"`, `"cross_entropy"` or `"floor"` (no loss at all).
-        prepare: Builds the job of a problem.
-        unavailable: Why it cannot run a shape on a type of device, or None.
-        logits_copies: How many float32 copies of the logits it holds at its peak; decides whether
-            it fits into memory.
-        compiles: Whether its first call on a shape compiles.
-        modes: Which of `MODES` it has.
-    """
-
-    name: str
-    entry: str
-    loss: str
-    prepare: Callable[[Problem], Job]
-    unavailable: Callable[[Shape, str], str | None] = lambda shape, device: None
-    logits_copies: float = 0
-    compiles: bool = False
-    modes: tuple[str, ...] = MODES
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is this package."""
-        return self.name in OURS.values()
-
-    def extra_bytes(self, shape: Shape) -> int:
-        """About how much memory a step takes beyond the operands."""
-        logits = int(self.logits_copies * 4 * shape.n * shape.vocab_size)
-        # Some finish the weight's gradient in float32 before they round it.
-        exact = 4 * (shape.h or 0) * shape.rows if not shape.frozen_head else 0
-        narrow = DTYPES[shape.dtype].itemsize < 4
-        return shape.gradient_bytes + logits + (exact if narrow and self.loss != "floor" else 0)
+from unilogit_kernels.backends.cpu import library
+from unilogit_kernels.backends.memory import allocate
+from unilogit_kernels.bench.problems import Problem, Shape
+from unilogit_kernels.bench.provider import (
+    OURS,
+    Job,
+    Loss,
+    Provider,
+    by_autograd,
+    cross_entropy,
+    on_linear,
+    unilogit_from_nll,
+)
 
 
 def providers(entry: str) -> list[Provider]:
@@ -93,44 +42,6 @@ def providers(entry: str) -> list[Provider]:
 
     everybody = [*_OURS, *_torch_providers(), *peers.PEERS, *_FLOORS]
     return [provider for provider in everybody if provider.entry == entry]
-
-
-def by_autograd(loss: Loss) -> Callable[[Problem], Job]:
-    """The job of a differentiable loss."""
-
-    def prepare(problem: Problem) -> Job:
-        def forward() -> Tensor:
-            return loss(*problem.operands, problem.labels, softcap=problem.shape.softcap)
-
-        def backward(value: Tensor | None) -> list[Tensor]:
-            assert value is not None
-            return list(torch.autograd.grad(value, problem.trained))
-
-        return Job(forward, backward)
-
-    return prepare
-
-
-def unilogit_from_nll(nll: Tensor, vocab_size: int) -> Tensor:
-    """Mean Unilogit from per-token negative log-likelihoods, through what is left of d in them."""
-    d = -torch.log(torch.expm1(nll.float()))
-    delta = d + math.log(vocab_size - 1)
-    constant = math.log1p(1 / (vocab_size - 1))
-    return (torch.sigmoid(d) * delta - F.softplus(d) + constant).mean()
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, *, softcap: float | None) -> Tensor:
-    """Plain `F.cross_entropy` in the dtype of the logits."""
-    return F.cross_entropy(reference.transform_logits(logits, softcap=softcap), labels)
-
-
-def on_linear(loss: Loss) -> Loss:
-    """A loss on logits, after `F.linear`."""
-
-    def linear(hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None) -> Tensor:
-        return loss(F.linear(hidden, weight), labels, softcap=softcap)
-
-    return linear
 
 
 def _eager_unilogit(logits: Tensor, labels: Tensor, *, softcap: float | None) -> Tensor:
@@ -192,7 +103,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
     if source.is_cuda:
         target.copy_(source)
     else:
-        cpu.stream_copy(source, target)
+        library.stream_copy(source, target)
 
 
 def _bare_gemms(problem: Problem, *, new_gradients: bool) -> Job:
@@ -217,7 +128,7 @@ def _bare_gemms(problem: Problem, *, new_gradients: bool) -> Job:
 
 
 def _needs_the_library(shape: Shape, device: str) -> str | None:
-    return cpu.unavailable_reason() if device == "cpu" else None
+    return library.unavailable_reason() if device == "cpu" else None
 
 
 def _torch_providers() -> list[Provider]:

@@ -5,23 +5,18 @@ other token, `sequence` those of whole sequences; `base` says what an objective 
 name.
 """
 
+from unilogit_kernels.maths.elementwise import softplus, uniform_log_odds
 from unilogit_kernels.objectives.base import (
     REGISTRY,
-    Mixture,
     Objective,
-    Packed,
     by_name,
-    is_registered,
-    pack,
     parameter_names,
     per_sequence,
     per_token,
     register,
     resolve,
-    softplus,
-    uniform_log_odds,
-    unpack,
 )
+from unilogit_kernels.objectives.mixture import Mixture, Packed, is_registered, pack, unpack
 from unilogit_kernels.objectives.runner_up import LoKU, RunnerUpObjective
 from unilogit_kernels.objectives.sequence import (
     DPO,

@@ -8,30 +8,16 @@ compute `d` and turn a slope into a gradient row, and know nothing else of the l
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels.row_state import Statistics
+from unilogit_kernels.maths.row_state import Statistics
 
 _PER_TOKEN = "per_token"
-_MIXTURE, _JOIN = "mixture", "+"
-
-
-def softplus(x: Tensor) -> Tensor:
-    """`log(1 + exp(x))`, accurate for every x in float32 and float64; NaN and infinities pass.
-
-    `torch.nn.functional.softplus` returns `x` above 20, which float64 can tell apart.
-    """
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
-
-
-def uniform_log_odds(vocab_size: int) -> float:
-    """`u = -log(V - 1)`: the log-odds of a token that has probability `1/V`."""
-    return -math.log(vocab_size - 1)
+MIXTURE, JOIN = "mixture", "+"
 
 
 def per_token() -> Any:
@@ -95,15 +81,15 @@ class Objective:
 
     def parameters(self) -> list[float]:
         """The values of the float fields, in order."""
-        return [float(getattr(self, name)) for name in _declared(type(self)).floats]
+        return [float(getattr(self, name)) for name in declared(type(self)).floats]
 
     def tensors(self) -> list[Tensor]:
         """The values of the tensor fields, in order."""
-        return [getattr(self, name) for name in _declared(type(self)).tensors]
+        return [getattr(self, name) for name in declared(type(self)).tensors]
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Objective:
         """The same objective with `function` applied to each per-token tensor."""
-        changed = {name: function(getattr(self, name)) for name in _declared(type(self)).per_token}
+        changed = {name: function(getattr(self, name)) for name in declared(type(self)).per_token}
         return dataclasses.replace(self, **changed) if changed else self
 
     def at(self, rows: slice | Tensor) -> Objective:
@@ -137,7 +123,8 @@ _DECLARED: dict[type[Objective], _Declared] = {}
 """Of registered objectives: torch.compile does not follow the question itself."""
 
 
-def _declared(cls: type[Objective]) -> _Declared:
+def declared(cls: type[Objective]) -> _Declared:
+    """The fields of an objective's class."""
     if cls in _DECLARED:
         return _DECLARED[cls]
     fields = dataclasses.fields(cls)
@@ -187,17 +174,17 @@ def register(cls: _ObjectiveType) -> _ObjectiveType:
     Raises:
         ValueError: The name is taken by another class, or is reserved: `mixture`, a `+` in it.
     """
-    if _JOIN in cls.name or cls.name == _MIXTURE:
+    if JOIN in cls.name or cls.name == MIXTURE:
         raise ValueError(f"an objective cannot have the name {cls.name!r}")
     if REGISTRY.setdefault(cls.name, cls) is not cls:
         raise ValueError(f"objective name {cls.name!r} is already taken by {REGISTRY[cls.name]}")
-    _DECLARED[cls] = _declared(cls)
+    _DECLARED[cls] = declared(cls)
     return cls
 
 
 def parameter_names(name: str) -> list[str]:
     """The float parameters of a registered objective that a user may set."""
-    return list(_declared(REGISTRY[name]).options)
+    return list(declared(REGISTRY[name]).options)
 
 
 def by_name(name: str, **parameters: float) -> Objective:
@@ -214,7 +201,7 @@ def by_name(name: str, **parameters: float) -> Objective:
         known = ", ".join(sorted(REGISTRY))
         raise ValueError(f"objective {name!r} is unknown; expected one of: {known}")
     cls = REGISTRY[name]
-    needed = _declared(cls).required
+    needed = declared(cls).required
     if needed:
         raise ValueError(
             f"objective {name!r} needs tensors: pass objectives.{cls.__name__}"
@@ -247,116 +234,3 @@ def resolve(
             f"got {objective!r}"
         )
     return objective
-
-
-def is_registered(objective: object) -> TypeGuard[Objective]:
-    """Whether the fused losses know this objective by name, so that they can rebuild it."""
-    if isinstance(objective, Mixture):
-        return all(is_registered(each) for each in objective.objectives)
-    return isinstance(objective, Objective) and REGISTRY.get(objective.name) is type(objective)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mixture(Objective):
-    """Several objectives in one call, each for its own tokens.
-
-    Attributes:
-        objectives: What tokens may take.
-        segments: int64, in the labels' shape: the index of each token's objective. A token of
-            another index has value and slope 0.
-    """
-
-    objectives: tuple[Objective, ...]
-    segments: Tensor = per_token()
-
-    @property
-    def name(self) -> str:  # type: ignore[override]  # of an instance: it depends on the parts
-        """`mixture`, and the names of the objectives, joined by `+`."""
-        return _JOIN.join([_MIXTURE, *(each.name for each in self.objectives)])
-
-    @property
-    def coupled(self) -> bool:  # type: ignore[override]
-        """Whether one of the objectives is."""
-        return any(each.coupled for each in self.objectives)
-
-    @property
-    def needs_runner_up(self) -> bool:  # type: ignore[override]
-        """Whether one of the objectives does."""
-        return any(each.needs_runner_up for each in self.objectives)
-
-    def evaluate(self, seen: Statistics, vocab_size: int) -> Tensor:
-        """Each token's loss."""
-        return self._select([each.evaluate(seen, vocab_size) for each in self.objectives])
-
-    def differentiate(self, seen: Statistics, vocab_size: int) -> Statistics:
-        """Each token's derivatives."""
-        found = [each.differentiate(seen, vocab_size) for each in self.objectives]
-        log_odds = self._select([each.log_odds for each in found])
-        if not self.needs_runner_up:
-            return Statistics(log_odds)
-        none = torch.zeros_like(log_odds)
-        by_runner_up = [none if each.runner_up is None else each.runner_up for each in found]
-        return Statistics(log_odds, self._select(by_runner_up))
-
-    def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
-        """Each token's `f(d)`."""
-        return self.evaluate(Statistics(log_odds), vocab_size)
-
-    def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
-        """Each token's `f'(d)`."""
-        return self.differentiate(Statistics(log_odds), vocab_size).log_odds
-
-    def _select(self, candidates: list[Tensor]) -> Tensor:
-        result = torch.zeros_like(candidates[0])
-        for index, candidate in enumerate(candidates):
-            result = torch.where(self.segments == index, candidate, result)
-        return result
-
-    def parameters(self) -> list[float]:
-        """Those of the objectives, one after the other."""
-        return [value for each in self.objectives for value in each.parameters()]
-
-    def tensors(self) -> list[Tensor]:
-        """The segments, and what the objectives hold."""
-        return [self.segments, *(tensor for each in self.objectives for tensor in each.tensors())]
-
-    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Mixture:
-        """The same with `function` applied to each per-token tensor, the segments included."""
-        parts = tuple(each.map_tokens(function) for each in self.objectives)
-        return Mixture(parts, function(self.segments))
-
-
-class Packed(NamedTuple):
-    """A registered objective as what an operator takes.
-
-    Attributes:
-        name: Of the objective; a mixture's holds the names of its objectives.
-        parameters: Floats.
-        tensors: Per token and per sequence.
-    """
-
-    name: str
-    parameters: list[float]
-    tensors: list[Tensor]
-
-
-def pack(objective: Objective) -> Packed:
-    """Take a registered objective apart; `unpack` is the inverse."""
-    return Packed(objective.name, objective.parameters(), objective.tensors())
-
-
-def unpack(name: str, parameters: Sequence[float], tensors: Sequence[Tensor]) -> Objective:
-    """Rebuild an objective from what `pack` made of it."""
-    floats, given = iter(parameters), iter(tensors)
-
-    def build(cls: type[Objective]) -> Objective:
-        return cls(
-            **{name: next(floats) for name in _declared(cls).floats},
-            **{name: next(given) for name in _declared(cls).tensors},
-        )
-
-    kind, *names = name.split(_JOIN)
-    if kind != _MIXTURE:
-        return build(REGISTRY[name])
-    segments = next(given)
-    return Mixture(tuple(build(REGISTRY[each]) for each in names), segments)

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.objectives.base import Objective, register
-from unilogit_kernels.row_state import Statistics
 
 
 class RunnerUpObjective(Objective):

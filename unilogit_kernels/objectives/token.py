@@ -13,13 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unilogit_kernels.objectives.base import (
-    Objective,
-    per_token,
-    register,
-    softplus,
-    uniform_log_odds,
-)
+from unilogit_kernels.maths.elementwise import softplus, uniform_log_odds
+from unilogit_kernels.objectives.base import Objective, per_token, register
 
 # Beyond this, sigmoid(-|d|) is 0 in float64 as well; it keeps 0 * inf out of bounded values.
 _SATURATED = 1e4

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilogit_kernels.compaction import compacted_gradient, compacted_loss, compacted_values
+from unilogit_kernels.fused_linear.compaction import (
+    compacted_gradient,
+    compacted_loss,
+    compacted_values,
+)
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.maths.row_state import has_runner_up
 from unilogit_kernels.ops.registration import (
     NEEDS,
     OPTIONS,
@@ -32,9 +38,7 @@ from unilogit_kernels.ops.registration import (
     values_outputs,
     weighted_objective,
 )
-from unilogit_kernels.projection import GemmDtypes, Needs
-from unilogit_kernels.row_state import has_runner_up
-from unilogit_kernels.rows import ObjectiveLoss
+from unilogit_kernels.rows.objective import ObjectiveLoss
 
 # ---- log-odds of a fused linear ----------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unilogit_kernels.maths.row_state import has_runner_up
 from unilogit_kernels.ops.registration import (
     ROWS,
     VALUES,
@@ -27,8 +28,8 @@ from unilogit_kernels.ops.registration import (
     values_outputs,
     weighted_objective,
 )
-from unilogit_kernels.row_state import has_runner_up
-from unilogit_kernels.rows import logits_gradient, logits_objective, logits_state
+from unilogit_kernels.rows.objective import logits_objective
+from unilogit_kernels.rows.whole import logits_gradient, logits_state
 
 # ---- log-odds of logits ------------------------------------------------------------------------
 

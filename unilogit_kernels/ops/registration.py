@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilogit_kernels import backends, objectives, reference, row_state
-from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.compaction import LinearInputs
-from unilogit_kernels.loops import Gradients
-from unilogit_kernels.plan import LinearOptions
-from unilogit_kernels.projection import GemmDtypes
-from unilogit_kernels.row_state import Statistics
-from unilogit_kernels.rows import RowProblem, Weighted, weigh
+from unilogit_kernels import objectives, reference
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.fused_linear.compaction import LinearInputs
+from unilogit_kernels.fused_linear.gemm import GemmDtypes
+from unilogit_kernels.fused_linear.tiles import Gradients
+from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.rows.contract import weigh
+from unilogit_kernels.rows.objective import RowProblem, Weighted
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
 
@@ -139,7 +142,7 @@ def row_problem(
 ) -> RowProblem:
     """The arguments `ROWS` as the layers below take them."""
     transform = LogitTransform(scale, softcap)
-    return RowProblem(labels, transform, vocab_size, backends.load(backend), runner_up)
+    return RowProblem(labels, transform, vocab_size, registry.load(backend), runner_up)
 
 
 def weighted_objective(row_weight: Tensor, factor: Tensor, *packed: Any) -> Weighted:
@@ -252,7 +255,7 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str)
         and gradient.dtype == dtype
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     ):
-        kernels = backends.scale_kernels(backends.load(backend))
+        kernels = registry.scale_kernels(registry.load(backend))
         if kernels is not None:
             kernels.scale_(gradient, upstream)
             return gradient

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from unilogit_kernels.huggingface.head import evaluating, fused_log_odds
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     Encoding,
@@ -22,7 +24,6 @@ from unilogit_kernels.unlearning.data import (
     collate,
     padding_id,
 )
-from unilogit_kernels.unlearning.head import evaluating, fused_log_odds
 
 # An answer may run on after the expected completion, and is then worse: room to see that.
 _EXTRA_TOKENS = 8
@@ -244,3 +245,25 @@ def _generate(
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def report_table(title: str, reports: dict[str, dict[str, SetReport]]) -> Table:
+    """A table of set reports: for each set one line for each model.
+
+    Args:
+        title: above the table.
+        reports: model name to set name to report; the sets are the same for each model.
+    """
+    table = Table("set", "rows", "model", title=title)
+    for heading in ("probability", "ROUGE-L", "key recall"):
+        table.add_column(heading, justify="right")
+    for name in next(iter(reports.values())):
+        for model, sets in reports.items():
+            report = sets[name]
+            measures = (report.probability, report.rouge_l, report.key_recall)
+            table.add_row(name, str(report.rows), model, *map(_number, measures))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

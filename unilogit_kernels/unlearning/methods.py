@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import objectives
-from unilogit_kernels.divergence import Rewrite, Shift, Uniform
+from unilogit_kernels.maths.rewrites import Rewrite, Shift, Uniform
 from unilogit_kernels.objectives import Objective, SequenceObjective
 
 _REFERENCE = "reference"

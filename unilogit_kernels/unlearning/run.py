@@ -20,6 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from unilogit_kernels.huggingface.head import observe_logit_transform
 from unilogit_kernels.unlearning.data import (
     Encoding,
     Example,
@@ -27,7 +28,6 @@ from unilogit_kernels.unlearning.data import (
     read_refusals,
     read_rows,
 )
-from unilogit_kernels.unlearning.head import observe_logit_transform
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
 from unilogit_kernels.unlearning.trainer import (
     UnlearningArguments,

@@ -19,6 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from unilogit_kernels.huggingface.head import HeadCall, run_head
+from unilogit_kernels.huggingface.two_heads import frozen_copy, heads_kl_loss, run_two_heads
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     Features,
@@ -27,13 +29,7 @@ from unilogit_kernels.unlearning.data import (
     collate,
 )
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities, token_probabilities
-from unilogit_kernels.unlearning.head import HeadCall, run_head
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
-from unilogit_kernels.unlearning.reference_model import (
-    frozen_copy,
-    heads_kl_loss,
-    run_two_heads,
-)
 
 _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""

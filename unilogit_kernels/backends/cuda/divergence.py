@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels import pair_state
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.geometry import Shares, factors, strides
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
+from unilogit_kernels.maths import pair_state
 
 _PAIR_COLUMNS = 16
 """`kPairVector * kPairVectors` of `csrc/cuda/pair_kernels.h`."""

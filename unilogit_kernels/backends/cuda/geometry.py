@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda.launcher import Launcher
 
 TYPES = {torch.float32: "Float32", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}

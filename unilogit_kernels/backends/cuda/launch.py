@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
+from unilogit_kernels.backends.contract import OBJECTIVE_IDS, LogitTransform
 from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
 from unilogit_kernels.backends.cuda.geometry import TYPES, check
 from unilogit_kernels.backends.cuda.launcher import current

@@ -7,14 +7,14 @@ from ctypes import c_float, c_int32, c_int64
 import torch
 from torch import Tensor
 
-from unilogit_kernels import row_state
-from unilogit_kernels.backends import LogitTransform, gpu
-from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import OBJECTIVE_IDS, LogitTransform
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.geometry import TYPES, Shares, factors, strides
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.gpu import Finish
+from unilogit_kernels.maths import row_state
 
 _FLIGHT_BYTES, _CAPPED_FLIGHT_BYTES = 64, 32
 """`kFlightBytes` and `kCappedFlightBytes` of `csrc/cuda/row_walk.h`."""

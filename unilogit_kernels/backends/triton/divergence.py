@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.gpu import factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (

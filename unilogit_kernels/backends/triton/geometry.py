@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.kernels.row_maths import Logits
 from unilogit_kernels.backends.triton.kernels.row_walk import ACCESS_BYTES, Walk

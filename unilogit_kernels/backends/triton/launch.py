@@ -7,7 +7,7 @@ from typing import Literal
 import triton
 from torch import Tensor
 
-from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.gpu import check_dtypes
 from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import device_guard, options_of

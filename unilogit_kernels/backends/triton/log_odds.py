@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from unilogit_kernels import row_state
-from unilogit_kernels.backends import LogitTransform, gpu
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.gpu import Finish, factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (
@@ -24,6 +24,7 @@ from unilogit_kernels.backends.triton.kernels.log_odds import (
     merge_parts_kernel,
 )
 from unilogit_kernels.backends.triton.settings import Settings
+from unilogit_kernels.maths import row_state
 
 OBJECTIVES = ("unilogit", "unilogit_forward", "cross_entropy", "gradient_ascent")
 """What `row_maths.evaluate_objective` knows."""

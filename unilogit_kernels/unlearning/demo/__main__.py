@@ -19,7 +19,6 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
-from unilogit_kernels.unlearning.commands import report_table
 from unilogit_kernels.unlearning.data import Encoding, Row, padding_id, read_rows
 from unilogit_kernels.unlearning.demo.dataset import make_demo_data
 from unilogit_kernels.unlearning.demo.loss_cost import compare_losses
@@ -30,7 +29,7 @@ from unilogit_kernels.unlearning.demo.model import (
     top_of,
 )
 from unilogit_kernels.unlearning.demo.recipe import Recipe, learn, unlearn
-from unilogit_kernels.unlearning.evaluation import SetReport, evaluate_rows
+from unilogit_kernels.unlearning.evaluation import SetReport, evaluate_rows, report_table
 
 _EVALUATION_BATCH = 64
 _SAMPLES = 3

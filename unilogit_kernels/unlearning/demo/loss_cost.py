@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from unilogit_kernels import linear_unilogit_loss, reference
+from unilogit_kernels.huggingface.head import HeadCall, run_head
 from unilogit_kernels.testing import AllocationGuard
 from unilogit_kernels.unlearning.data import Features, collate
-from unilogit_kernels.unlearning.head import HeadCall, run_head
 
 _TOKENS, _REPEATS = 1024, 3
 

@@ -18,8 +18,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from unilogit_kernels.huggingface.head import fused_loss
 from unilogit_kernels.unlearning.data import Features, collate
-from unilogit_kernels.unlearning.head import fused_loss
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
 
 

@@ -1,0 +1,1 @@
+"""Row kernels for CPUs in C++ (`csrc/cpu`): a shared library, called through ctypes."""

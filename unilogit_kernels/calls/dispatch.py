@@ -1,0 +1,229 @@
+"""From what a user passes to what an operator takes: shared by every loss of the log-odds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import objectives
+from unilogit_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from unilogit_kernels.calls import validation
+from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.objectives import Mixture, Objective, SequenceObjective
+
+
+class Operands(NamedTuple):
+    """What logits come from, flattened to `[n, ...]`: themselves, or an lm_head.
+
+    Attributes:
+        logits: `[n, V]`; None for an lm_head.
+        hidden: `[n, H]`.
+        weight: `[V, H]`.
+        bias: `[V]` or None.
+    """
+
+    logits: Tensor | None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def needs(self) -> list[bool]:
+        """Which of the given ones want a gradient, and can get one."""
+        given = (self.logits,) if self.logits is not None else self[1:]
+        return [
+            torch.is_grad_enabled() and operand is not None and operand.requires_grad
+            for operand in given
+        ]
+
+
+def from_logits(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Operands, LossCall]:
+    """Validate a call on logits `[..., V]`; see `validation.describe_logits`."""
+    call = validation.describe_logits(logits, labels, **options)
+    return Operands(logits.reshape(-1, logits.shape[-1])), call
+
+
+def from_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **options: Any
+) -> tuple[Operands, LossCall]:
+    """Validate a call on hidden states and an lm_head; see `validation.describe_linear`."""
+    hidden, weight = validation.cast_for_autocast(hidden), validation.cast_for_autocast(weight)
+    bias = None if bias is None else validation.cast_for_autocast(bias)
+    call = validation.describe_linear(hidden, weight, bias, labels, **options)
+    return Operands(None, hidden.reshape(-1, hidden.shape[-1]), weight, bias), call
+
+
+def objective_of(
+    operands: Operands, call: LossCall, objective: Objective | Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The reduced loss of any objective.
+
+    Raises:
+        ValueError: The objective's tensors do not fit the labels, or a function's result.
+    """
+    if isinstance(objective, SequenceObjective):
+        objective, call = _place_sequences(objective, call)
+    elif isinstance(objective, Objective):
+        objective = _flatten(objective, call)
+    if call.reduction != "none" and objectives.is_registered(objective):
+        return finish(operands, call, objective)[0]
+    runner_up = isinstance(objective, Objective) and objective.needs_runner_up
+    return _reduce(statistics(operands, call, runner_up=runner_up)[0], objective, call)
+
+
+def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The loss (0-d) and the weighted losses `[n]` (detached); gradients are computed at once."""
+    arguments = (*_rows(call), call.row_weight, call.factor, *objectives.pack(objective))
+    if operands.logits is not None:
+        result = torch.ops.unilogit_kernels.objective_loss(
+            operands.logits, *arguments, *operands.needs()
+        )
+    else:
+        result = torch.ops.unilogit_kernels.linear_objective_loss(
+            *operands[1:], *arguments, *_options(call), *operands.needs()
+        )
+    return result[0], result[1]
+
+
+def log_odds(operands: Operands, call: LossCall) -> Tensor:
+    """The log-odds `[n]`, differentiable; 0 where a row does not count."""
+    return statistics(operands, call, runner_up=False)[0].log_odds
+
+
+def statistics(operands: Operands, call: LossCall, *, runner_up: bool) -> tuple[Statistics, Tensor]:
+    """What losses see of the rows, differentiable; 0 where a row does not count.
+
+    Args:
+        operands: What the logits come from.
+        call: How.
+        runner_up: Whether to look for the largest logit but the label's.
+
+    Returns:
+        The statistics, and the runner-up's token, int64 `[n]`; empty where nobody asked for it.
+    """
+    active = call.row_weight != 0
+    if operands.logits is not None:
+        found = torch.ops.unilogit_kernels.log_odds(operands.logits, *_rows(call), runner_up)
+    else:
+        found = torch.ops.unilogit_kernels.linear_log_odds(
+            *operands[1:], active, *_rows(call), *_options(call), any(operands.needs()), runner_up
+        )
+    return Statistics.of(torch.where(active, found[0], 0.0)), found[1]
+
+
+def mixture_of(
+    operands: Operands,
+    call: LossCall,
+    parts: Sequence[Objective],
+    segments: Tensor,
+    weights: Sequence[float],
+    num_items: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of several objectives' losses, and each of them `[K]`, detached.
+
+    `call` is described with `reduction="mean"` or `"sum"` and no `num_items_in_batch`.
+
+    Raises:
+        ValueError: A tensor of an objective does not fit the labels.
+    """
+    segments = _token_tensor("segments", segments, call)
+    counted = call.row_weight != 0
+    placed: list[Objective] = []
+    items: list[Tensor] = []
+    for index, part in enumerate(parts):
+        mine = counted & (segments == index)
+        if isinstance(part, SequenceObjective):
+            part = part.placed(mine.reshape(call.shape))
+            items.append(part.groups())
+        else:
+            part = _flatten(part, call)
+            items.append(mine.sum())
+        placed.append(part)
+    dtype = call.row_weight.dtype
+    counts = torch.stack(items).to(dtype) if num_items is None else num_items.to(dtype)
+    counts = counts.clamp(min=1) if call.reduction == "mean" else torch.ones_like(counts)
+    factor_of = counts.new_tensor(list(weights))
+    # One common denominator stays outside, so that rows are of order 1 where float16 stores them.
+    common = counts.sum()
+    row_factor = torch.zeros_like(call.row_weight)
+    for index, factor in enumerate((factor_of * common / counts).unbind()):
+        row_factor = torch.where(segments == index, factor, row_factor)
+    call = dataclasses.replace(
+        call, row_weight=call.row_weight * row_factor, factor=common.reciprocal()
+    )
+    total, losses = finish(operands, call, Mixture(tuple(placed), segments))
+    sums = torch.stack([torch.where(segments == k, losses, 0.0).sum() for k in range(len(parts))])
+    return total, torch.where(factor_of == 0, 0.0, call.factor * sums / factor_of)
+
+
+def _rows(call: LossCall) -> tuple[Any, ...]:
+    """The operators' arguments that describe the rows."""
+    return call.labels, *call.transform, call.vocab_size, call.backend
+
+
+def _options(call: LossCall) -> tuple[Any, ...]:
+    """The operators' arguments that say how a fused linear call may run."""
+    return *call.options, call.logits_dtype
+
+
+def _token_tensor(name: str, tensor: Tensor, call: LossCall) -> Tensor:
+    """A tensor of one number per token, checked, detached and flattened."""
+    if tensor.shape != call.shape:
+        raise ValueError(
+            f"{name} must have the labels' shape {list(call.shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.device != call.labels.device:
+        raise ValueError(
+            f"{name} must be on the labels' device {call.labels.device}, got {tensor.device}"
+        )
+    return tensor.detach().reshape(-1)
+
+
+def _flatten(objective: Objective, call: LossCall) -> Objective:
+    name = f"the per-token tensors of objective {objective.name!r}"
+    return objective.map_tokens(lambda tensor: _token_tensor(name, tensor, call))
+
+
+def _place_sequences(
+    objective: SequenceObjective, call: LossCall
+) -> tuple[SequenceObjective, LossCall]:
+    if len(call.shape) < 1:
+        raise ValueError(
+            f"objective {objective.name!r} is of sequences: labels must have shape [..., T]"
+        )
+    counted = call.row_weight != 0
+    if call.weighted:
+        raise ValueError(f"objective {objective.name!r} is of sequences and takes no token_weights")
+    objective = objective.placed(counted.reshape(call.shape))
+    factor = call.factor
+    if call.reduction == "mean" and not call.items_given:
+        factor = objective.groups().clamp(min=1).to(factor.dtype).reciprocal()
+    return objective, dataclasses.replace(call, factor=factor)
+
+
+def _reduce(
+    seen: Statistics, objective: Objective | Callable[[Tensor], Tensor], call: LossCall
+) -> Tensor:
+    log_odds = seen.log_odds
+    if isinstance(objective, SequenceObjective):
+        losses = objective.per_sequence(log_odds)
+        if call.reduction == "none":
+            return losses.reshape(call.shape[:-1]) if objective.members == 1 else losses
+        return call.factor * losses.sum()
+    if isinstance(objective, Objective):
+        values = objective.of_rows(seen, call.vocab_size)
+    else:
+        values = objective(log_odds)
+        if values.shape != log_odds.shape:
+            raise ValueError(
+                f"objective must return one loss per token, shape {list(log_odds.shape)}, "
+                f"got {list(values.shape)}"
+            )
+    losses = torch.where(call.row_weight != 0, call.row_weight * values, 0.0)
+    if call.reduction == "none":
+        return losses.reshape(call.shape)
+    return call.factor * losses.sum()

@@ -1,0 +1,203 @@
+"""Validation of a call on two models: what the single-model validation does not see."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.calls import validation
+from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.maths.divergence import DIRECTIONS, Direction, Divergence
+from unilogit_kernels.maths.rewrites import Mask, Rewrite
+
+
+@dataclass(frozen=True)
+class PairCall:
+    """A validated call on a student and a teacher.
+
+    Attributes:
+        call: The student's side, with weights and reduction; the temperature in its transform.
+        labels: int64 `[n]`, or None.
+        teacher_transform: What the teacher does to its raw logits, the temperature included.
+        divergence: Which divergence, at that temperature.
+    """
+
+    call: LossCall
+    labels: Tensor | None
+    teacher_transform: LogitTransform
+    divergence: Divergence
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The operators' arguments `PAIR`."""
+        rewrite = self.divergence.rewrite
+        return (
+            self.labels,
+            *self.call.transform,
+            *self.teacher_transform,
+            self.call.vocab_size,
+            self.divergence.direction,
+            rewrite.name,
+            rewrite.parameters(),
+            self.call.backend,
+        )
+
+    def options(self) -> tuple[Any, ...]:
+        """The operators' arguments `OPTIONS`."""
+        return *self.call.options, self.call.logits_dtype
+
+
+def describe_logits(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    rewrite: Rewrite | None,
+    direction: str,
+    temperature: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float | None,
+    **options: Any,
+) -> PairCall:
+    """Validate a call on both models' logits `[..., V]`.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device or option is wrong.
+        IndexError: A label is out of range (checked on CPU).
+        RuntimeError: The requested backend cannot run here.
+    """
+    call = validation.describe_logits(logits, _labels(labels, logits), **options)
+    _check_teacher("ref_logits", ref_logits, "logits", logits)
+    _check_leading_shape("ref_logits", ref_logits, "logits", logits)
+    _check_vocabularies(
+        ("logits", logits.shape[-1]), ("ref_logits", ref_logits.shape[-1]), options["vocab_size"]
+    )
+    _check_columns("ref_logits' last dimension", ref_logits.shape[-1], call.vocab_size)
+    teacher = validation.check_transform(ref_softcap, ref_logit_scale, prefix="ref_")
+    return _pair_call(call, labels, teacher, rewrite, direction, temperature)
+
+
+def describe_linear(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    labels: Tensor | None,
+    *,
+    rewrite: Rewrite | None,
+    direction: str,
+    temperature: float,
+    ref_softcap: float | None,
+    ref_logit_scale: float | None,
+    **options: Any,
+) -> PairCall:
+    """Validate a call on both models' hidden states, lm_head and bias.
+
+    Raises:
+        TypeError: A dtype is wrong, or one model's dtypes are mixed outside autocast.
+        ValueError: A shape, device or option is wrong.
+        IndexError: A label is out of range (checked on CPU).
+        RuntimeError: The requested backend cannot run here.
+    """
+    hidden, weight, bias = student
+    call = validation.describe_linear(hidden, weight, bias, _labels(labels, hidden), **options)
+    ref_hidden, ref_weight, ref_bias = teacher
+    _check_teacher("ref_hidden", ref_hidden, "hidden", hidden)
+    validation.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    _check_logits_dtype(call.logits_dtype, hidden.dtype, ref_hidden.dtype)
+    _check_leading_shape("ref_hidden", ref_hidden, "hidden", hidden)
+    _check_vocabularies(
+        ("weight", weight.shape[0]), ("ref_weight", ref_weight.shape[0]), options["vocab_size"]
+    )
+    _check_columns("ref_weight's rows", ref_weight.shape[0], call.vocab_size)
+    transform = validation.check_transform(ref_softcap, ref_logit_scale, prefix="ref_")
+    return _pair_call(call, labels, transform, rewrite, direction, temperature)
+
+
+def _labels(labels: Tensor | None, operand: Tensor) -> Tensor:
+    """Labels for the single-model validation: without any, all positions count."""
+    if labels is not None or not isinstance(operand, Tensor):
+        return labels  # an operand that is no tensor is refused below
+    return torch.zeros(operand.shape[:-1], dtype=torch.int64, device=operand.device)
+
+
+def _pair_call(
+    call: LossCall,
+    labels: Tensor | None,
+    teacher_transform: LogitTransform,
+    rewrite: Rewrite | None,
+    direction: str,
+    temperature: float,
+) -> PairCall:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+    if rewrite is None:
+        rewrite = Rewrite()
+    elif not isinstance(rewrite, Rewrite):
+        raise TypeError(f"rewrite must be None, Shift, Uniform or Mask, got {rewrite!r}")
+    elif labels is None:
+        raise ValueError(f"rewrite={rewrite!r} changes the label's entry: labels must be given")
+    if not all(math.isfinite(value) for value in rewrite.parameters()):
+        raise ValueError(f"rewrite must have finite parameters, got {rewrite!r}")
+    if isinstance(rewrite, Mask) and direction == "reverse":
+        raise ValueError(
+            "rewrite=Mask() gives the label probability 0, for which KL(student || teacher) is "
+            "infinite; use direction='forward' or another rewrite"
+        )
+    return PairCall(
+        dataclasses.replace(call, transform=call.transform.at_temperature(temperature)),
+        None if labels is None else call.labels,
+        teacher_transform.at_temperature(temperature),
+        Divergence(cast(Direction, direction), rewrite.at_temperature(temperature)),
+    )
+
+
+def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tensor) -> None:
+    validation.check_float(name, teacher)
+    validation.check_device(name, teacher, student_name, student)
+    if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+        raise TypeError(
+            f"{name} and {student_name} must both be float64 or neither, "
+            f"got {teacher.dtype} and {student.dtype}"
+        )
+
+
+def _check_logits_dtype(
+    logits_dtype: torch.dtype | None, dtype: torch.dtype, ref_dtype: torch.dtype
+) -> None:
+    """Check that it goes with the teacher's dtype too; the student's has been checked."""
+    if logits_dtype not in (None, ref_dtype, validation.statistics_dtype(ref_dtype)):
+        raise TypeError(
+            f"logits_dtype is of both models' logits: with hidden {dtype} and ref_hidden "
+            f"{ref_dtype} it must be {validation.statistics_dtype(ref_dtype)} or None, "
+            f"got {logits_dtype}"
+        )
+
+
+def _check_leading_shape(name: str, teacher: Tensor, student_name: str, student: Tensor) -> None:
+    if teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must have {student_name}'s leading shape {list(student.shape[:-1])}, "
+            f"got {list(teacher.shape)} for {student_name} {list(student.shape)}"
+        )
+
+
+def _check_vocabularies(
+    student: tuple[str, int], teacher: tuple[str, int], vocab_size: int | None
+) -> None:
+    if vocab_size is None and student[1] != teacher[1]:
+        raise ValueError(
+            f"{student[0]} has {student[1]} tokens and {teacher[0]} {teacher[1]}; if both models "
+            "share a tokenizer and pad it differently, pass the number of real ones as vocab_size"
+        )
+
+
+def _check_columns(what: str, columns: int, vocab_size: int) -> None:
+    if vocab_size > columns:
+        raise ValueError(f"vocab_size must be at most {what} ({columns}), got {vocab_size}")

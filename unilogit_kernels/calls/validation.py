@@ -1,0 +1,392 @@
+"""Validation: each user-facing error is raised here, before anything is computed.
+
+A call is checked once and described by one frozen `LossCall`, which the layers below trust.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.fused_linear.budget import LinearOptions
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+MIN_MEMORY_BUDGET = 1 << 20
+"""Bytes: with less, a chunk is a few rows or columns of any real lm_head."""
+
+CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
+"""Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """A validated call.
+
+    Attributes:
+        shape: Leading shape `[...]` of logits, hidden states and labels.
+        labels: int64 `[n]`, contiguous.
+        row_weight: `[n]`, the token weights with 0 at ignored positions, in `statistics_dtype`.
+        factor: 0-d, what the weighted sum is multiplied by: 1 / denominator, or 1.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        weighted: Whether `token_weights` were given.
+        items_given: Whether `num_items_in_batch` was.
+        transform: What the model does to the raw logits.
+        vocab_size: Number of tokens that carry probability.
+        backend: Name of the backend that runs the row kernels.
+        options: How a fused linear call may run.
+        logits_dtype: What its logits are rounded to, or None.
+    """
+
+    shape: torch.Size
+    labels: Tensor
+    row_weight: Tensor
+    factor: Tensor
+    reduction: str
+    weighted: bool
+    items_given: bool
+    transform: LogitTransform
+    vocab_size: int
+    backend: str
+    options: LinearOptions = field(default_factory=LinearOptions)
+    logits_dtype: torch.dtype | None = None
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, slopes and losses: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    reduction: str,
+    token_weights: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    vocab_size: int | None,
+    backend: str | None,
+) -> LossCall:
+    """Validate a call on logits `[..., V]`.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape, device or option is wrong.
+        IndexError: A label is out of range (checked on CPU).
+        RuntimeError: The requested backend cannot run here.
+    """
+    check_float("logits", logits)
+    if logits.dim() < 1:
+        raise ValueError("logits must have shape [..., V], got a scalar")
+    return _describe(
+        ("logits", logits),
+        labels,
+        columns=logits.shape[-1],
+        columns_of="logits' last dimension",
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+
+
+def describe_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    reduction: str,
+    token_weights: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    vocab_size: int | None,
+    backend: str | None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    skip_below: float = 0.0,
+    compact: bool = True,
+) -> LossCall:
+    """Validate a call on hidden states `[..., H]` and an lm_head `[V, H]`.
+
+    Raises:
+        TypeError: A dtype is wrong, or dtypes are mixed outside autocast.
+        ValueError: A shape, device or option is wrong.
+        IndexError: A label is out of range (checked on CPU).
+        RuntimeError: The requested backend cannot run here.
+    """
+    check_head(hidden, weight, bias)
+    options = check_linear_options(memory_budget, logits_dtype, hidden.dtype, skip_below, compact)
+    call = _describe(
+        ("hidden", hidden),
+        labels,
+        columns=weight.shape[0],
+        columns_of="weight's rows",
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+    return dataclasses.replace(call, options=options, logits_dtype=logits_dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+    """Check an lm_head and the hidden states that enter it; `prefix` is part of their names.
+
+    Raises:
+        TypeError: A dtype is wrong, or dtypes are mixed.
+        ValueError: A shape or device is wrong.
+    """
+    names = [f"{prefix}{name}" for name in ("hidden", "weight", "bias")]
+    check_float(names[0], hidden)
+    check_float(names[1], weight)
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] with the same H, "
+            f"got {names[0]} {list(hidden.shape)} and {names[1]} {list(weight.shape)}"
+        )
+    operands = [(names[1], weight)]
+    if bias is not None:
+        check_float(names[2], bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{names[2]} must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
+            )
+        operands.append((names[2], bias))
+    for name, tensor in operands:
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have {names[0]}'s dtype {hidden.dtype} outside torch.autocast, "
+                f"got {tensor.dtype}"
+            )
+        check_device(name, tensor, names[0], hidden)
+
+
+def cast_for_autocast(operand: Tensor) -> Tensor:
+    """Under autocast, what a GEMM would do: cast its operand, differentiably; else no change.
+
+    float64 is left alone, as autocast leaves it.
+    """
+    if (
+        not isinstance(operand, Tensor)
+        or operand.dtype not in FLOAT_DTYPES[:3]
+        or not torch.is_autocast_enabled(operand.device.type)
+    ):
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))
+
+
+def _describe(
+    operand: tuple[str, Tensor],
+    labels: Tensor,
+    *,
+    columns: int,
+    columns_of: str,
+    ignore_index: int,
+    reduction: str,
+    token_weights: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    vocab_size: int | None,
+    backend: str | None,
+) -> LossCall:
+    name, tensor = operand
+    shape = tensor.shape[:-1]
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 or int32 tensor, got {given}")
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels must have {name}'s leading shape {list(shape)}, got {list(labels.shape)} "
+            f"for {name} {list(tensor.shape)}"
+        )
+    check_device("labels", labels, name, tensor)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    vocab_size = _check_vocab_size(vocab_size, columns, columns_of)
+    transform = check_transform(softcap, logit_scale)
+    chosen = registry.choose(backend, tensor.device.type, tensor.dtype)
+    labels = labels.reshape(-1).to(torch.int64).contiguous()
+    valid = labels != ignore_index
+    _check_label_range(labels, valid, vocab_size)
+    dtype = statistics_dtype(tensor.dtype)
+    row_weight = valid.to(dtype)
+    if token_weights is not None:
+        weights = _check_token_weights(token_weights, shape, name, tensor)
+        row_weight = torch.where(valid, weights.reshape(-1).to(dtype), 0.0)
+    return LossCall(
+        shape=shape,
+        labels=labels,
+        row_weight=row_weight,
+        factor=_factor(reduction, num_items_in_batch, valid, dtype),
+        reduction=reduction,
+        weighted=token_weights is not None,
+        items_given=num_items_in_batch is not None,
+        transform=transform,
+        vocab_size=vocab_size,
+        backend=chosen,
+    )
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Check that an operand is a local tensor of a supported dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor: the loss runs on local tensors; gather it first, for example "
+            f"with {name}.full_tensor(), or run it inside the module whose hooks gather it"
+        )
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            + ("; dequantise it first" if not tensor.dtype.is_floating_point else "")
+        )
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two operands are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}"
+        )
+
+
+def _check_vocab_size(vocab_size: int | None, columns: int, columns_of: str) -> int:
+    if vocab_size is None:
+        vocab_size = columns
+    if not 2 <= vocab_size <= columns:
+        raise ValueError(
+            f"vocab_size must be between 2 and {columns_of} ({columns}), got {vocab_size}; "
+            "with a single token every probability is 1 and log(V-1) does not exist"
+        )
+    return vocab_size
+
+
+def check_transform(
+    softcap: float | None, logit_scale: float | None, *, prefix: str = ""
+) -> LogitTransform:
+    """Check what a model does to its logits; `prefix` is part of the options' names."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{prefix}softcap must be a positive finite number or None, got {softcap}")
+    if logit_scale is not None and (logit_scale == 0.0 or not math.isfinite(logit_scale)):
+        raise ValueError(f"{prefix}logit_scale must be a non-zero finite number, got {logit_scale}")
+    return LogitTransform(
+        1.0 if logit_scale is None else float(logit_scale),
+        0.0 if softcap is None else float(softcap),
+    )
+
+
+def check_linear_options(
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+    skip_below: float = 0.0,
+    compact: bool = True,
+) -> LinearOptions:
+    """Validate how a fused linear call of operands in `dtype` may run.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: `logits_dtype` does not go with `dtype`.
+    """
+    if memory_budget is not None and memory_budget < MIN_MEMORY_BUDGET:
+        raise ValueError(
+            f"memory_budget is in bytes, at least {MIN_MEMORY_BUDGET}, or None for the default of "
+            f"the device, got {memory_budget}"
+        )
+    if not 0.0 <= skip_below < 1.0:
+        raise ValueError(f"skip_below must be in [0, 1), got {skip_below}")
+    if logits_dtype not in (None, dtype, statistics_dtype(dtype)):
+        raise TypeError(
+            f"logits_dtype must be the operands' dtype {dtype}, {statistics_dtype(dtype)} or None, "
+            f"got {logits_dtype}"
+        )
+    return LinearOptions(memory_budget or 0, float(skip_below), bool(compact))
+
+
+def _check_token_weights(
+    token_weights: Tensor, shape: Sequence[int], name: str, tensor: Tensor
+) -> Tensor:
+    if not isinstance(token_weights, Tensor) or not (
+        token_weights.dtype.is_floating_point or token_weights.dtype == torch.bool
+    ):
+        given = getattr(token_weights, "dtype", type(token_weights).__name__)
+        raise TypeError(f"token_weights must be a float or bool tensor, got {given}")
+    if token_weights.shape != torch.Size(shape):
+        raise ValueError(
+            f"token_weights must have the labels' shape {list(shape)}, "
+            f"got {list(token_weights.shape)}"
+        )
+    check_device("token_weights", token_weights, name, tensor)
+    if token_weights.requires_grad:
+        raise ValueError(
+            "token_weights requires grad, but no gradient flows to it: pass "
+            "token_weights.detach(), or use reduction='none' and weight the losses yourself"
+        )
+    return token_weights
+
+
+def _check_label_range(labels: Tensor, valid: Tensor, vocab_size: int) -> None:
+    """On CPU, where it costs nothing; on accelerators a bad label gives NaN for its row instead."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS_VARIABLE) != "1":
+        return
+    bad = valid & ((labels < 0) | (labels >= vocab_size))
+    if bad.any():
+        position = int(bad.nonzero()[0])
+        raise IndexError(
+            f"labels must be in [0, {vocab_size}) or ignore_index, "
+            f"got {int(labels[position])} at flat position {position}"
+        )
+
+
+def _factor(
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    valid: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    if num_items_in_batch is not None:
+        if reduction != "mean":
+            raise ValueError(
+                "num_items_in_batch is the denominator of reduction='mean', "
+                f"got reduction={reduction!r}"
+            )
+        if isinstance(num_items_in_batch, Tensor):
+            if num_items_in_batch.numel() != 1:
+                raise ValueError(
+                    "num_items_in_batch must hold one number, "
+                    f"got shape {list(num_items_in_batch.shape)}"
+                )
+            items = num_items_in_batch.detach().reshape(()).to(valid.device, dtype)
+            return items.clamp(min=1).reciprocal()
+        if num_items_in_batch < 0:
+            raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}")
+        return valid.new_full((), 1 / max(num_items_in_batch, 1), dtype=dtype)
+    if reduction != "mean":
+        return valid.new_ones((), dtype=dtype)
+    return valid.sum().clamp(min=1).to(dtype).reciprocal()

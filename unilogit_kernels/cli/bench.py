@@ -1,0 +1,148 @@
+"""`unilogit bench`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from unilogit_kernels.bench import report
+from unilogit_kernels.bench.devices import find_device
+from unilogit_kernels.bench.measure import ROUNDS, SHAPE_SECONDS, Options
+from unilogit_kernels.bench.problems import DTYPES, Shape
+from unilogit_kernels.bench.provider import MODES
+from unilogit_kernels.bench.suites import SUITES
+
+_ENTRIES = ("logits", "linear", "all")
+_HEADS = ("trained", "frozen", "all")
+_WIDTH = 180
+"""Columns of the tables where the output is no terminal."""
+
+
+def bench(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    suite: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SUITES)}; repeatable. Default: targets.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes: shows that everything runs.")] = False,
+    entry: Annotated[str, typer.Option(help="logits, linear, or all.")] = "all",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, or all.")] = "all",
+    head: Annotated[str, typer.Option(help="trained, frozen, or all.")] = "all",
+    shape: Annotated[str, typer.Option(help="Only shapes whose title contains this.")] = "",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="A shape of your own, N,V or N,H,V, in place of a suite; repeatable."),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="forward (no gradients), backward or both (default); repeatable."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only providers whose name contains this, beside ours; repeatable."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Not the providers whose name contains this; repeatable."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the fast ones, at least.")] = ROUNDS,
+    memory: Annotated[str, typer.Option(help="Peak memory of all, ours or none.")] = "all",
+    seconds: Annotated[
+        float, typer.Option(help="Time for a shape after which no further round starts.")
+    ] = SHAPE_SECONDS,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write everything here; CSV, Markdown and plots beside it."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Skip what the JSON file holds already.")] = False,
+    redraw: Annotated[
+        bool, typer.Option(help="Measure nothing: write CSV, Markdown and plots from the JSON.")
+    ] = False,
+) -> None:
+    """Time this package beside its peers, with errors and memory in the same row."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    if redraw:
+        if json is None or not json.exists():
+            raise typer.BadParameter("needs an existing --json file", param_hint="--redraw")
+        _write(report.read(json), json, console)
+        return
+    _one_of(entry, _ENTRIES, "--entry")
+    _one_of(head, _HEADS, "--head")
+    _one_of(dtype, (*DTYPES, "all"), "--dtype")
+    _one_of(memory, ("all", "ours", "none"), "--memory")
+    for chosen_mode in mode or ():
+        _one_of(chosen_mode, MODES, "--mode")
+    suites = ["quick"] if quick else suite or ["targets"]
+    for name in suites:
+        _one_of(name, tuple(SUITES), "--suite")
+    try:
+        found = find_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
+    everything = [own for each in size or () for own in _own_shapes(each)]
+    everything = everything or [s for name in suites for s in SUITES[name](device)]
+    shapes = [
+        each
+        for each in everything
+        if entry in ("all", each.entry)
+        and dtype in ("all", each.dtype)
+        and (each.h is None or head == "all" or each.frozen_head == (head == "frozen"))
+        and shape.lower() in each.title.lower()
+    ]
+    if not shapes:
+        raise typer.BadParameter("no shape is left by these choices", param_hint="--shape")
+    # Peers warn about themselves on every call.
+    warnings.filterwarnings("ignore")
+    measured = report.run(
+        shapes,
+        found,
+        [
+            Options(rounds, each, memory, seconds, tuple(only or ()), tuple(skip or ()))
+            for each in mode or ["both"]
+        ],
+        console=console,
+        command=" ".join(["unilogit", *sys.argv[1:]]),
+        path=json,
+        resume=resume,
+    )
+    if json is not None:
+        _write(measured, json, console)
+
+
+def _one_of(value: str, allowed: tuple[str, ...], option: str) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(
+            f"must be one of {', '.join(allowed)}, got {value!r}", param_hint=option
+        )
+
+
+def _own_shapes(size: str) -> list[Shape]:
+    try:
+        sizes = [int(part) for part in size.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"got {size!r}", param_hint="--size") from error
+    if len(sizes) not in (2, 3) or min(sizes) < 2:
+        raise typer.BadParameter(f"must be N,V or N,H,V, got {size!r}", param_hint="--size")
+    n, *middle, v = sizes
+    h = middle[0] if middle else None
+    frozen = (False,) if h is None else (False, True)
+    return [Shape(n, v, dtype, h, is_frozen) for dtype in DTYPES for is_frozen in frozen]
+
+
+def _write(measured: report.Report, path: Path, console: Console) -> None:
+    written = report.write(measured, path)
+    try:
+        from unilogit_kernels.bench.plots import write_plots
+
+        written += write_plots(measured, path.with_suffix(""))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+            raise
+        console.print("no plots: run: pip install 'unilogit-kernels[bench]'", markup=False)
+    console.print(f"written: {', '.join(map(str, written))}", markup=False)

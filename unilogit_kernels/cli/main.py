@@ -1,0 +1,31 @@
+"""The `unilogit` command. The commands themselves need the extra `unlearn`; this file does not."""
+
+import sys
+
+_EXTRA = ("typer", "rich", "click", "transformers", "accelerate", "rouge_score", "safetensors")
+
+
+def main() -> None:
+    """Run the command line; exits with code 2 and a hint where the extra is not installed."""
+    try:
+        from unilogit_kernels.cli.bench import bench
+        from unilogit_kernels.cli.unlearn import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        sys.exit(_missing(error.name))
+    app.command()(bench)
+    app()
+
+
+def _missing(module: str) -> int:
+    print(
+        f"unilogit: the package {module!r} is missing; "
+        "run: pip install 'unilogit-kernels[unlearn]'",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The commands of `unilogit`: what they take, print and exit with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from unilogit_kernels.cli.doctor import diagnose
+from unilogit_kernels.huggingface.head import UnsupportedHeadError
+from unilogit_kernels.unlearning.data import DataError, Encoding, Row, read_rows
+from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
+from unilogit_kernels.unlearning.run import (
+    RunError,
+    Settings,
+    execute,
+    load_model,
+    load_tokenizer,
+    prepare,
+)
+
+app = typer.Typer(
+    name="unilogit",
+    help="Fused, memory-flat unlearning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_WRONG_INPUT, _INTERRUPTED = 2, 130
+_METHOD_PARAMETERS = ("alpha", "beta", "beta1", "beta2", "gamma", "delta")
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """Turn errors in what the user gave into a message and exit code 2."""
+    try:
+        yield
+    except (DataError, RunError, UnsupportedHeadError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_WRONG_INPUT) from error
+
+
+@app.command()
+def unlearn(
+    model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
+    forget: Annotated[Path, typer.Option(help="JSONL rows to forget.")],
+    retain: Annotated[Path, typer.Option(help="JSONL rows to keep.")],
+    output: Annotated[Path, typer.Option(help="Directory for the model.")],
+    method: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.method,
+    alpha: Annotated[float | None, typer.Option(help="Parameter of wga, tnpo.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Parameter of npo, dpo, tnpo...")] = None,
+    beta1: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Parameter of undial, self_undial.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Parameter of simnpo.")] = None,
+    refusals: Annotated[
+        Path | None,
+        typer.Option(help="Answers to give instead, one a line, for idk_dpo, dpo and flat."),
+    ] = Settings.refusals,
+    epochs: Annotated[int, typer.Option(help="Passes over the forget rows.")] = Settings.epochs,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate, constant after the warm-up.")
+    ] = Settings.learning_rate,
+    warmup_steps: Annotated[
+        int, typer.Option(help="Steps over which the learning rate rises.")
+    ] = Settings.warmup_steps,
+    batch_size: Annotated[
+        int, typer.Option(help="Forget rows in a batch; retain rows come on top.")
+    ] = Settings.batch_size,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Batches in a step.")
+    ] = Settings.gradient_accumulation,
+    retain_per_forget: Annotated[
+        int, typer.Option(help="Retain rows for each forget row.")
+    ] = Settings.retain_per_forget,
+    forget_weight: Annotated[
+        float, typer.Option(help="Factor of the forget loss.")
+    ] = Settings.forget_weight,
+    retain_loss: Annotated[
+        str, typer.Option(help="Loss of the retain rows: cross_entropy, or kl to the model.")
+    ] = Settings.retain_loss,
+    retain_weight: Annotated[
+        float, typer.Option(help="Factor of the retain rows' loss.")
+    ] = Settings.retain_weight,
+    stop_at_probability: Annotated[
+        float | None,
+        typer.Option(help="Stop once the mean probability of a forget token is this low."),
+    ] = Settings.stop_at_probability,
+    train_layers: Annotated[
+        int | None, typer.Option(help="Train only so many of the top layers.")
+    ] = Settings.train_layers,
+    max_length: Annotated[
+        int, typer.Option(help="Rows are cut after so many tokens.")
+    ] = Settings.max_length,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Put prompts through the tokenizer's chat template. Default: if it has one.",
+        ),
+    ] = Settings.chat_template,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32 or bfloat16.")
+    ] = Settings.dtype,
+    autocast: Annotated[
+        bool, typer.Option("--autocast", help="Compute in bfloat16, whatever the weights are.")
+    ] = Settings.autocast,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations, save memory.")
+    ] = Settings.gradient_checkpointing,
+    checkpoint_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints.")
+    ] = Settings.checkpoint_steps,
+    seed: Annotated[int, typer.Option(help="Of the order of the rows.")] = Settings.seed,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
+    ] = False,
+) -> None:
+    """Make a model forget some rows and keep the others."""
+    given = dict(locals())
+    numbers = {name: given.pop(name) for name in _METHOD_PARAMETERS}
+    settings = Settings(
+        **{name: value for name, value in given.items() if name not in ("lr", "resume")},
+        learning_rate=lr,
+        method_parameters={name: value for name, value in numbers.items() if value is not None},
+    )
+    _quiet()
+    with _input_errors():
+        prepared = prepare(settings, resume=resume)
+    for name, count in prepared.truncated().items():
+        if count:
+            typer.echo(f"note: {count} {name} rows are cut to {max_length} tokens", err=True)
+    template = "through the chat template" if prepared.encoding.uses_chat_template else "as it is"
+    typer.echo(
+        f"{len(prepared.forget)} rows to forget, {len(prepared.retain)} to keep; each prompt goes "
+        f"{template}"
+    )
+    if prepared.checkpoint is not None:
+        typer.echo(f"resuming from {prepared.checkpoint}")
+    try:
+        with _progress() as progress:
+            done = execute(prepared, [_Bar(progress)])
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with --resume goes on", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    typer.echo(f"{done['steps']} steps; the model is in {output}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
+    data: Annotated[
+        list[str], typer.Option(help="A set of JSONL rows, as NAME=FILE; may be repeated.")
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure and answer to this file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in one forward.")] = 16,
+    max_length: Annotated[
+        int, typer.Option(help="Rows are cut after so many tokens.")
+    ] = Settings.max_length,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Put prompts through the tokenizer's chat template. Default: if it has one.",
+        ),
+    ] = Settings.chat_template,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: float32 or bfloat16.")
+    ] = Settings.dtype,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Also answer the prompts greedily.")
+    ] = True,
+) -> None:
+    """Measure how well a model knows sets of rows."""
+    _quiet()
+    with _input_errors():
+        sets = _read_sets(data)
+        encoding = Encoding(load_tokenizer(model), max_length, chat_template)
+        for rows in sets.values():
+            encoding.encode(rows)
+        loaded = load_model(model, dtype)
+        reports = {
+            name: evaluate_rows(loaded, rows, encoding, batch_size=batch_size, generate=generate)
+            for name, rows in sets.items()
+        }
+    Console().print(report_table("What the model knows", {Path(model).name: reports}))
+    if json_file is not None:
+        figures = {name: report.as_dict() for name, report in reports.items()}
+        json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
+        typer.echo(f"figures and answers are in {json_file}")
+
+
+def _read_sets(data: list[str]) -> dict[str, list[Row]]:
+    sets: dict[str, list[Row]] = {}
+    for item in data:
+        name, separator, path = item.partition("=")
+        if not separator or not name:
+            raise RunError(f"--data takes NAME=FILE, got {item!r}")
+        if name in sets:
+            raise RunError(f"--data names the set {name!r} twice")
+        sets[name] = read_rows(path)
+    return sets
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show versions, devices, and which backends can run here."""
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    versions = Table("package", "version", title=f"Python {found['python']}, {found['platform']}")
+    for name, number in found["versions"].items():
+        versions.add_row(name, number or "not installed")
+    devices = Table("device", "name", "details", title="Devices")
+    for device in found["devices"]:
+        details = [f"{k} {v}" for k, v in device.items() if k not in ("device", "name")]
+        devices.add_row(device["device"], device["name"], ", ".join(details))
+    backends = Table("backend", "can run here", title="Backends")
+    for name, reason in found["backends"].items():
+        backends.add_row(name, "yes" if reason is None else f"no: {reason}")
+    for table in (versions, devices, backends):
+        console.print(table)
+
+
+def _quiet() -> None:
+    """Leave standard output and error to this command's own lines and its progress bar."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("unlearning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True),
+    )
+
+
+class _Bar(TrainerCallback):
+    """Shows the Trainer's steps and its last figures."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None, figures="")
+        self.figures: dict[str, float] = {}
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.progress.update(self.task, completed=state.global_step, total=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = ("forget_loss", "retain_loss", "forget_probability")
+        self.figures.update({k: v for k, v in (logs or {}).items() if k in shown})
+        text = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.figures.items())
+        self.progress.update(self.task, figures=text)

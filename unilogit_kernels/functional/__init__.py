@@ -1,0 +1,54 @@
+"""The losses as functions and modules, by family: names, docstrings and reductions."""
+
+from unilogit_kernels.functional.explain import explain_plan
+from unilogit_kernels.functional.kl import count_ignored_positions, kl_loss, linear_kl_loss
+from unilogit_kernels.functional.log_odds import (
+    linear_target_log_odds,
+    shift_labels,
+    target_log_odds,
+)
+from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss, mixed_loss
+from unilogit_kernels.functional.modules import LinearUnilogitLoss, UnilogitLoss
+from unilogit_kernels.functional.objective import (
+    ObjectiveLike,
+    linear_objective_loss,
+    linear_unilogit_loss,
+    objective_loss,
+    unilogit_loss,
+)
+from unilogit_kernels.functional.runner_up import (
+    TargetAndRunnerUp,
+    linear_target_and_runner_up,
+    target_and_runner_up,
+)
+from unilogit_kernels.functional.sequences import linear_sequence_log_probs, sequence_log_probs
+from unilogit_kernels.maths.rewrites import Mask, Rewrite, Shift, Uniform
+
+__all__ = [
+    "LinearUnilogitLoss",
+    "Mask",
+    "MixedLoss",
+    "ObjectiveLike",
+    "Rewrite",
+    "Shift",
+    "TargetAndRunnerUp",
+    "Uniform",
+    "UnilogitLoss",
+    "count_ignored_positions",
+    "explain_plan",
+    "kl_loss",
+    "linear_kl_loss",
+    "linear_mixed_loss",
+    "linear_objective_loss",
+    "linear_sequence_log_probs",
+    "linear_target_and_runner_up",
+    "linear_target_log_odds",
+    "linear_unilogit_loss",
+    "mixed_loss",
+    "objective_loss",
+    "sequence_log_probs",
+    "shift_labels",
+    "target_and_runner_up",
+    "target_log_odds",
+    "unilogit_loss",
+]

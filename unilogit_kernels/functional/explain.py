@@ -1,0 +1,256 @@
+"""`explain_plan`: how a fused linear call would run, before it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from unilogit_kernels.calls import validation
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.cost import Costs, Launch, gemm
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.plan import Plan, keep_capacity, plan_keeping, plan_linear
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU by its data sheet: dense rates, no sparsity.
+
+    Attributes:
+        half_flops: bfloat16 and float16 matrix products, operations per second.
+        float32_flops: float32 ones (TF32 off), operations per second.
+        bandwidth: Memory, bytes per second.
+        cache_bytes: The last cache.
+        launch_seconds: Host time of a launch: below it, launches set the pace.
+    """
+
+    half_flops: float
+    float32_flops: float
+    bandwidth: float
+    cache_bytes: int
+    launch_seconds: float = 5e-6
+
+    def seconds(self, launch: Launch, dtype: torch.dtype) -> float:
+        """Roofline time: whichever takes longer, operations or bytes."""
+        rate = self.half_flops if dtype.itemsize == 2 else self.float32_flops
+        return max(launch.flops / rate, launch.bytes / self.bandwidth)
+
+
+ACCELERATORS = {
+    "A100": Accelerator(312e12, 19.5e12, 2.039e12, 40 << 20),
+    "H100": Accelerator(989.4e12, 66.9e12, 3.35e12, 50 << 20),
+    "B200": Accelerator(2250e12, 75e12, 8.0e12, 126 << 20),
+    "MI300X": Accelerator(1307.4e12, 163.4e12, 5.3e12, 256 << 20),
+}
+"""NVIDIA A100 80GB SXM, H100 SXM and B200, AMD MI300X, from their makers' data sheets."""
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `explain_plan` finds. Printing it gives a table.
+
+    Attributes:
+        title: The call.
+        plan: The cut of a loss that is finished in the forward, or of the backward otherwise.
+        gemms: Matrix products in units of `2 n h V` operations; 3 are needed to train an lm_head,
+            4 against a reference model of the same hidden size.
+        gemm_flops: Floating-point operations of the matrix products.
+        moved_bytes: Bytes that the launches read and write, caches apart.
+        launches: Kernels on the device.
+        peak_bytes: Most bytes alive at a time beside operands and gradients.
+        kept_share: Share of the logits, or of their gradient rows, that is not projected again.
+        predicted_seconds: By GPU, from its data sheet: a prediction, never a measurement.
+        bare_gemm_seconds: The same for the matrix products alone, each in one piece.
+    """
+
+    title: str
+    plan: Plan
+    gemms: float
+    gemm_flops: int
+    moved_bytes: int
+    launches: int
+    peak_bytes: int
+    kept_share: float
+    predicted_seconds: dict[str, float]
+    bare_gemm_seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        """The table."""
+        plan = self.plan
+        lines = [
+            self.title,
+            f"  order            {plan.order.replace('_', ' ')}",
+            f"  chunks           {plan.tokens:,} tokens x {plan.columns:,} columns, "
+            f"projected {plan.tile_columns:,} columns at a time",
+        ]
+        what = "finished gradient rows" if plan.keeps_rows else "logits"
+        if plan.keeps_rows:
+            lines.append(f"  finished         by {plan.row_tokens:,} tokens")
+        lines += [
+            f"  kept             {self.kept_share:.0%} of the {what}",
+            f"  GEMMs            {self.gemms:.2f} x 2nhV = {self.gemm_flops / 1e12:.2f} TFLOP",
+            f"  moved            {self.moved_bytes / 1e9:.2f} GB in {self.launches:,} launches",
+            f"  peak memory      {self.peak_bytes / 2**20:.1f} MiB beside operands and gradients",
+        ]
+        for name, seconds in self.predicted_seconds.items():
+            bare = self.bare_gemm_seconds[name]
+            lines.append(
+                f"  {name:<17}{1e3 * seconds:.2f} ms predicted (roofline, not measured), "
+                f"{seconds / bare:.2f} x the bare GEMMs' {1e3 * bare:.2f} ms"
+            )
+        return "\n".join(lines)
+
+
+def explain_plan(
+    n: int,
+    h: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    train_hidden: bool = True,
+    train_weight: bool = True,
+    train_bias: bool = False,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    ref_h: int | None = None,
+    ref_dtype: torch.dtype | None = None,
+    quiet: bool = False,
+) -> PlanReport:
+    """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
+
+    The plan depends on these arguments alone, so the same call always runs in the same way.
+
+    Args:
+        n: Tokens that count: not ignored, of weight other than 0.
+        h: Hidden size.
+        vocab_size: V.
+        dtype: Of hidden states and lm_head.
+        device: Device type, `"cuda"` or `"cpu"`.
+        train_hidden: Whether hidden states want a gradient.
+        train_weight: Whether the lm_head does.
+        train_bias: Whether its bias does.
+        reduction: `"mean"` or `"sum"`; `"none"` for losses that go through
+            `linear_target_log_odds`, whose backward is a call of its own.
+        memory_budget: See `linear_unilogit_loss`.
+        logits_dtype: See `linear_unilogit_loss`.
+        ref_h: The reference model's hidden size, for a call of `linear_kl_loss`; None for a loss of
+            one model.
+        ref_dtype: Of its hidden states and lm_head; default: `dtype`.
+        quiet: Do not print.
+
+    Returns:
+        The report, which is printed too. For `reduction="none"` it adds forward and backward up.
+
+    Raises:
+        ValueError: A size or option does not fit.
+        TypeError: A dtype does not.
+
+    Example:
+        >>> report = explain_plan(8192, 4096, 128_256, train_weight=False)
+        ... # doctest: +ELLIPSIS
+        8,192 tokens x 4,096 x 128,256, torch.bfloat16 on cuda, trains hidden states
+          order            token chunks
+        ...
+        >>> report.gemms
+        2.0
+    """
+    if min(n, h) < 1 or vocab_size < 2:
+        raise ValueError(f"expected n, h >= 1 and vocab_size >= 2, got {n}, {h}, {vocab_size}")
+    if ref_h is not None and ref_h < 1:
+        raise ValueError(f"ref_h must be at least 1, or None for a loss of one model, got {ref_h}")
+    options = validation.check_linear_options(memory_budget, logits_dtype, dtype)
+    needs = Needs(train_hidden, train_weight, train_bias)
+    dtypes = GemmDtypes.of(dtype, device, logits_dtype)
+    reference = None
+    if ref_h is not None:
+        ref_dtype = ref_dtype or dtype
+        validation.check_linear_options(None, logits_dtype, ref_dtype)
+        ref_dtypes = GemmDtypes.of(ref_dtype, device, logits_dtype)
+        reference = HeadShape(ref_h, ref_dtypes, ref_dtype)
+    shape = LinearShape(n, h, vocab_size, dtypes, dtype, device, needs, reference)
+    if reduction not in validation.REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(validation.REDUCTIONS)}, got {reduction!r}"
+        )
+    calls = _recomputing(shape, options) if reduction == "none" else _finished(shape, options)
+    report = _report(shape, calls)
+    if not quiet:
+        print(report)
+    return report
+
+
+def _finished(shape: LinearShape, options: LinearOptions) -> list[Costs]:
+    plan = plan_linear(shape, options, visits=2)
+    return [Costs(shape, plan, gradients=shape.needs.any())]
+
+
+def _recomputing(shape: LinearShape, options: LinearOptions) -> list[Costs]:
+    everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
+    kept = keep_capacity(everything, options) if shape.needs.any() else 0
+    forward_shape = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
+    forward = plan_linear(forward_shape, options, visits=1)
+    if kept:
+        forward = plan_keeping(shape, options, shape.n)
+    calls = [Costs(forward_shape, forward, gradients=False, kept_logits=kept)]
+    if shape.needs.any():
+        backward = plan_linear(shape, options, visits=1)
+        if kept:
+            backward = forward
+        calls.append(Costs(shape, backward, statistics=False, kept_logits=kept))
+    return calls
+
+
+def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
+    launches = [launch for call in calls for launch in call.launches()]
+    flops = sum(launch.flops for launch in launches)
+    unit = 2 * shape.n * shape.h * shape.vocab_size
+    projected = sum(launch.flops for launch in launches if launch.name == "logits")
+    once = 2 * shape.n * shape.vocab_size * sum(head.h for head in shape.heads)
+    visits = 2 if shape.needs.any() and calls[-1].plan.order == "vocabulary_chunks" else 1
+    whole = [_whole_gemm(shape, head) for head in shape.heads]
+    whole += (shape.needs.hidden + shape.needs.weight) * whole[:1]
+    predicted, bare = {}, {}
+    if shape.device_type == "cuda":
+        for name, gpu in ACCELERATORS.items():
+            predicted[name] = _seconds(calls, gpu)
+            bare[name] = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in whole)
+    return PlanReport(
+        title=_title(shape),
+        plan=calls[-1].plan,
+        gemms=flops / unit,
+        gemm_flops=flops,
+        moved_bytes=sum(launch.bytes for launch in launches),
+        launches=len(launches),
+        peak_bytes=max(call.peak_bytes() for call in calls),
+        kept_share=visits - projected / once,
+        predicted_seconds=predicted,
+        bare_gemm_seconds=bare,
+    )
+
+
+def _seconds(calls: list[Costs], gpu: Accelerator) -> float:
+    dtype = calls[0].shape.dtypes.operands
+    launches = [launch for call in calls for launch in call.launches(gpu.cache_bytes)]
+    on_device = sum(gpu.seconds(launch, dtype) for launch in launches)
+    return max(on_device, len(launches) * gpu.launch_seconds)
+
+
+def _whole_gemm(shape: LinearShape, head: HeadShape) -> Launch:
+    """A matrix product of a head in one piece: n x h, h x V and n x V, each moved once."""
+    operands = head.dtypes.operands
+    return gemm("bare", shape.n, shape.vocab_size, head.h, operands, operands.itemsize)
+
+
+def _title(shape: LinearShape) -> str:
+    names = ("hidden states", "weight", "bias")
+    trained = [name for name, need in zip(names, shape.needs, strict=True) if need]
+    against = ""
+    if shape.reference is not None:
+        against = f" against a reference model of {shape.reference.h:,}"
+    return (
+        f"{shape.n:,} tokens x {shape.h:,} x {shape.vocab_size:,}, {shape.input_dtype} on "
+        f"{shape.device_type}, trains {', '.join(trained) or 'nothing'}{against}"
+    )

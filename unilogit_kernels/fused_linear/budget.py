@@ -1,0 +1,173 @@
+"""What a fused linear call computes, and the bytes that each part of it takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs, writes_wider
+
+MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""Default bytes that the buffers of one fused linear call may take, by device type."""
+
+
+class LinearOptions(NamedTuple):
+    """How a fused linear call may run; none of it changes what it computes beyond rounding.
+
+    Attributes:
+        memory_budget: Bytes for buffers, 0 for the device's default.
+        skip_below: Rows whose slope is below this share of the largest get no gradient.
+        compact: Whether rows that cannot matter are dropped, which synchronises an accelerator.
+    """
+
+    memory_budget: int = 0
+    skip_below: float = 0.0
+    compact: bool = True
+
+    def budget(self, device_type: str) -> int:
+        """Bytes for buffers."""
+        return self.memory_budget or MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])
+
+
+class HeadShape(NamedTuple):
+    """One lm_head of a fused linear call.
+
+    Attributes:
+        h: Hidden size.
+        dtypes: Of the GEMMs.
+        input_dtype: Of hidden states and weight.
+    """
+
+    h: int
+    dtypes: GemmDtypes
+    input_dtype: torch.dtype
+
+    @property
+    def casts_weight(self) -> bool:
+        """Whether the GEMMs read a copy of the weight in another dtype."""
+        return self.input_dtype != self.dtypes.operands
+
+
+class LinearShape(NamedTuple):
+    """What the cut of a fused linear call depends on.
+
+    Attributes:
+        n: Tokens that count.
+        h: Hidden size.
+        vocab_size: Columns.
+        dtypes: Of the GEMMs.
+        input_dtype: Of hidden states and weight.
+        device_type: `"cpu"`, `"cuda"`, ...
+        needs: Which gradients the call computes.
+        reference: The reference model's lm_head, if there is one: its logits exist beside those of
+            the model that learns, tile by tile.
+    """
+
+    n: int
+    h: int
+    vocab_size: int
+    dtypes: GemmDtypes
+    input_dtype: torch.dtype
+    device_type: str
+    needs: Needs
+    reference: HeadShape | None = None
+
+    @property
+    def heads(self) -> tuple[HeadShape, ...]:
+        """Every lm_head, the one that learns first."""
+        own = HeadShape(self.h, self.dtypes, self.input_dtype)
+        return (own,) if self.reference is None else (own, self.reference)
+
+    @property
+    def logit_sizes(self) -> tuple[int, ...]:
+        """Bytes of a logit of each head."""
+        return tuple(head.dtypes.logits.itemsize for head in self.heads)
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of the logits of one token and column, of all heads."""
+        return sum(self.logit_sizes)
+
+    @property
+    def casts_weight(self) -> bool:
+        """Whether GEMMs read a copy of a weight in another dtype."""
+        return any(head.casts_weight for head in self.heads)
+
+    @property
+    def separate_rows(self) -> bool:
+        """Whether gradient rows are narrower than logits, so that they cannot replace them."""
+        return self.dtypes.operands != self.dtypes.logits
+
+    @property
+    def widens(self) -> bool:
+        """Whether sums of the GEMMs' results need a wider dtype than operands or results have."""
+        return not self.dtypes.operands == self.dtypes.results == self.dtypes.exact
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a product is wider than where it goes, so that it exists beside it."""
+        return self.dtypes.results.itemsize < self.dtypes.operands.itemsize
+
+    @property
+    def sums_hidden(self) -> bool:
+        """Whether the hidden states' gradient adds up in a buffer, not in its own memory."""
+        return self.needs.hidden and self.dtypes.results != self.dtypes.exact
+
+
+def row_bytes(shape: LinearShape) -> int:
+    """Bytes of one token and column in a token chunk, the gradient included."""
+    narrow = shape.dtypes.operands.itemsize if shape.separate_rows else 0
+    return shape.logit_bytes + narrow
+
+
+def per_device(table: dict[str, int], device_type: str) -> int:
+    """The entry of a device type; what is not named is taken for a GPU."""
+    return table.get(device_type, table["cuda"])
+
+
+def weight_sum_bytes(shape: LinearShape) -> int:
+    """Bytes in which the weight's gradient adds up over token chunks, beside its own memory.
+
+    Where the GEMM cannot add to a wider sum, its product is a tensor of its own.
+    """
+    if not shape.needs.weight or shape.dtypes.results == shape.dtypes.exact:
+        return 0
+    return shape.vocab_size * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
+
+
+def vector_bytes(shape: LinearShape) -> int:
+    """Bytes of states, log-odds, slopes, and of what comes and goes while they are computed."""
+    return 16 * shape.n * shape.dtypes.exact.itemsize
+
+
+def hidden_copy_bytes(shape: LinearShape, tokens: int) -> int:
+    """Bytes of so many tokens' hidden states that the GEMMs read in another dtype."""
+    return tokens * cast_bytes(shape)
+
+
+def hidden_sum_bytes(shape: LinearShape) -> int:
+    """Bytes in which the hidden states' gradient adds up, beside its own memory."""
+    if not shape.sums_hidden:
+        return 0
+    return shape.n * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
+
+
+def product_bytes(shape: LinearShape) -> int:
+    """Bytes of an entry of a product that is added to a wider sum, where no GEMM can do that."""
+    dtypes = shape.dtypes
+    if dtypes.operands == dtypes.exact or writes_wider(shape.device_type):
+        return 0
+    return dtypes.operands.itemsize
+
+
+def _weight_bytes(shape: LinearShape, *, adds_up: bool) -> int:
+    """Bytes that one more column of a chunk costs beside its logits: copies of weight rows."""
+    wide = shape.narrows or (adds_up and shape.widens)
+    total = shape.dtypes.exact.itemsize if wide and shape.needs.weight else 0
+    return cast_bytes(shape) + shape.h * total
+
+
+def cast_bytes(shape: LinearShape) -> int:
+    """Bytes of a row of each weight, or of hidden states, that GEMMs read in another dtype."""
+    return sum(h.h * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)

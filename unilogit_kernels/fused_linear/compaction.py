@@ -1,0 +1,231 @@
+"""Rows that cannot matter cost nothing: the others are gathered before the first GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends.memory import allocate
+from unilogit_kernels.fused_linear.active_rows import active_index, counting, significant, spread
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
+from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
+from unilogit_kernels.fused_linear.plan import keep_capacity, plan_keeping, plan_linear
+from unilogit_kernels.fused_linear.saved import KeptLogits
+from unilogit_kernels.fused_linear.tiles import Gradients, Heads
+from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
+from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
+
+NOTHING = Needs(hidden=False, weight=False, bias=False)
+EVERYTHING = Needs(hidden=True, weight=True, bias=True)
+
+
+class HeadInputs(NamedTuple):
+    """The operands of one model as they are given: `[n, h]`, `[V, h]`, and `[V]` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LinearInputs(NamedTuple):
+    """The operands of a fused linear call as they are given, and how to run it.
+
+    Attributes:
+        hidden: `[n, h]`.
+        weight: `[V, h]`.
+        bias: `[V]` or None.
+        logits_dtype: What the logits are rounded to, or None for the most that the device can.
+        options: How the call may run.
+        reference: The operands of the reference model, if there is one.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits_dtype: torch.dtype | None
+    options: LinearOptions
+    reference: HeadInputs | None = None
+
+    @property
+    def dtypes(self) -> GemmDtypes:
+        """The dtypes around the GEMMs."""
+        return self._dtypes_of(self.hidden)
+
+    def shape(self, n: int, vocab_size: int, needs: Needs) -> LinearShape:
+        """What the cut of a call on `n` of the tokens depends on."""
+        device_type = self.hidden.device.type
+        h, dtype = self.hidden.shape[1], self.hidden.dtype
+        reference = None
+        if self.reference is not None:
+            hidden = self.reference.hidden
+            reference = HeadShape(hidden.shape[1], self._dtypes_of(hidden), hidden.dtype)
+        return LinearShape(n, h, vocab_size, self.dtypes, dtype, device_type, needs, reference)
+
+    def positions(self, active: Tensor) -> Tensor | None:
+        """Positions of the active rows, or None for all; always None where `compact` is off."""
+        return active_index(active) if self.options.compact else None
+
+    def head(self, active: Tensor, index: Tensor | None) -> LinearHead:
+        """The lm_head on the rows `index`, or on all of them with inactive ones cleared."""
+        return self._head(HeadInputs(*self[:3]), active, index)
+
+    def heads(self, active: Tensor, index: Tensor | None) -> Heads:
+        """The lm_heads of all models, the one that learns first."""
+        own = self.head(active, index)
+        if self.reference is None:
+            return (own,)
+        return own, self._head(self.reference, active, index)
+
+    def new_gradients(self, vocab_size: int, needs: Needs) -> Gradients:
+        """Gradients to be written; rows that carry no probability have theirs."""
+        results, exact = self.dtypes.results, self.dtypes.exact
+        hidden = weight = bias = None
+        if needs.hidden:
+            hidden = allocate(self.hidden.shape, results, self.hidden.device)
+        if needs.weight:
+            weight = allocate(self.weight.shape, results, self.weight.device)
+            weight[vocab_size:] = 0
+        if needs.bias:
+            bias = self.weight.new_zeros(self.weight.shape[0], dtype=exact)
+        return Gradients(hidden, weight, bias)
+
+    def new_kept(self, vocab_size: int, *, needs_grad: bool) -> list[Tensor]:
+        """Memory for each model's logits that are kept for a backward, as the budget leaves it."""
+        shape = self.shape(self.hidden.shape[0], vocab_size, EVERYTHING)
+        elements = keep_capacity(shape, self.options) if needs_grad else 0
+        return [self.hidden.new_empty((elements,), dtype=h.dtypes.logits) for h in shape.heads]
+
+    def _dtypes_of(self, hidden: Tensor) -> GemmDtypes:
+        return GemmDtypes.of(hidden.dtype, hidden.device.type, self.logits_dtype)
+
+    def _head(self, inputs: HeadInputs, active: Tensor, index: Tensor | None) -> LinearHead:
+        hidden = inputs.hidden
+        if index is not None:
+            hidden = hidden[index]
+        elif not self.options.compact:
+            # Their gradient rows are 0, and 0 * NaN is not.
+            hidden = hidden.masked_fill(~active[:, None], 0.0)
+        return LinearHead(hidden, inputs.weight, inputs.bias, self._dtypes_of(hidden))
+
+
+def compacted_values(
+    inputs: LinearInputs, active: Tensor, rows: Rows, keep: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Values `[..., n]` and states `[k, n]`; rows that are not active get 0 and an empty state.
+
+    Args:
+        inputs: Operands and options.
+        active: bool `[n]`.
+        rows: Labels and kernels.
+        keep: 1-d, one in the logits' dtype of each model: filled with as many of them as fit.
+    """
+    n, dtype = inputs.hidden.shape[0], inputs.dtypes.exact
+    index = inputs.positions(active)
+    state = rows.empty_state(n, inputs.hidden.device, dtype)
+    if n == 0 or (index is not None and index.numel() == 0):
+        return torch.zeros_like(rows.values(state)), state
+    heads = inputs.heads(active, index)
+    part = rows if index is None else rows.at(index)
+    m = heads[0].hidden.shape[0]
+    shape = inputs.shape(m, rows.vocab_size, NOTHING)
+    plan = plan_linear(shape, inputs.options, visits=1)
+    if keep[0].numel():
+        plan = plan_keeping(shape, inputs.options, m)
+    part_state = linear_state(heads, part, plan, KeptLogits(keep, m))
+    part_values = part.values(part_state)
+    if index is None:
+        return torch.where(active, part_values, 0.0), part_state
+    state[:, index] = part_state
+    values = part_values.new_zeros(*part_values.shape[:-1], n)
+    return values.index_copy_(-1, index, part_values), state
+
+
+def compacted_gradient(
+    inputs: LinearInputs,
+    active: Tensor,
+    rows: Rows,
+    needs: Needs,
+    state: Tensor,
+    upstream: Tensor,
+    kept: Sequence[Tensor],
+) -> Gradients:
+    """Gradients of `sum_i upstream_i values_i`, for the rows whose upstream gradient counts.
+
+    Args:
+        inputs: As in the forward.
+        active: As in the forward.
+        rows: As in the forward.
+        needs: Which gradients are wanted.
+        state: From the forward.
+        upstream: `[..., n]`.
+        kept: What the forward kept.
+    """
+    gradients = inputs.new_gradients(rows.vocab_size, needs)
+    upstream = significant(torch.where(active, upstream, 0.0), inputs.options.skip_below)
+    counts = counting(upstream)
+    index = inputs.positions(counts)
+    if upstream.numel() == 0 or (index is not None and index.numel() == 0):
+        return _zeroed(gradients)
+    heads = inputs.heads(counts, index)
+    m = heads[0].hidden.shape[0]
+    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, visits=1)
+    saved, position = None, None
+    if kept[0].numel():
+        # The cut of the forward, which saw every active row.
+        first = inputs.positions(active)
+        forward_tokens = active.numel() if first is None else first.numel()
+        shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
+        plan = plan_keeping(shape, inputs.options, m)
+        saved = KeptLogits(kept, forward_tokens)
+        if index is not None:
+            position = (active.cumsum(0) - 1)[index] if first is not None else index
+    if index is not None:
+        rows = rows.at(index)
+        state, upstream = state[:, index], upstream[..., index]
+    part = gradients
+    if index is not None and gradients.hidden is not None:
+        part = gradients._replace(hidden=gradients.hidden[:m])
+    linear_gradient(VocabularyLoop(heads, rows, plan, saved, position), state, upstream, part)
+    return _spread(gradients, index)
+
+
+def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
+    """Weighted losses `[n]` and gradients, from the rows whose weight is not 0."""
+    active = loss.row_weight != 0
+    index = inputs.positions(active)
+    vocab_size = loss.rows.vocab_size
+    gradients = inputs.new_gradients(vocab_size, needs)
+    if active.numel() == 0 or (index is not None and index.numel() == 0):
+        return torch.zeros_like(loss.row_weight), _zeroed(gradients)
+    heads = inputs.heads(active, index)
+    m = heads[0].hidden.shape[0]
+    shape = inputs.shape(m, vocab_size, needs)
+    plan = plan_linear(
+        shape, inputs.options, visits=2, coupled=loss.coupled, runner_up=loss.runner_up
+    )
+    part, every_weight = gradients, loss.row_weight
+    if index is not None:
+        loss = loss.at(index)
+        if gradients.hidden is not None:
+            part = gradients._replace(hidden=gradients.hidden[:m])
+    losses = weigh(loss.row_weight, linear_loss(heads, loss, plan, part, inputs.options))
+    if index is not None:
+        losses = torch.zeros_like(every_weight).index_copy_(0, index, losses)
+    return losses, _spread(gradients, index)
+
+
+def _spread(gradients: Gradients, index: Tensor | None) -> Gradients:
+    if index is not None and gradients.hidden is not None:
+        spread(gradients.hidden, index)
+    return gradients
+
+
+def _zeroed(gradients: Gradients) -> Gradients:
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+    return gradients

@@ -1,0 +1,193 @@
+"""The GEMMs of a fused linear call: tiles of logits out of it, gradients of its operands into it.
+
+The GEMMs are the vendor's, through torch. This module decides in which dtype each is taken and
+where its result is accumulated, so that the chunk loops need not.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends.memory import allocate
+
+
+class Needs(NamedTuple):
+    """Which operands want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def any(self) -> bool:
+        """Whether there is a backward at all."""
+        return self.hidden or self.weight or self.bias
+
+
+class GemmDtypes(NamedTuple):
+    """The dtypes around the GEMMs of a fused linear call.
+
+    Attributes:
+        operands: What the GEMMs read: hidden states, weight and gradient rows.
+        logits: What the logits are stored in: float32 wherever the device's GEMM can write it.
+        results: What the finished gradients are stored in until the upstream factor is known.
+    """
+
+    operands: torch.dtype
+    logits: torch.dtype
+    results: torch.dtype
+
+    @property
+    def exact(self) -> torch.dtype:
+        """What partial sums are accumulated in: at least float32."""
+        return torch.promote_types(self.operands, torch.float32)
+
+    @property
+    def rows_hold_factor(self) -> bool:
+        """Whether 1/N may be folded into the gradient rows: they have float32's exponent range."""
+        return self.operands != torch.float16
+
+    @staticmethod
+    def of(
+        dtype: torch.dtype, device_type: str, logits_dtype: torch.dtype | None = None
+    ) -> GemmDtypes:
+        """Choose them for inputs of `dtype`.
+
+        float16 results wait in float32: with 1/N folded in they would underflow, without it they
+        could overflow. On CPU float16 operands are cast too, chunk by chunk, since their GEMM is
+        slow and accumulates no better; so are bfloat16 ones where the CPU has no instructions for
+        them, which makes the GEMMs faster (docs/benchmarks.md) and leaves their logits in float32.
+
+        Args:
+            dtype: Of hidden states and weight.
+            device_type: `"cpu"`, `"cuda"`, ...
+            logits_dtype: What the caller wants the logits rounded to, or None.
+        """
+        on_gpu = device_type == "cuda"
+        if dtype == torch.float16:
+            chosen = GemmDtypes(dtype if on_gpu else torch.float32, torch.float32, torch.float32)
+        elif dtype == torch.bfloat16:
+            operands = dtype if on_gpu or multiplies_bfloat16() else torch.float32
+            chosen = GemmDtypes(operands, torch.float32 if on_gpu else operands, dtype)
+        else:
+            chosen = GemmDtypes(dtype, dtype, dtype)
+        return chosen if logits_dtype is None else chosen._replace(logits=logits_dtype)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`, in `out`'s dtype.
+
+    `out` may be wider than the operands. Where the device's GEMM can write that, nothing is rounded
+    on the way; elsewhere the product is rounded to the operands' dtype, and the sum is not.
+    """
+    if out.dtype == a.dtype:
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif writes_wider(a.device.type):
+        if accumulate:
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        else:
+            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif accumulate:
+        out.add_(torch.mm(a, b))
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def writes_wider(device_type: str) -> bool:
+    """Whether a GEMM of 16-bit operands can write float32 (`torch.mm(out_dtype=)`)."""
+    return device_type == "cuda"
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers; unknown ones count so."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An lm_head applied to some hidden states, of which only tiles of logits are ever computed.
+
+    Attributes:
+        hidden: `[n, h]`, in the inputs' dtype.
+        weight: `[V, h]`, the rows that carry probability, in the inputs' dtype.
+        bias: `[V]` or None.
+        dtypes: See `GemmDtypes`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtypes: GemmDtypes
+
+    def weight_columns(self, columns: slice) -> Tensor:
+        """The weight of these vocabulary columns, `[v, h]`, in the operands' dtype."""
+        return self.weight[columns].to(self.dtypes.operands)
+
+    def project(self, hidden: Tensor, columns: slice, weight: Tensor, out: Tensor) -> None:
+        """Write the logits of a tile into `out`, `[tokens, columns]` in `dtypes.logits`.
+
+        `hidden` are rows of `self.hidden` and `weight` is `weight_columns(columns)`, both in the
+        operands' dtype. Logits are rounded once, to theirs.
+        """
+        if self.bias is not None and out.dtype == hidden.dtype:
+            bias = self.bias[columns].to(hidden.dtype)
+            torch.addmm(bias, hidden, weight.t(), out=out)
+            return
+        exact = self.dtypes.exact
+        if out.dtype == exact != hidden.dtype and not writes_wider(hidden.device.type):
+            hidden, weight = hidden.to(exact), weight.to(exact)
+        logits = out
+        if out.dtype.itemsize < hidden.dtype.itemsize:
+            logits = torch.empty_like(out, dtype=hidden.dtype)
+        multiply(hidden, weight.t(), logits)
+        if self.bias is not None:
+            logits.add_(self.bias[columns])
+        if logits is not out:
+            out.copy_(logits)
+
+
+class OperandRows:
+    """Rows of the hidden states of several lm_heads in the operands' dtype.
+
+    Where that takes a copy, it lies in a buffer: rows are there until others are asked for.
+
+    Args:
+        heads: The lm_heads.
+        tokens: How many rows are asked for at most.
+    """
+
+    def __init__(self, heads: Sequence[LinearHead], tokens: int) -> None:
+        self._heads = heads
+        self._copies = [self._room(head, tokens) for head in heads]
+        self._copied: slice | None = None
+
+    def at(self, tokens: slice) -> list[Tensor]:
+        """`[tokens, h]` of each head."""
+        result = []
+        for head, copies in zip(self._heads, self._copies, strict=True):
+            rows = head.hidden[tokens]
+            if copies is not None:
+                copy = copies[: rows.shape[0]]
+                rows = copy if tokens == self._copied else copy.copy_(rows)
+            result.append(rows)
+        self._copied = tokens
+        return result
+
+    @staticmethod
+    def _room(head: LinearHead, tokens: int) -> Tensor | None:
+        hidden, dtype = head.hidden, head.dtypes.operands
+        if hidden.dtype == dtype:
+            return None
+        return allocate((tokens, hidden.shape[1]), dtype, hidden.device)

@@ -1,0 +1,123 @@
+"""The chunk loops of a fused linear call: GEMMs, row kernels and losses, tile by tile.
+
+They run on one lm_head or on two, that of a model which learns and that of its reference: what is a
+tile of logits here is then a tile of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.fused_linear.active_rows import (
+    counting,
+    significant,
+    worthwhile_index,
+)
+from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.fused_linear.online import gradient_in_one_visit
+from unilogit_kernels.fused_linear.plan import Plan
+from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
+from unilogit_kernels.fused_linear.tiles import Gradients, Heads
+from unilogit_kernels.fused_linear.token_chunks import _InactiveRows, by_tokens
+from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop, _some_gradients
+from unilogit_kernels.rows.contract import RowLoss, Rows
+from unilogit_kernels.rows.objective import RowProblem
+
+# ---- vocabulary chunks -------------------------------------------------------------------------
+
+
+# ---- tiles -------------------------------------------------------------------------------------
+
+
+# ---- token chunks ------------------------------------------------------------------------------
+
+
+# ---- the two kinds of call ---------------------------------------------------------------------
+
+
+def linear_state(heads: Heads, rows: Rows, plan: Plan, kept: Kept | None = None) -> Tensor:
+    """The complete state `[k, n]` of the logits of `heads`."""
+    return VocabularyLoop(heads, rows, plan, kept).statistics()
+
+
+def linear_gradient(
+    loop: VocabularyLoop, state: Tensor, upstream: Tensor, gradients: Gradients
+) -> None:
+    """Gradients of `sum_i upstream_i values_i`, with logits kept from the forward or made again."""
+    rows, slope = loop.rows, loop.rows.slope(state, upstream)
+    if loop.plan.order == "vocabulary_chunks":
+        loop.gradients(state, slope, gradients)
+        return
+
+    def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> None:
+        part_state, part_slope = state[:, tokens].contiguous(), slope[..., tokens].contiguous()
+        rows.at(tokens).gradient(logits, 0, part_state, part_slope, out)
+
+    by_tokens(loop.heads, rows, loop.plan, gradients, gradient_rows)
+
+
+def linear_loss(
+    heads: Heads, loss: RowLoss, plan: Plan, gradients: Gradients, options: LinearOptions
+) -> Tensor:
+    """Losses `[n]` before weights, and gradients, in one call.
+
+    Each head's logits take one GEMM, and each gradient.
+    """
+    student = heads[0]
+    fold = student.dtypes.rows_hold_factor
+    if plan.order == "token_chunks":
+        values = student.hidden.new_empty(student.hidden.shape[0], dtype=student.dtypes.exact)
+        drop = _InactiveRows(options, student.hidden.device)
+
+        def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> Tensor | None:
+            part = loss.at(tokens)
+            values[tokens] = part.finish(logits, out, fold_factor=fold)
+            return drop.active(out, part)
+
+        by_tokens(heads, loss.rows, plan, gradients, gradient_rows)
+    else:
+        values = _loss_by_columns(heads, loss, plan, gradients, options)
+    if not fold:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(loss.factor)
+    return values
+
+
+def _loss_by_columns(
+    heads: Heads, loss: RowLoss, plan: Plan, gradients: Gradients, options: LinearOptions
+) -> Tensor:
+    """The vocabulary orders of `linear_loss`."""
+    dtypes, rows = heads[0].dtypes, loss.rows
+
+    def slope_of(state: Tensor, tokens: slice) -> Tensor:
+        return loss.at(tokens).slope(state, fold_factor=dtypes.rows_hold_factor)
+
+    if plan.order == "one_visit":
+        assert gradients.hidden is not None
+        assert isinstance(rows, RowProblem)
+        state = gradient_in_one_visit(heads[0], rows, plan, slope_of, gradients.hidden)
+        return loss.values(state)
+    kept = None
+    if gradients.weight is not None and plan.kept_tokens:
+        kept_dtypes = [head.dtypes.logits for head in heads]
+        if plan.keeps_rows:
+            kept_dtypes = [dtypes.operands]
+        kept = KeptInGradient(
+            gradients.weight, kept_dtypes, plan.kept_tokens, finished=plan.keeps_rows
+        )
+    loop = VocabularyLoop(heads, rows, plan, kept)
+    states = []
+    if kept is not None and kept.finished:
+        states.append(loop.finish_kept_rows(kept, slope_of))
+    states.append(loop.statistics(first_token=plan.kept_tokens if states else 0))
+    state = torch.cat(states, dim=1)
+    if any(gradient is not None for gradient in gradients):
+        slope = significant(slope_of(state, slice(0, loop.tokens)), options.skip_below)
+        index = worthwhile_index(counting(slope)) if options.compact else None
+        if index is not None:
+            _some_gradients(loop, index, state, slope, gradients)
+        else:
+            loop.gradients(state, slope, gradients)
+    return loss.values(state)

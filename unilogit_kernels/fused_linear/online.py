@@ -1,0 +1,108 @@
+"""The fused linear of a frozen lm_head in one visit of the vocabulary: two GEMMs, no logit kept.
+
+The gradient of a token's log-odds is `dd/dhidden = W_y - sum_{j != y} r_j W_j`, and the rest's
+distribution `r` is a softmax. So its sum runs along with the statistics, as the output of
+attention does in FlashAttention (arXiv 2205.14135): each chunk of columns adds its rows under the
+statistics so far, after what was added before is scaled to them. The slope comes last, as a factor
+of a finished row. Row kernels and GEMMs therefore see chunks of columns that fit into a cache,
+however long the vocabulary is, and all tokens at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends.memory import allocate
+from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows, multiply
+from unilogit_kernels.fused_linear.plan import Plan
+from unilogit_kernels.fused_linear.tiles import slices, tile_view
+from unilogit_kernels.maths import row_state
+from unilogit_kernels.rows.objective import RowProblem
+
+LABEL_ROWS = 256
+"""Tokens whose labels' weight rows are gathered at a time: 4 MiB in float32 at h = 4096."""
+
+
+def gradient_in_one_visit(
+    head: LinearHead,
+    rows: RowProblem,
+    plan: Plan,
+    slope_of: Callable[[Tensor, slice], Tensor],
+    d_hidden: Tensor,
+) -> Tensor:
+    """Write the hidden states' gradient of `sum_i slope_i d_i`; returns the states `[3, n]`.
+
+    Args:
+        head: With the tokens that count.
+        rows: Their labels, and the kernels.
+        plan: In the order `one_visit`.
+        slope_of: From the complete states of some tokens, and which they are, to their slopes.
+        d_hidden: `[n, h]`, to be written.
+    """
+    states, exact = [], head.dtypes.exact
+    for tokens in slices(head.hidden.shape[0], plan.tokens):
+        out = total = d_hidden[tokens]
+        if out.dtype != exact:
+            total = allocate(out.shape, exact, out.device)
+        state, label_entry = _sum_rest(head, rows.at(tokens), plan, tokens, total)
+        slope = slope_of(state, tokens)
+        _add_labels(head, rows.labels[tokens], label_entry, total)
+        # A row of slope 0 gets no gradient, whatever it holds.
+        total.mul_(slope[:, None]).masked_fill_(slope[:, None] == 0, 0.0)
+        if out is not total:
+            out.copy_(total)
+        states.append(state)
+    return torch.cat(states, dim=1)
+
+
+def _sum_rest(
+    head: LinearHead, rows: RowProblem, plan: Plan, tokens: slice, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write `-sum_{j != y} r_j t_j W_j`; returns the states and the labels' entries `t_y`.
+
+    `t_j` is the derivative of the logit transform.
+    """
+    dtypes, device, m = head.dtypes, head.hidden.device, tokens.stop - tokens.start
+    hidden = OperandRows((head,), m).at(tokens)[0]
+    state = rows.empty_state(m, device, dtypes.exact)
+    one = torch.ones(m, device=device, dtype=dtypes.exact)
+    label_entry = torch.zeros_like(one)
+    scratch = allocate((m * plan.columns,), dtypes.logits, device)
+    row_scratch = scratch
+    if dtypes.operands != dtypes.logits:
+        row_scratch = allocate((m * plan.columns,), dtypes.operands, device)
+    for columns in slices(rows.vocab_size, plan.columns):
+        logits, out = (tile_view(x, tokens, columns) for x in (scratch, row_scratch))
+        weight = head.weight_columns(columns)
+        head.project(hidden, columns, weight, out=logits)
+        before = state.clone()
+        rows.update([logits], columns.start, state)
+        # Under the statistics so far: `onehot_y t_y - r t`.
+        so_far = row_state.with_some_rest(state)
+        rows.gradient([logits], columns.start, so_far, one, out)
+        _take_labels(out, rows.labels - columns.start, label_entry)
+        if columns.start:
+            total.mul_(row_state.rest_share(before, state)[:, None])
+        multiply(out, weight, total, accumulate=columns.start > 0)
+        del weight  # which may be a copy, before the next one is made
+    return state, label_entry
+
+
+def _take_labels(gradient_rows: Tensor, column: Tensor, label_entry: Tensor) -> None:
+    """Move the labels' entries out of the rows: they are final, and must not be scaled."""
+    here = ((column >= 0) & (column < gradient_rows.shape[1]))[:, None]
+    column = column.clamp(0, gradient_rows.shape[1] - 1)[:, None]
+    entry = gradient_rows.gather(1, column)
+    label_entry += torch.where(here, entry, 0.0)[:, 0]
+    gradient_rows.scatter_(1, column, torch.where(here, 0.0, entry))
+
+
+def _add_labels(head: LinearHead, labels: Tensor, label_entry: Tensor, total: Tensor) -> None:
+    """`total += t_y W_y`, in `total`'s dtype."""
+    known = labels.clamp(0, head.weight.shape[0] - 1)
+    for part in slices(labels.shape[0], LABEL_ROWS):
+        label_weight = head.weight[known[part]].to(total.dtype)
+        total[part].addcmul_(label_weight, label_entry[part, None])

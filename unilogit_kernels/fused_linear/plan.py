@@ -1,0 +1,334 @@
+"""How a fused linear call is cut into chunks: a function of shapes, dtypes and needs alone.
+
+Three orders. *Token chunks* hold a few tokens' logits over the whole vocabulary, so a gradient row
+is finished at once; they suit a frozen lm_head. *One visit* does without that many logits where a
+chunk's sums are cheap, on a CPU: a frozen lm_head's columns come chunk by chunk and never again
+(`one_visit.py`). *Vocabulary chunks* hold all tokens' logits over a few columns and visit them
+twice, statistics first and gradients second; each piece of the weight's gradient is then complete
+when it is written, so it needs no accumulator, and until it is written its memory keeps what the
+first visit found, which spares the second visit a GEMM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from unilogit_kernels.fused_linear.budget import (
+    LinearOptions,
+    LinearShape,
+    _weight_bytes,
+    hidden_copy_bytes,
+    hidden_sum_bytes,
+    per_device,
+    row_bytes,
+    vector_bytes,
+    weight_sum_bytes,
+)
+from unilogit_kernels.fused_linear.gemm import Needs
+
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
+
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+"""Most bytes of logits between their GEMM and the row kernel that reads them: on GPUs they should
+stay in the L2 cache, 40 MB on an A100 and 50 MB on an H100."""
+
+MIN_TILE_COLUMNS = 512
+"""Below this many columns, a tile is cut along the tokens instead: thin GEMMs are slow. Groups of
+tokens are no smaller either."""
+
+ALIGNED_COLUMNS = {"cpu": 64, "cuda": 256}
+"""Chunks are a multiple of this many columns wide: rows start aligned, and on GPUs no tile of a
+GEMM (up to 256 wide) is cut."""
+
+ALIGNED_TOKENS = {"cpu": 1, "cuda": 64}
+"""Token chunks are a multiple of this many tokens, the smallest tile of a tensor-core GEMM."""
+
+CPU_ROW_TILE_COLUMNS = 2048
+"""Columns of a token chunk that one float32 GEMM on a CPU projects: MKL packs as much of the weight
+for itself as a GEMM reads, 24 MiB of it over a whole vocabulary and 4 MiB so."""
+
+LIBRARY_SHARE = 5
+"""1 / this of a CPU's budget is left to what the GEMM library takes for itself."""
+
+MIN_CHUNK_TOKENS = 16
+"""Below this many tokens, token chunks would read the whole weight for too little work."""
+
+KEPT_PARTS = 8
+"""Chunks of columns, at least, where some are kept for a recomputing backward."""
+
+ONE_VISIT_COLUMNS = 2048
+"""Columns that a chunk of the order "one visit" has at least: the GEMM into the hidden states'
+gradient reads and writes its sums once a chunk."""
+
+MIN_REPROJECTED = 1.125
+"""Tokens, as a multiple of those that can be kept, from which on the vocabulary order projects so
+many of them twice that adding the weight's gradient up over token chunks is cheaper."""
+
+MAX_SHARE = 2
+"""At most 1 / this of the room for buffers goes to float32 sums of the weight's gradient over token
+chunks, to a chunk of one visit, or to a copy of the hidden states in the GEMMs' dtype. Instead of a
+larger copy there are copies of groups of tokens, up to half as large, anew for each chunk."""
+
+MIN_BUFFER_SHARE = {"cpu": 4, "cuda": 2}
+"""Float32 sums of the hidden states' gradient, which grow with the tokens, may leave 1 / this of
+the budget to logits. Where even that is not left, logits get half, and the call takes more than its
+budget."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fused linear call is cut.
+
+    Attributes:
+        order: Which loop runs.
+        tokens: Tokens per chunk.
+        columns: Vocabulary columns per chunk: the width of the GEMMs of the gradients.
+        tile_columns: Columns per tile: logits are projected, and read, this many at a time.
+        kept_tokens: How many leading tokens keep something in the memory of the weight's gradient
+            between the two visits of the vocabulary order.
+        keeps_rows: Whether these are finished gradient rows, not logits.
+        row_tokens: Tokens per chunk of the pass that finishes these rows.
+        row_columns: Columns per tile of that pass.
+    """
+
+    order: Literal["token_chunks", "one_visit", "vocabulary_chunks"]
+    tokens: int
+    columns: int
+    tile_columns: int = 0
+    kept_tokens: int = 0
+    keeps_rows: bool = False
+    row_tokens: int = 0
+    row_columns: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tile_columns:
+            object.__setattr__(self, "tile_columns", self.columns)
+        if not self.row_columns:
+            object.__setattr__(self, "row_columns", self.tile_columns)
+
+
+def plan_linear(
+    shape: LinearShape,
+    options: LinearOptions | None = None,
+    *,
+    visits: int,
+    coupled: bool = False,
+    runner_up: bool = False,
+) -> Plan:
+    """Choose the order and the chunk sizes.
+
+    Args:
+        shape: What is computed.
+        options: How it may run.
+        visits: 2 if statistics and gradients are computed in one call, else 1.
+        coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
+        runner_up: Whether a row has a second entry of its own, which one visit finds too late.
+    """
+    given = (options or LinearOptions()).budget(shape.device_type)
+    library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
+    # What grows with the tokens; logits get their share of the budget all the same.
+    budget = _left(given, library + vector_bytes(shape), shape)
+    skips = options is not None and options.skip_below > 0
+    if visits == 2 and not (coupled or skips or runner_up) and _suits_one_visit(shape):
+        return _one_visit(shape, budget)
+    if not coupled and _suits_tokens(shape, budget, visits=visits):
+        left = _left(budget, weight_sum_bytes(shape), shape)
+        tokens = _token_chunk(shape, left, row_bytes(shape))
+        if tokens >= MIN_CHUNK_TOKENS:
+            return Plan("token_chunks", tokens, shape.vocab_size, _row_tile(shape, tokens))
+    kept, row_tokens, keeps_rows = 0, 0, False
+    if visits == 2 and shape.needs.weight:
+        # Finished rows are narrower than logits, so more of them fit.
+        row_tokens = _token_chunk(shape, budget, shape.logit_bytes)
+        keeps_rows = not coupled and row_tokens >= MIN_CHUNK_TOKENS and _suits_rows(shape)
+        kept = _kept_tokens(shape, rows=keeps_rows)
+    tokens, columns, tile_columns = _vocabulary_chunk(shape, budget)
+    if not (keeps_rows and kept):
+        return Plan("vocabulary_chunks", tokens, columns, tile_columns, kept)
+    row_tokens = min(row_tokens, kept)
+    return Plan(
+        "vocabulary_chunks",
+        tokens,
+        columns,
+        tile_columns,
+        kept,
+        keeps_rows=True,
+        row_tokens=row_tokens,
+        row_columns=_row_tile(shape, row_tokens),
+    )
+
+
+def plan_keeping(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
+    """The cut of a forward of `shape.n` tokens that keeps logits, and of its backward of `m`.
+
+    Both must have one cut of the columns. It has at least `KEPT_PARTS` chunks, so that what is kept
+    fills the room for it.
+    """
+    everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
+    plan = plan_linear(everything, options, visits=1, coupled=True)
+    part = -(-shape.vocab_size // KEPT_PARTS)
+    columns = min(plan.columns, max(part, MIN_TILE_COLUMNS))
+    columns = aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
+    return replace(
+        plan,
+        tokens=min(plan.tokens, m),
+        columns=columns,
+        tile_columns=min(plan.tile_columns, columns),
+        row_columns=0,
+    )
+
+
+def keep_capacity(shape: LinearShape, options: LinearOptions) -> int:
+    """How many logits of each head a forward may keep for its backward: what the budget leaves.
+
+    Never all of them: the last chunk of columns is always projected again. It is arithmetic of
+    sizes alone, so that a compiler can trace it for an `n` that it does not know.
+    """
+    budget = options.budget(shape.device_type)
+    buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
+    room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
+    capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))
+    return int(capacity) if isinstance(capacity, int) else capacity
+
+
+def aligned_size(size: int, step: int) -> int:
+    """The largest multiple of `step` up to `size`, or `size` itself where that would be 0."""
+    return size - size % step if size > step else size
+
+
+def _left(budget: int, taken: int, shape: LinearShape) -> int:
+    """What something that grows with the tokens leaves to logits; see `MIN_BUFFER_SHARE`."""
+    left = budget - taken
+    enough = budget // per_device(MIN_BUFFER_SHARE, shape.device_type)
+    return left if left >= enough else budget // 2
+
+
+def _token_chunk(shape: LinearShape, budget: int, logit_bytes: int) -> int:
+    """Tokens whose logits over the whole vocabulary fit; at least two chunks: never n * V.
+
+    The chunks are of about one size: a last one of a few tokens would read the weights for nothing.
+    """
+    aligned = per_device(ALIGNED_TOKENS, shape.device_type)
+    fitting = min(
+        (shape.n + 1) // 2, aligned_size(budget // (shape.vocab_size * logit_bytes), aligned)
+    )
+    if fitting < 1:
+        return 0
+    chunks = -(-shape.n // fitting)
+    return min(fitting, -(-shape.n // (chunks * aligned)) * aligned)
+
+
+def _row_tile(shape: LinearShape, tokens: int) -> int:
+    """Columns of a token chunk that are projected at a time."""
+    if shape.device_type == "cpu":
+        if not shape.separate_rows:
+            return min(shape.vocab_size, CPU_ROW_TILE_COLUMNS)
+        return shape.vocab_size  # one GEMM: oneDNN prepares the weight once
+    columns = per_device(TILE_BYTES, shape.device_type) // (tokens * shape.logit_bytes)
+    return min(
+        shape.vocab_size, aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
+    )
+
+
+def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
+    """Whether token chunks are the better order: with them each logit is projected once."""
+    if not shape.needs.any() or shape.casts_weight:
+        return False
+    if not shape.needs.weight:
+        return True
+    # A weight gradient that adds up over the chunks must do so in float32.
+    if weight_sum_bytes(shape) > max(budget // MAX_SHARE, hidden_sum_bytes(shape)):
+        return False
+    if not shape.widens and _suits_rows(shape):
+        # Finished rows would wait for nothing: sums in float32 are the gradient itself.
+        return visits == 2
+    return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, rows=_suits_rows(shape))
+
+
+def _suits_one_visit(shape: LinearShape) -> bool:
+    """Whether the hidden states' gradient is all there is, on a device where sums are cheap.
+
+    A GPU would read and write its sums more often than a few token chunks do their logits. The
+    gradient against a reference model is a sum of two softmaxes whose shares come last: it would
+    take a GEMM for each.
+    """
+    alone = shape.reference is None and shape.needs == Needs(True, False, False)
+    return alone and shape.device_type == "cpu"
+
+
+def _one_visit(shape: LinearShape, budget: int) -> Plan:
+    """As many tokens at a time as leave `ONE_VISIT_COLUMNS` to a chunk, in groups of one size."""
+    chunk = min(per_device(CHUNK_BYTES, shape.device_type), budget // MAX_SHARE)
+    most = chunk // (ONE_VISIT_COLUMNS * row_bytes(shape))
+    token_bytes = hidden_sum_bytes(shape._replace(n=1)) + hidden_copy_bytes(shape, 1)
+    if token_bytes:
+        most = min(most, (budget - chunk) // token_bytes)
+    groups = -(-shape.n // max(1, most))
+    tokens = -(-shape.n // groups)
+    columns = min((shape.vocab_size + 1) // 2, chunk // (tokens * row_bytes(shape)))
+    weight_bytes = _weight_bytes(shape, adds_up=False)
+    if weight_bytes:
+        columns = min(columns, (budget - chunk - tokens * token_bytes) // weight_bytes)
+    columns = aligned_size(max(1, columns), per_device(ALIGNED_COLUMNS, shape.device_type))
+    return Plan("one_visit", tokens, columns)
+
+
+def _kept_tokens(shape: LinearShape, *, rows: bool) -> int:
+    """How many tokens fit, a column's entries into the memory of that column's gradient.
+
+    Args:
+        shape: What is computed.
+        rows: Whether the entries are finished gradient rows; else the logits of all heads.
+    """
+    gradient_bytes = shape.h * shape.dtypes.results.itemsize
+    sizes = (shape.dtypes.operands.itemsize,) if rows else shape.logit_sizes
+    return 0 if gradient_bytes % max(sizes) else min(shape.n, gradient_bytes // sum(sizes))
+
+
+def _suits_rows(shape: LinearShape) -> bool:
+    """Whether finished gradient rows are the better thing to keep: they are narrower than logits.
+
+    They are finished token chunk by token chunk, over the whole vocabulary, of which no copy in
+    another dtype may be made. Where the logits of all tokens fit too, two models' are kept: their
+    GEMMs then take all tokens at once.
+    """
+    if shape.dtypes.operands.itemsize >= shape.logit_bytes or shape.casts_weight:
+        return False
+    return shape.reference is None or _kept_tokens(shape, rows=False) < shape.n
+
+
+def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
+    """Tokens, columns and tile columns of a vocabulary chunk within the budget."""
+    dtypes, device = shape.dtypes, shape.device_type
+    aligned, half = per_device(ALIGNED_COLUMNS, device), (shape.vocab_size + 1) // 2
+    free = _left(budget, hidden_sum_bytes(shape), shape)
+    # What a column costs beside its logits is left for the narrowest chunk, if that leaves half.
+    rows_free = max(free // 2, free - MIN_TILE_COLUMNS * _weight_bytes(shape, adds_up=True))
+    chunk = min(per_device(CHUNK_BYTES, device), rows_free)
+    tokens = min(shape.n, max(1, chunk // (MIN_TILE_COLUMNS * row_bytes(shape))))
+    copied = free // MAX_SHARE
+    if hidden_copy_bytes(shape, shape.n) > copied:
+        # As many tokens as columns: the fewer chunks, the fewer copies.
+        square = math.isqrt(chunk // row_bytes(shape))
+        group = min(square, copied // 2 // hidden_copy_bytes(shape, 1))
+        tokens = min(tokens, max(MIN_TILE_COLUMNS, group))
+    free -= hidden_copy_bytes(shape, tokens)
+    weight_bytes = _weight_bytes(shape, adds_up=tokens < shape.n)
+    if not shape.separate_rows:
+        logit = tokens * row_bytes(shape)
+        columns = min(half, chunk // logit, free // (logit + weight_bytes))
+        columns = aligned_size(max(1, columns), aligned)
+        return tokens, columns, columns
+    # Logits pass through a small tile of their own into a chunk of gradient rows.
+    tile_bytes = min(per_device(TILE_BYTES, device), chunk)
+    tile_columns = min(half, tile_bytes // (tokens * shape.logit_bytes))
+    tile_columns = aligned_size(max(1, tile_columns), aligned)
+    left = free - tokens * tile_columns * shape.logit_bytes
+    column_bytes = tokens * dtypes.operands.itemsize + weight_bytes
+    columns = max(tile_columns, min(half, left // column_bytes))
+    return tokens, aligned_size(columns, tile_columns), tile_columns

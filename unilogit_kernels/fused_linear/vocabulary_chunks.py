@@ -1,0 +1,245 @@
+"""Vocabulary chunks: all tokens' logits over a few columns, first statistics, then gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.fused_linear.active_rows import spread
+from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows, multiply
+from unilogit_kernels.fused_linear.plan import Plan
+from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
+from unilogit_kernels.fused_linear.tiles import (
+    Gradients,
+    Heads,
+    column_tiles,
+    empty_state_of,
+    flat_buffer,
+    inside,
+    logit_buffers,
+    longest_of,
+    project_tiles,
+    slices,
+    span_of,
+    take_rows,
+    tile_view,
+    token_groups,
+    weight_tiles,
+)
+from unilogit_kernels.rows.contract import Rows
+
+
+@dataclass(frozen=True)
+class VocabularyLoop:
+    """The visits of the vocabulary order: statistics of all columns, then gradients.
+
+    Attributes:
+        heads: With the tokens that count; the first one learns.
+        rows: Their labels, and the kernels.
+        plan: The cut.
+        kept: What the first visit keeps for the second, if anything.
+        index: Ascending, which of the first visit's tokens these are; None for all of them.
+    """
+
+    heads: Heads
+    rows: Rows
+    plan: Plan
+    kept: Kept | None = None
+    index: Tensor | None = None
+
+    @property
+    def student(self) -> LinearHead:
+        """The head that learns."""
+        return self.heads[0]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.student.hidden.shape[0]
+
+    def select(self, index: Tensor) -> VocabularyLoop:
+        """The loop over some of the tokens, after the first visit saw all of them."""
+        heads = tuple(replace(head, hidden=head.hidden[index]) for head in self.heads)
+        still_kept = int((index < self.plan.kept_tokens).sum())
+        plan = replace(self.plan, kept_tokens=still_kept)
+        return VocabularyLoop(heads, self.rows.at(index), plan, self.kept, index)
+
+    def statistics(self, first_token: int = 0) -> Tensor:
+        """The complete states of the tokens from `first_token` on, `[k, m]`.
+
+        Logits are kept where there is room; otherwise one tile of them exists at a time.
+        """
+        plan, kept = self.plan, self.kept
+        groups = token_groups(self.tokens, plan, start=first_token)
+        tiles = [tile for group in groups for tile in group]
+        if not tiles:
+            return empty_state_of(self.heads, self.rows, slice(0, 0))
+        states = {t.start: empty_state_of(self.heads, self.rows, t) for t in tiles}
+        buffers = logit_buffers(self.heads, longest_of(tiles) * plan.tile_columns)
+        operand_rows = OperandRows(self.heads, longest_of([span_of(group) for group in groups]))
+        for columns in slices(self.rows.vocab_size, plan.columns):
+            weights = weight_tiles(self.heads, columns)
+            for group in groups:
+                together = span_of(group)
+                hidden = operand_rows.at(together)
+                for tokens in group:
+                    place = None if kept is None or kept.finished else kept.place(tokens, columns)
+                    rows, own_rows = self.rows.at(tokens), inside(tokens, together)
+                    own = [x[own_rows] for x in hidden]
+                    for part, here in column_tiles(columns, plan):
+                        logits = [tile_view(buffer, tokens, part) for buffer in buffers]
+                        if place is not None:
+                            logits = [tile[:, here] for tile in place]
+                        project_tiles(self.heads, own, part, [w[here] for w in weights], logits)
+                        rows.update(logits, part.start, states[tokens.start])
+            del weights  # copies in another dtype, if they are: never two chunks of them
+        return torch.cat([*states.values()], dim=1)
+
+    def finish_kept_rows(
+        self, kept: KeptInGradient, slope_of: Callable[[Tensor, slice], Tensor]
+    ) -> Tensor:
+        """States of the kept tokens, whose gradient rows are finished into `kept`.
+
+        They go by token chunks: `slope_of(state, tokens)` needs the statistics of its tokens alone.
+        """
+        heads, plan = self.heads, self.plan
+        vocabulary = slice(0, self.rows.vocab_size)
+        buffers = logit_buffers(heads, plan.row_tokens * self.rows.vocab_size)
+        operand_rows = OperandRows(heads, plan.row_tokens)
+        states = []
+        for tokens in slices(kept.tokens, plan.row_tokens):
+            rows, hidden = self.rows.at(tokens), operand_rows.at(tokens)
+            logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
+            state = empty_state_of(heads, rows, tokens)
+            for part in slices(rows.vocab_size, plan.row_columns):
+                tiles = [z[:, part] for z in logits]
+                project_tiles(heads, hidden, part, weight_tiles(heads, part), tiles)
+                rows.update(tiles, part.start, state)
+            slope = slope_of(state, tokens)
+            for columns in slices(rows.vocab_size, plan.columns):
+                place = kept.place(tokens, columns)
+                assert place is not None
+                tiles = [z[:, columns] for z in logits]
+                rows.gradient(tiles, columns.start, state, slope, place[0])
+            states.append(state)
+        return torch.cat(states, dim=1)
+
+    def gradients(self, state: Tensor, slope: Tensor, gradients: Gradients) -> None:
+        """Write the gradients for a `slope` `[..., n]`: `hidden`'s has a row for each token."""
+        student, plan = self.student, self.plan
+        d_hidden, d_weight, d_bias = gradients
+        dtypes = student.dtypes
+        exact = dtypes.exact
+        groups = token_groups(self.tokens, plan)
+        longest = longest_of([span_of(group) for group in groups])
+        operand_rows = OperandRows(self.heads, longest)
+        scratch, row_scratch = self._gradient_scratch(groups, longest)
+        hidden_sum = d_hidden
+        if d_hidden is not None and d_hidden.dtype != exact:
+            hidden_sum = torch.empty_like(d_hidden, dtype=exact)
+        # Several groups add up in float32, and not where something kept is still to be read.
+        in_gradient = self.kept is not None and self.kept.in_gradient
+        adds_up = len(groups) > 1 and (in_gradient or dtypes.results != exact)
+        for columns in slices(self.rows.vocab_size, plan.columns):
+            weights = weight_tiles(self.heads, columns)
+            weight_sum = None
+            if d_weight is not None:
+                weight_sum = d_weight[columns]
+                if adds_up:
+                    weight_sum = torch.empty_like(weight_sum, dtype=exact)
+            for i, tiles in enumerate(groups):
+                tokens = span_of(tiles)
+                hidden = operand_rows.at(tokens)
+                out = tile_view(row_scratch, tokens, columns)
+                for tile in tiles:
+                    here = inside(tile, tokens)
+                    rows = [x[here] for x in hidden]
+                    self._gradient_rows(
+                        tile, rows, columns, weights, state, slope, scratch, out[here]
+                    )
+                if hidden_sum is not None:
+                    multiply(out, weights[0], hidden_sum[tokens], accumulate=columns.start > 0)
+                if weight_sum is not None:
+                    multiply(out.t(), hidden[0], weight_sum, accumulate=i > 0)
+                if d_bias is not None:
+                    d_bias[columns] += out.sum(0, dtype=exact)
+            if d_weight is not None and weight_sum is not None and adds_up:
+                d_weight[columns] = weight_sum
+            del weights, weight_sum  # as in `statistics`
+        if d_hidden is not None and hidden_sum is not None and hidden_sum is not d_hidden:
+            d_hidden.copy_(hidden_sum)
+
+    def _gradient_scratch(
+        self, groups: list[list[slice]], tokens: int
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """A tile of each head's logits, and a chunk of rows.
+
+        No tile of the learning head's where its logits pass through the rows' memory.
+        """
+        plan, dtypes = self.plan, self.student.dtypes
+        rows = flat_buffer(self.student, tokens * plan.columns, dtypes.operands)
+        longest = longest_of([tile for group in groups for tile in group])
+        through_rows = dtypes.operands == dtypes.logits and plan.tile_columns >= plan.columns
+        own = [] if not through_rows else [None]
+        others = self.heads[len(own) :]
+        return [*own, *logit_buffers(others, longest * plan.tile_columns)], rows
+
+    def _gradient_rows(
+        self,
+        tokens: slice,
+        hidden: list[Tensor],
+        columns: slice,
+        weights: list[Tensor],
+        state: Tensor,
+        slope: Tensor,
+        scratch: list[Tensor | None],
+        out: Tensor,
+    ) -> None:
+        """Gradient rows `[tokens, columns]`: as kept, or from logits kept or projected again."""
+        sources, index = self._kept_tiles(tokens, columns)
+        if sources is not None and self.kept is not None and self.kept.finished:
+            take_rows(sources[0], index, out)
+            return
+        rows = self.rows.at(tokens)
+        state, slope = state[:, tokens].contiguous(), slope[..., tokens].contiguous()
+        for part, here in column_tiles(columns, self.plan):
+            logits = [out if s is None else tile_view(s, tokens, part) for s in scratch]
+            if sources is None:
+                project_tiles(self.heads, hidden, part, [w[here] for w in weights], logits)
+            elif index is None:
+                logits = [source[:, here] for source in sources]
+            else:
+                for source, tile in zip(sources, logits, strict=True):
+                    take_rows(source[:, here], index, tile)
+            rows.gradient(logits, part.start, state, slope, out[:, here])
+
+    def _kept_tiles(
+        self, tokens: slice, columns: slice
+    ) -> tuple[list[Tensor] | None, Tensor | None]:
+        """What is kept of a tile, and which rows of it to take (None for all)."""
+        kept = self.kept
+        if kept is None or (kept.in_gradient and tokens.stop > self.plan.kept_tokens):
+            return None, None
+        if self.index is None:
+            return kept.place(tokens, columns), None
+        return kept.place(slice(0, kept.tokens), columns), self.index[tokens]
+
+
+def _some_gradients(
+    loop: VocabularyLoop, index: Tensor, state: Tensor, slope: Tensor, gradients: Gradients
+) -> None:
+    """Gradients of the rows `index`; those of the others are 0."""
+    hidden = gradients.hidden
+    if index.numel() == 0:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.zero_()
+        return
+    if hidden is not None:
+        gradients = gradients._replace(hidden=hidden[: index.numel()])
+    loop.select(index).gradients(state[:, index], slope[..., index], gradients)
+    if hidden is not None:
+        spread(hidden, index)

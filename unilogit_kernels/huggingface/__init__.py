@@ -1,0 +1,33 @@
+"""A fused loss in the place of a Hugging Face causal LM's logits; needs the extra `unlearn`."""
+
+from unilogit_kernels.huggingface.head import (
+    HeadCall,
+    HeadTransform,
+    UnsupportedHeadError,
+    fused_log_odds,
+    fused_loss,
+    observe_logit_transform,
+    run_head,
+    verify_head,
+)
+from unilogit_kernels.huggingface.two_heads import (
+    frozen_copy,
+    fused_kl_loss,
+    heads_kl_loss,
+    run_two_heads,
+)
+
+__all__ = [
+    "HeadCall",
+    "HeadTransform",
+    "UnsupportedHeadError",
+    "frozen_copy",
+    "fused_kl_loss",
+    "fused_log_odds",
+    "fused_loss",
+    "heads_kl_loss",
+    "observe_logit_transform",
+    "run_head",
+    "run_two_heads",
+    "verify_head",
+]

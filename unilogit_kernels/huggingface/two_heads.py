@@ -1,0 +1,194 @@
+"""Losses against a second, frozen model, without the logits of either.
+
+Both models run, each with something else in the place of its lm_head. The student's forward runs
+inside the teacher's head, which is the one moment where the weights of both heads are certain to be
+there, also where FSDP gathers them for their own module's forward alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unilogit_kernels.functional import shift_labels
+from unilogit_kernels.functional.kl import linear_kl_loss
+from unilogit_kernels.huggingface.head import HeadCall, evaluating, run_head
+from unilogit_kernels.maths.rewrites import Rewrite
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def frozen_copy(model: _Model) -> _Model:
+    """The model as it is now, on its device, in eval mode, with no parameter that learns.
+
+    Args:
+        model: a Hugging Face causal LM, not wrapped. Memory for its weights is taken once more.
+    """
+    reference = copy.deepcopy(model)
+    reference.requires_grad_(False)
+    reference.eval()
+    return reference
+
+
+def run_two_heads(
+    model: nn.Module,
+    reference: nn.Module,
+    compute: Callable[[HeadCall, HeadCall], Tensor],
+    **inputs: Any,
+) -> Tensor:
+    """Run two causal LMs on the same tokens and let `compute` stand in for both lm_heads.
+
+    Args:
+        model: the student, see `fused_loss`.
+        reference: the teacher, run in eval mode and without gradients.
+        compute: from the inputs of the student's head and of the teacher's to a small tensor.
+        inputs: what the models' forwards take. Both are called without labels.
+
+    Returns:
+        What `compute` returned, attached to the student's graph.
+
+    Raises:
+        UnsupportedHeadError: see `fused_loss`, for either model.
+        ValueError: `logits_to_keep` among the inputs.
+    """
+    results: list[Tensor] = []
+    with_gradient = torch.is_grad_enabled()
+
+    def run_student(teacher: HeadCall) -> Tensor:
+        with torch.set_grad_enabled(with_gradient):
+            results.append(run_head(model, lambda student: compute(student, teacher), **inputs))
+        return results[-1]
+
+    with torch.no_grad(), evaluating(reference):
+        run_head(reference, run_student, **inputs)
+    return results[0]
+
+
+def heads_kl_loss(
+    student: HeadCall,
+    teacher: HeadCall,
+    labels: Tensor,
+    *,
+    rows: slice = slice(None),
+    **options: Any,
+) -> Tensor:
+    """`linear_kl_loss` of the sequences `rows`.
+
+    Args:
+        student: the inputs of the head that learns.
+        teacher: those of the other.
+        labels: int64 `[B', T]`, as Hugging Face takes them: not shifted; -100 does not count.
+        rows: which of the B sequences the labels belong to.
+        options: `rewrite`, `direction`, `temperature`, `reduction`, `token_weights` (aligned with
+            `labels`), `num_items_in_batch`, `ignore_index`, `backend`; `vocab_size`, the number of
+            tokens that are real, if the two models pad their vocabularies differently.
+
+    Returns:
+        A scalar, or `[B', T]` for `reduction="none"`: position t is about token t + 1.
+
+    Raises:
+        ValueError: the models' vocabularies differ in size and no `vocab_size` is given.
+    """
+    if options.get("token_weights") is not None:
+        # A weight belongs to the token, as its label does, so it moves with it.
+        options["token_weights"] = nn.functional.pad(options["token_weights"][..., 1:], (0, 1))
+    sizes = student.transform.vocab_size, teacher.transform.vocab_size
+    vocab_size = options.pop("vocab_size", None)
+    if vocab_size is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the models' logits have {sizes[0]} and {sizes[1]} columns; if both share a tokenizer "
+            "and pad it differently, pass the number of real tokens as vocab_size"
+        )
+    return linear_kl_loss(
+        student.hidden[rows],
+        student.weight,
+        teacher.hidden[rows],
+        teacher.weight,
+        shift_labels(labels, options.get("ignore_index", -100)),
+        bias=student.bias,
+        ref_bias=teacher.bias,
+        softcap=student.transform.softcap,
+        ref_softcap=teacher.transform.softcap,
+        logit_scale=student.transform.logit_scale,
+        ref_logit_scale=teacher.transform.logit_scale,
+        vocab_size=sizes[0] if vocab_size is None else vocab_size,
+        **options,
+    )
+
+
+def fused_kl_loss(
+    model: nn.Module,
+    reference: nn.Module,
+    *,
+    labels: Tensor,
+    rewrite: Rewrite | None = None,
+    direction: str = "forward",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """The divergence of a causal LM from a frozen one, without the `[B, T, V]` logits of either.
+
+    Args:
+        model: a Hugging Face causal LM, also wrapped by DDP, FSDP2, accelerate or peft.
+        reference: the teacher, with the same tokenizer; its size may differ. It runs in eval mode
+            and gets no gradient: see `frozen_copy`.
+        labels: int64 `[B, T]`, not shifted: usually `input_ids` with prompt and padding set to
+            `ignore_index`.
+        rewrite: of the teacher's label entry: `Shift(gamma)`, `Uniform()`, `Mask()` or None.
+        direction: `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
+        temperature: divides both models' logits.
+        ignore_index: label of tokens that do not count.
+        reduction: `"mean"` over the counted tokens, `"sum"` or `"none"`.
+        token_weights: `[B, T]`, weight of each token's loss, aligned with `labels`.
+        num_items_in_batch: denominator of the mean, where it covers several batches.
+        vocab_size: number of real tokens, if the models pad their vocabularies differently.
+        backend: name of a backend, or None for the best available.
+        inputs: what the models' forwards take: `input_ids`, `attention_mask`...
+
+    Returns:
+        A scalar, or `[B, T]` for `reduction="none"`, where position t is the loss of token t + 1.
+
+    Raises:
+        UnsupportedHeadError: see `fused_loss`.
+        ValueError: see `heads_kl_loss`.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> ids = torch.randint(50, (2, 7))
+        >>> loss = fused_kl_loss(model, frozen_copy(model), input_ids=ids, labels=ids)
+        >>> loss.item()
+        0.0
+    """
+
+    def compute(student: HeadCall, teacher: HeadCall) -> Tensor:
+        return heads_kl_loss(
+            student,
+            teacher,
+            labels,
+            rewrite=rewrite,
+            direction=direction,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            vocab_size=vocab_size,
+            backend=backend,
+        )
+
+    return run_two_heads(model, reference, compute, **inputs)

@@ -1,0 +1,218 @@
+"""Rows of logits: what describes them, and the losses of logits that exist as a whole.
+
+`Rows` and `RowLoss` are what the chunk loops see of them: here those of one model's rows, in
+`divergence.pairs` those of two models' rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels
+from unilogit_kernels.backends.registry import sweep_kernels
+from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.objectives import Objective
+from unilogit_kernels.rows.contract import weigh
+from unilogit_kernels.rows.whole import empty_gradient, logits_state
+
+if TYPE_CHECKING:
+    pass
+
+
+class RowProblem(NamedTuple):
+    """What the row kernels need beside the logits.
+
+    Attributes:
+        labels: int64 `[n]`.
+        transform: What the model does to the raw logits.
+        vocab_size: Size of the whole vocabulary, which `log(V - 1)` sees.
+        kernels: The backend.
+        runner_up: Whether to look for the largest logit but the label's.
+    """
+
+    labels: Tensor
+    transform: LogitTransform
+    vocab_size: int
+    kernels: RowKernels
+    runner_up: bool = False
+
+    def at(self, tokens: slice | Tensor) -> RowProblem:
+        """See `Rows.at`."""
+        return self._replace(labels=self.labels[tokens])
+
+    def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Rows.empty_state`; `[3, n]`, or `[4, n]` with the runner-up."""
+        return row_state.empty_state(n, device, dtype, runner_up=self.runner_up)
+
+    def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
+        """See `Rows.update`."""
+        self.kernels.log_odds_update(logits[0], self.labels, first_column, state, self.transform)
+
+    def gradient(
+        self,
+        logits: Sequence[Tensor],
+        first_column: int,
+        state: Tensor,
+        slope: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Rows.gradient`."""
+        self.kernels.log_odds_gradient(
+            logits[0], self.labels, first_column, state, slope, out, self.transform
+        )
+
+    def values(self, state: Tensor) -> Tensor:
+        """The log-odds, `[n]`; and the runner-up's `log p`, `[2, n]` together."""
+        seen = self.statistics(state)
+        return (
+            seen.log_odds
+            if seen.runner_up is None
+            else torch.stack((seen.log_odds, seen.runner_up))
+        )
+
+    def statistics(self, state: Tensor) -> Statistics:
+        """What an objective sees of the rows."""
+        return row_state.statistics(state, self.labels, self.vocab_size)
+
+    def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
+        """The `row_slopes` of an upstream gradient of the values."""
+        if not self.runner_up:
+            return upstream.contiguous()
+        log_odds = row_state.log_odds(state, self.labels, self.vocab_size)
+        return row_state.row_slopes(state, log_odds, Statistics.of(upstream))
+
+
+class Weighted(NamedTuple):
+    """An objective and how its rows are weighted.
+
+    Attributes:
+        objective: `f`.
+        row_weight: `[n]`; 0 drops a row, whatever it holds.
+        factor: 0-d; what the weighted sum of values is multiplied by.
+    """
+
+    objective: Objective
+    row_weight: Tensor
+    factor: Tensor
+
+    def at(self, tokens: slice | Tensor) -> Weighted:
+        """The same for some of the rows."""
+        return self._replace(
+            objective=self.objective.at(tokens), row_weight=self.row_weight[tokens]
+        )
+
+    def slope_weight(self, *, fold_factor: bool) -> Tensor:
+        """What `f'(d_i)` is multiplied by to give the slope of row i, `[n]`."""
+        return self.row_weight * self.factor if fold_factor else self.row_weight
+
+
+class ObjectiveLoss(NamedTuple):
+    """`RowLoss` of an objective of one model's log-odds.
+
+    Attributes:
+        rows: The rows.
+        weighted: The objective, with weights.
+    """
+
+    rows: RowProblem
+    weighted: Weighted
+
+    @property
+    def row_weight(self) -> Tensor:
+        """See `RowLoss`."""
+        return self.weighted.row_weight
+
+    @property
+    def factor(self) -> Tensor:
+        """See `RowLoss`."""
+        return self.weighted.factor
+
+    @property
+    def coupled(self) -> bool:
+        """See `RowLoss`."""
+        return self.weighted.objective.coupled
+
+    @property
+    def runner_up(self) -> bool:
+        """See `RowLoss`."""
+        return self.rows.runner_up
+
+    def at(self, tokens: slice | Tensor) -> ObjectiveLoss:
+        """See `RowLoss.at`."""
+        return ObjectiveLoss(self.rows.at(tokens), self.weighted.at(tokens))
+
+    def values(self, state: Tensor) -> Tensor:
+        """See `RowLoss.values`."""
+        return self.weighted.objective.evaluate(self.rows.statistics(state), self.rows.vocab_size)
+
+    def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
+        """See `RowLoss.slope`."""
+        weight, seen = (
+            self.weighted.slope_weight(fold_factor=fold_factor),
+            self.rows.statistics(state),
+        )
+        return weighted_slopes(self.weighted.objective, state, seen, weight, self.rows.vocab_size)
+
+    def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
+        """See `RowLoss.finish`."""
+        return finish_rows(logits[0], self.rows, self.weighted, out, fold_factor=fold_factor)
+
+    def sizes(self, gradient_rows: Tensor) -> Tensor | None:
+        """A row's slope is its gradient at the label's column.
+
+        Unless a softcap is flat there, or the runner-up has a slope of its own.
+        """
+        if self.rows.transform.softcap or self.runner_up:
+            return None
+        column = self.rows.labels.clamp(0, gradient_rows.shape[1] - 1)[:, None]
+        return gradient_rows.gather(1, column)[:, 0].abs().float()
+
+
+def logits_objective(
+    logits: Tensor, rows: RowProblem, weighted: Weighted, *, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted losses `[n]`, and the gradient `[n, V]`: without the factor if that is float16."""
+    out = empty_gradient(logits, rows.vocab_size) if needs_gradient else None
+    real = slice(0, rows.vocab_size)
+    values = finish_rows(
+        logits[:, real],
+        rows,
+        weighted,
+        None if out is None else out[:, real],
+        fold_factor=logits.dtype != torch.float16,
+    )
+    return weigh(weighted.row_weight, values), out
+
+
+def finish_rows(
+    logits: Tensor, rows: RowProblem, weighted: Weighted, out: Tensor | None, *, fold_factor: bool
+) -> Tensor:
+    """Values `f` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`."""
+    kernels, objective = rows.kernels, weighted.objective
+    slope_weight = weighted.slope_weight(fold_factor=fold_factor)
+    sweep = sweep_kernels(kernels)
+    if sweep is not None and objective.name in sweep.swept_objectives:
+        return sweep.log_odds_sweep(
+            logits, rows.labels, slope_weight, objective.name, rows.vocab_size, out, rows.transform
+        )
+    state = logits_state([logits], rows)
+    seen = rows.statistics(state)
+    if out is not None:
+        slope = weighted_slopes(objective, state, seen, slope_weight, rows.vocab_size)
+        rows.gradient([logits], 0, state, slope, out)
+    return objective.evaluate(seen, rows.vocab_size)
+
+
+def weighted_slopes(
+    objective: Objective, state: Tensor, seen: Statistics, slope_weight: Tensor, vocab_size: int
+) -> Tensor:
+    """The `row_slopes` of `slope_weight * f`, 0 for a row of weight 0, whatever it holds."""
+    slope = objective.differentiate(seen, vocab_size)
+    by_runner_up = None if slope.runner_up is None else weigh(slope_weight, slope.runner_up)
+    weighted = Statistics(weigh(slope_weight, slope.log_odds), by_runner_up)
+    return row_state.row_slopes(state, seen.log_odds, weighted)

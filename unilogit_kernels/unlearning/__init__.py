@@ -1,0 +1,1 @@
+"""Unlearning with the Hugging Face Trainer: data, methods, runs, evaluation."""
