@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from unilogit_kernels.backends import gpu, registry
 from unilogit_kernels.backends.cuda import geometry, sources
-from unilogit_kernels.backends.cuda.launcher import Argument, launching_through
+from unilogit_kernels.backends.cuda.driver import launching_through
+from unilogit_kernels.backends.cuda.launcher import Argument
 from unilogit_kernels.backends.cuda.sources import Kernel
 
 NVCC = shutil.which("nvcc")

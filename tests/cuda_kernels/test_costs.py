@@ -11,8 +11,8 @@ from cuda_kernels import devices
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda import geometry
+from unilogit_kernels.backends.cuda.driver import launching_through
 from unilogit_kernels.backends.cuda.launch import CudaKernels
-from unilogit_kernels.backends.cuda.launcher import launching_through
 from unilogit_kernels.maths import pair_state, row_state
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)

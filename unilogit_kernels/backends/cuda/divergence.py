@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda import geometry
+from unilogit_kernels.backends.cuda.driver import current
 from unilogit_kernels.backends.cuda.geometry import Shares, factors, strides
-from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.maths import pair_state
 

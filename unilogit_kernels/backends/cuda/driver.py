@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.cuda.launcher import Argument
+from unilogit_kernels.backends.cuda.launcher import Argument, Launcher
 from unilogit_kernels.backends.cuda.loader import Loader, Target
 from unilogit_kernels.backends.cuda.sources import STANDARD, Kernel
 
@@ -128,6 +129,26 @@ class DriverLauncher:
         with torch.cuda.device(device):
             config = LaunchConfig(grid=grid, block=threads)
             launch(torch.cuda.current_stream(device), config, function, *map(_value, arguments))
+
+
+_replaced: list[Launcher] = []
+
+
+def current() -> Launcher:
+    """What kernels are launched through now: the driver, unless a test says otherwise."""
+    if _replaced:
+        return _replaced[-1]
+    return DriverLauncher.shared()
+
+
+@contextmanager
+def launching_through(launcher: Launcher) -> Iterator[None]:
+    """Send every launch inside the block through another launcher, for tests."""
+    _replaced.append(launcher)
+    try:
+        yield
+    finally:
+        _replaced.pop()
 
 
 def _value(argument: Argument) -> Any:

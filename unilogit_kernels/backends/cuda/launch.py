@@ -9,8 +9,8 @@ from torch import Tensor
 
 from unilogit_kernels.backends.contract import OBJECTIVE_IDS, LogitTransform
 from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
+from unilogit_kernels.backends.cuda.driver import current
 from unilogit_kernels.backends.cuda.geometry import TYPES, check
-from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -33,25 +32,3 @@ class Launcher(Protocol):
         device_of: Tensor,
     ) -> None:
         """Run a kernel on the device of a tensor, in order with what torch does there."""
-
-
-_replaced: list[Launcher] = []
-
-
-def current() -> Launcher:
-    """What kernels are launched through now: the driver, unless a test says otherwise."""
-    if _replaced:
-        return _replaced[-1]
-    from unilogit_kernels.backends.cuda.driver import DriverLauncher
-
-    return DriverLauncher.shared()
-
-
-@contextmanager
-def launching_through(launcher: Launcher) -> Iterator[None]:
-    """Send every launch inside the block through another launcher, for tests."""
-    _replaced.append(launcher)
-    try:
-        yield
-    finally:
-        _replaced.pop()
