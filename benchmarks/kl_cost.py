@@ -333,7 +333,6 @@ def markdown(
             device="cuda" if "gpu" in facts else "cpu",
             train_weight=not shape.frozen_head,
             ref_h=case.ref_h,
-            quiet=True,
         )
         lines += [
             "",

@@ -41,9 +41,9 @@ def _gradients(problem: Problem, trained: tuple[int, ...], **options: Any) -> li
 
 def test_the_dtypes() -> None:
     float32 = torch.float32
-    assert GemmDtypes.of(BFLOAT16, "cpu") == (float32, float32, BFLOAT16)
-    assert GemmDtypes.of(BFLOAT16, "cpu", BFLOAT16) == (float32, BFLOAT16, BFLOAT16)
-    assert GemmDtypes.of(BFLOAT16, "cuda") == (BFLOAT16, float32, BFLOAT16)
+    assert GemmDtypes.of(BFLOAT16, "cpu")[:3] == (float32, float32, BFLOAT16)
+    assert GemmDtypes.of(BFLOAT16, "cpu", BFLOAT16)[:3] == (float32, BFLOAT16, BFLOAT16)
+    assert GemmDtypes.of(BFLOAT16, "cuda")[:3] == (BFLOAT16, float32, BFLOAT16)
 
 
 @pytest.mark.parametrize("trained", [(0, 1, 2), (0,), (1,), (0, 2)])

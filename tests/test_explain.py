@@ -72,7 +72,7 @@ def measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, i
 
 def predicted(n: int, h: int, dtype: torch.dtype, **options: Any) -> PlanReport:
     options = {"memory_budget": 4 << 20, **options}
-    return explain_plan(n, h, V, dtype=dtype, device="cpu", quiet=True, **options)
+    return explain_plan(n, h, V, dtype=dtype, device="cpu", **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +82,7 @@ def test_operations_and_peak_are_those_of_the_loops(case: str, dtype: torch.dtyp
     flops, peak = measured(n, h, dtype, **options)
     report = predicted(n, h, dtype, **options)
     assert report.gemm_flops == flops
-    assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
+    assert 0.99 * peak <= report.peak_bytes <= 1.01 * peak
 
 
 @pytest.mark.parametrize("case", PAIR_CASES)
@@ -93,7 +93,7 @@ def test_operations_and_peak_against_a_reference_model(case: str, dtype: torch.d
     flops, peak = measured(n, h, dtype, **options)
     report = predicted(n, h, dtype, **options)
     assert report.gemm_flops == flops
-    assert 0.9 * peak <= report.peak_bytes <= 1.2 * peak
+    assert 0.99 * peak <= report.peak_bytes <= 1.01 * peak
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,7 @@ def test_operations_and_peak_against_a_reference_model(case: str, dtype: torch.d
 )
 def test_a_pair_needs_no_gemm_beyond_its_own(n: int, train_weight: bool, gemms: int) -> None:
     """In bfloat16 on CPU: two heads' logits and the gradients, up to H tokens of a trained head."""
-    report = explain_plan(
-        n, 128, 32_000, device="cpu", ref_h=128, train_weight=train_weight, quiet=True
-    )
+    report = explain_plan(n, 128, 32_000, device="cpu", ref_h=128, train_weight=train_weight)
     assert report.gemms == gemms
     assert report.kept_share == (1.0 if train_weight else 0.0)
 
@@ -111,16 +109,14 @@ def test_a_pair_needs_no_gemm_beyond_its_own(n: int, train_weight: bool, gemms: 
 def test_a_float32_pair_adds_up_where_its_logits_do_not_fit() -> None:
     """Sums in float32 are the gradient itself, so that nothing has to wait in it."""
     orders = [
-        explain_plan(
-            n, 128, 32_000, dtype=torch.float32, device="cpu", ref_h=128, quiet=True
-        ).plan.order
+        explain_plan(n, 128, 32_000, dtype=torch.float32, device="cpu", ref_h=128).plan.order
         for n in (64, 65)
     ]
     assert orders == ["vocabulary_chunks", "token_chunks"]
 
 
-@pytest.mark.parametrize("n", [64, 1024, 8192, 65_536])
-@pytest.mark.parametrize("ref_h", [None, 2048])
+@pytest.mark.parametrize("n", [64, 1024, 16_384])
+@pytest.mark.parametrize("ref_h", [None, 512])
 @pytest.mark.parametrize("train_weight", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -129,16 +125,15 @@ def test_peak_is_within_the_budget(
 ) -> None:
     """Up to what grows with the tokens, where that alone leaves less than it should: sums of the
     hidden states' gradient, and hidden states that are cast."""
-    h = 1024
+    h = 256
     report = explain_plan(
         n,
         h,
-        128_256,
+        32_000,
         dtype=dtype,
         device=device,
         train_weight=train_weight,
         ref_h=ref_h,
-        quiet=True,
     )
     sums = n * h * 4 + n * h * 2 if dtype != torch.float32 and train_weight else 0
     casts = device == "cpu" and dtype == torch.float16
@@ -151,14 +146,14 @@ def test_peak_is_within_the_budget(
 @pytest.mark.parametrize("train_weight", [False, True])
 def test_default_plan_is_near_the_bare_gemms_on_an_h100(train_weight: bool) -> None:
     """Predicted, from the data sheet."""
-    report = explain_plan(8192, 4096, 128_256, train_weight=train_weight, quiet=True)
+    report = explain_plan(8192, 4096, 128_256, train_weight=train_weight)
     assert set(report.predicted_seconds) == set(ACCELERATORS)
     ratio = report.predicted_seconds["H100"] / report.bare_gemm_seconds["H100"]
     assert 1.0 <= ratio <= 1.25
 
 
 def test_same_arguments_same_plan() -> None:
-    reports = [explain_plan(777, 96, 32_000, device="cpu", quiet=True) for _ in range(2)]
+    reports = [explain_plan(777, 96, 32_000, device="cpu") for _ in range(2)]
     assert reports[0] == reports[1]
 
 
@@ -167,10 +162,8 @@ def test_same_arguments_same_plan() -> None:
 def test_cost_is_linear_in_tokens_and_columns(train_weight: bool, device: str) -> None:
     """No quadratic part: launches and operations follow n and V, from 8 k to 64 k tokens."""
     for n, v in ((65_536, 32_768), (8192, 262_144)):
-        small = explain_plan(
-            8192, 1024, 32_768, device=device, train_weight=train_weight, quiet=True
-        )
-        large = explain_plan(n, 1024, v, device=device, train_weight=train_weight, quiet=True)
+        small = explain_plan(8192, 1024, 32_768, device=device, train_weight=train_weight)
+        large = explain_plan(n, 1024, v, device=device, train_weight=train_weight)
         assert large.gemm_flops <= 8 * 1.15 * small.gemm_flops
         assert large.launches <= 8 * 2 * small.launches
 
@@ -178,7 +171,7 @@ def test_cost_is_linear_in_tokens_and_columns(train_weight: bool, device: str) -
 def test_kept_share_grows_with_the_budget() -> None:
     shares = [
         explain_plan(
-            512, 64, 32_000, device="cpu", reduction="none", memory_budget=budget << 20, quiet=True
+            512, 64, 32_000, device="cpu", reduction="none", memory_budget=budget << 20
         ).kept_share
         for budget in (8, 25, 45, 120)
     ]
@@ -188,12 +181,13 @@ def test_kept_share_grows_with_the_budget() -> None:
     assert shares[3] > 0.8
 
 
-def test_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_its_figures_when_printed(capsys: pytest.CaptureFixture[str]) -> None:
     report = explain_plan(8192, 4096, 128_256)
-    printed = capsys.readouterr().out
-    assert printed.strip() == str(report)
-    assert "H100" in printed
-    assert printed.count("predicted") == len(ACCELERATORS)
+    assert capsys.readouterr().out == ""
+    table = str(report)
+    assert f"{report.launches:,} launches" in table
+    assert f"{report.gemms:.2f} x 2nhV" in table
+    assert table.count("predicted") == len(ACCELERATORS)
 
 
 def test_errors() -> None:
@@ -204,6 +198,4 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="ref_h must be at least 1"):
         explain_plan(5, 4, 10, ref_h=0)
     with pytest.raises(TypeError, match="logits_dtype must be the operands' dtype"):
-        explain_plan(
-            5, 4, 10, ref_h=4, ref_dtype=torch.float16, logits_dtype=torch.bfloat16, quiet=True
-        )
+        explain_plan(5, 4, 10, ref_h=4, ref_dtype=torch.float16, logits_dtype=torch.bfloat16)

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss, unilogit_loss
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear import compaction, token_chunks, vocabulary_chunks
+from unilogit_kernels.fused_linear import compaction
 from unilogit_kernels.fused_linear.budget import LinearOptions, LinearShape
-from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs, multiply
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
 from unilogit_kernels.fused_linear.saved import KeptInGradient, KeptLogits
@@ -180,15 +180,18 @@ class TestGpuBranch:
         plan = plan_linear(LinearShape(n, h, v, dtypes, dtype, "cuda", needs), visits=2)
         products: list[tuple[torch.dtype, torch.dtype]] = []
 
-        def watched(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        multiply = GemmDtypes.multiply
+
+        def watched(
+            chosen: GemmDtypes, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False
+        ) -> None:
             assert a.dtype == b.dtype == dtypes.operands
             assert a.shape[1] == b.shape[0]
             assert out.shape == (a.shape[0], b.shape[1])
             products.append((a.dtype, out.dtype))
-            multiply(a, b, out, accumulate=accumulate)
+            multiply(chosen, a, b, out, accumulate=accumulate)
 
-        monkeypatch.setattr(token_chunks, "multiply", watched)
-        monkeypatch.setattr(vocabulary_chunks, "multiply", watched)
+        monkeypatch.setattr(GemmDtypes, "multiply", watched)
         with FakeTensorMode():
             hidden = torch.empty(n, h, dtype=dtype, device="meta")
             weight = torch.empty(v, h, dtype=dtype, device="meta")

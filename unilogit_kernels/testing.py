@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from unilogit_kernels import ops
 from unilogit_kernels.backends.registry import forced as force_backend
+from unilogit_kernels.fused_linear.recorder import LiveMemory, elements_of, storages_of
 
 __all__ = [
     "AllocationGuard",
@@ -127,9 +125,17 @@ class AllocationGuard(TorchDispatchMode):
     def __init__(self, forbidden_elements: int | None = None) -> None:
         super().__init__()
         self.forbidden_elements = forbidden_elements
-        self.largest = 0
-        self.peak_bytes = 0
-        self._live: dict[int, int] = {}
+        self._memory = LiveMemory()
+
+    @property
+    def largest(self) -> int:
+        """See above."""
+        return self._memory.largest
+
+    @property
+    def peak_bytes(self) -> int:
+        """See above."""
+        return self._memory.peak_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -139,29 +145,16 @@ class AllocationGuard(TorchDispatchMode):
         if implementation is not None:
             with self:
                 return implementation(*args, **(kwargs or {}))
-        before = {id(leaf.untyped_storage()) for leaf in _tensors(args, kwargs)}
+        given = storages_of(args, kwargs)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if id(storage) not in before and id(storage) not in self._live:
-                self._record(storage, tensor)
+        for tensor in self._memory.follow(result, given):
+            elements = elements_of(tensor.untyped_storage(), tensor)
+            if self.forbidden_elements is not None and elements >= self.forbidden_elements:
+                raise AssertionError(
+                    f"a tensor of {elements} elements was allocated, shape {list(tensor.shape)}; "
+                    f"{self.forbidden_elements} are forbidden"
+                )
         return result
-
-    def _record(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
-        elements = storage.nbytes() // tensor.element_size()
-        if self.forbidden_elements is not None and elements >= self.forbidden_elements:
-            raise AssertionError(
-                f"a tensor of {elements} elements was allocated, shape {list(tensor.shape)}; "
-                f"{self.forbidden_elements} are forbidden"
-            )
-        self.largest = max(self.largest, elements)
-        self._live[id(storage)] = storage.nbytes()
-        weakref.finalize(storage, self._live.pop, id(storage), None)
-        self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
-
-
-def _tensors(*trees: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True)

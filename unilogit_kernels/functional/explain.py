@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from unilogit_kernels.calls import validation
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
-from unilogit_kernels.fused_linear.cost import Costs, Launch, gemm
+from unilogit_kernels.fused_linear.cost import Costs, loss_costs, recomputing_costs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.plan import Plan, keep_capacity, plan_keeping, plan_linear
+from unilogit_kernels.fused_linear.recorder import Launch, Read
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Accelerator:
     def seconds(self, launch: Launch, dtype: torch.dtype) -> float:
         """Roofline time: whichever takes longer, operations or bytes."""
         rate = self.half_flops if dtype.itemsize == 2 else self.float32_flops
-        return max(launch.flops / rate, launch.bytes / self.bandwidth)
+        return max(launch.flops / rate, launch.moved(self.cache_bytes) / self.bandwidth)
 
 
 ACCELERATORS = {
@@ -48,7 +51,7 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `explain_plan` finds. Printing it gives a table.
+    """What `explain_plan` finds; `print` and notebooks show it as a table.
 
     Attributes:
         title: The call.
@@ -101,6 +104,10 @@ class PlanReport:
             )
         return "\n".join(lines)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows."""
+        printer.text(str(self))
+
 
 def explain_plan(
     n: int,
@@ -117,7 +124,6 @@ def explain_plan(
     logits_dtype: torch.dtype | None = None,
     ref_h: int | None = None,
     ref_dtype: torch.dtype | None = None,
-    quiet: bool = False,
 ) -> PlanReport:
     """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
 
@@ -139,10 +145,9 @@ def explain_plan(
         ref_h: The reference model's hidden size, for a call of `linear_kl_loss`; None for a loss of
             one model.
         ref_dtype: Of its hidden states and lm_head; default: `dtype`.
-        quiet: Do not print.
 
     Returns:
-        The report, which is printed too. For `reduction="none"` it adds forward and backward up.
+        The report. For `reduction="none"` it adds forward and backward up.
 
     Raises:
         ValueError: A size or option does not fit.
@@ -150,7 +155,7 @@ def explain_plan(
 
     Example:
         >>> report = explain_plan(8192, 4096, 128_256, train_weight=False)
-        ... # doctest: +ELLIPSIS
+        >>> print(report)  # doctest: +ELLIPSIS
         8,192 tokens x 4,096 x 128,256, torch.bfloat16 on cuda, trains hidden states
           order            token chunks
         ...
@@ -176,72 +181,57 @@ def explain_plan(
             f"reduction must be one of {', '.join(validation.REDUCTIONS)}, got {reduction!r}"
         )
     calls = _recomputing(shape, options) if reduction == "none" else _finished(shape, options)
-    report = _report(shape, calls)
-    if not quiet:
-        print(report)
-    return report
+    return _report(shape, calls)
 
 
 def _finished(shape: LinearShape, options: LinearOptions) -> list[Costs]:
-    plan = plan_linear(shape, options, visits=2)
-    return [Costs(shape, plan, gradients=shape.needs.any())]
+    return [loss_costs(shape, plan_linear(shape, options, visits=2))]
 
 
 def _recomputing(shape: LinearShape, options: LinearOptions) -> list[Costs]:
     everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
-    kept = keep_capacity(everything, options) if shape.needs.any() else 0
-    forward_shape = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
-    forward = plan_linear(forward_shape, options, visits=1)
-    if kept:
-        forward = plan_keeping(shape, options, shape.n)
-    calls = [Costs(forward_shape, forward, gradients=False, kept_logits=kept)]
-    if shape.needs.any():
-        backward = plan_linear(shape, options, visits=1)
-        if kept:
-            backward = forward
-        calls.append(Costs(shape, backward, statistics=False, kept_logits=kept))
-    return calls
+    saved = keep_capacity(everything, options) if shape.needs.any() else 0
+    nothing = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
+    forward = plan_linear(nothing, options, visits=1)
+    backward = plan_linear(shape, options, visits=1) if shape.needs.any() else None
+    if saved:
+        forward = backward = plan_keeping(shape, options, shape.n)
+    return recomputing_costs(shape, forward, backward, saved)
 
 
 def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
-    launches = [launch for call in calls for launch in call.launches()]
-    flops = sum(launch.flops for launch in launches)
+    plan, flops = calls[-1].plan, sum(call.flops for call in calls)
     unit = 2 * shape.n * shape.h * shape.vocab_size
-    projected = sum(launch.flops for launch in launches if launch.name == "logits")
+    projected = flops - unit * (shape.needs.hidden + shape.needs.weight)
     once = 2 * shape.n * shape.vocab_size * sum(head.h for head in shape.heads)
-    visits = 2 if shape.needs.any() and calls[-1].plan.order == "vocabulary_chunks" else 1
+    passes = 2 if shape.needs.any() and plan.order == "vocabulary_chunks" else 1
     whole = [_whole_gemm(shape, head) for head in shape.heads]
     whole += (shape.needs.hidden + shape.needs.weight) * whole[:1]
+    launches = [launch for call in calls for launch in call.launches]
     predicted, bare = {}, {}
     if shape.device_type == "cuda":
         for name, gpu in ACCELERATORS.items():
-            predicted[name] = _seconds(calls, gpu)
+            on_device = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in launches)
+            predicted[name] = max(on_device, len(launches) * gpu.launch_seconds)
             bare[name] = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in whole)
     return PlanReport(
         title=_title(shape),
-        plan=calls[-1].plan,
+        plan=plan,
         gemms=flops / unit,
         gemm_flops=flops,
-        moved_bytes=sum(launch.bytes for launch in launches),
+        moved_bytes=sum(call.moved() for call in calls),
         launches=len(launches),
-        peak_bytes=max(call.peak_bytes() for call in calls),
-        kept_share=visits - projected / once,
+        peak_bytes=max(call.peak_bytes for call in calls),
+        kept_share=passes - projected / once,
         predicted_seconds=predicted,
         bare_gemm_seconds=bare,
     )
 
 
-def _seconds(calls: list[Costs], gpu: Accelerator) -> float:
-    dtype = calls[0].shape.dtypes.operands
-    launches = [launch for call in calls for launch in call.launches(gpu.cache_bytes)]
-    on_device = sum(gpu.seconds(launch, dtype) for launch in launches)
-    return max(on_device, len(launches) * gpu.launch_seconds)
-
-
 def _whole_gemm(shape: LinearShape, head: HeadShape) -> Launch:
     """A matrix product of a head in one piece: n x h, h x V and n x V, each moved once."""
-    operands = head.dtypes.operands
-    return gemm("bare", shape.n, shape.vocab_size, head.h, operands, operands.itemsize)
+    n, v, h, size = shape.n, shape.vocab_size, head.h, head.dtypes.operands.itemsize
+    return Launch("bare", 2 * n * v * h, size * n * v, (Read(size * (n + v) * h, math.inf),))
 
 
 def _title(shape: LinearShape) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs, writes_wider
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 
 MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Default bytes that the buffers of one fused linear call may take, by device type."""
@@ -156,7 +156,7 @@ def hidden_sum_bytes(shape: LinearShape) -> int:
 def product_bytes(shape: LinearShape) -> int:
     """Bytes of an entry of a product that is added to a wider sum, where no GEMM can do that."""
     dtypes = shape.dtypes
-    if dtypes.operands == dtypes.exact or writes_wider(shape.device_type):
+    if dtypes.operands == dtypes.exact or dtypes.wider:
         return 0
     return dtypes.operands.itemsize
 

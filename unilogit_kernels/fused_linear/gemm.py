@@ -37,11 +37,13 @@ class GemmDtypes(NamedTuple):
         operands: What the GEMMs read: hidden states, weight and gradient rows.
         logits: What the logits are stored in: float32 wherever the device's GEMM can write it.
         results: What the finished gradients are stored in until the upstream factor is known.
+        wider: Whether a GEMM of 16-bit operands can write float32.
     """
 
     operands: torch.dtype
     logits: torch.dtype
     results: torch.dtype
+    wider: bool = True
 
     @property
     def exact(self) -> torch.dtype:
@@ -69,37 +71,37 @@ class GemmDtypes(NamedTuple):
             device_type: `"cpu"`, `"cuda"`, ...
             logits_dtype: What the caller wants the logits rounded to, or None.
         """
-        on_gpu = device_type == "cuda"
+        on_gpu, wider = device_type == "cuda", writes_wider(device_type)
         if dtype == torch.float16:
-            chosen = GemmDtypes(dtype if on_gpu else torch.float32, torch.float32, torch.float32)
+            operands, logits, results = dtype if on_gpu else torch.float32, *(torch.float32,) * 2
         elif dtype == torch.bfloat16:
             operands = dtype if on_gpu or multiplies_bfloat16() else torch.float32
-            chosen = GemmDtypes(operands, torch.float32 if on_gpu else operands, dtype)
+            logits, results = torch.float32 if on_gpu else operands, dtype
         else:
-            chosen = GemmDtypes(dtype, dtype, dtype)
-        return chosen if logits_dtype is None else chosen._replace(logits=logits_dtype)
+            operands = logits = results = dtype
+        return GemmDtypes(operands, logits_dtype or logits, results, wider)
 
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        """`out = a @ b`, or `out += a @ b`, in `out`'s dtype.
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """`out = a @ b`, or `out += a @ b`, in `out`'s dtype.
-
-    `out` may be wider than the operands. Where the device's GEMM can write that, nothing is rounded
-    on the way; elsewhere the product is rounded to the operands' dtype, and the sum is not.
-    """
-    if out.dtype == a.dtype:
-        if accumulate:
-            torch.addmm(out, a, b, out=out)
+        `out` may be wider than the factors. Where the device's GEMM can write that, nothing is
+        rounded on the way; elsewhere the product is rounded to the factors' dtype, and the sum is
+        not.
+        """
+        if out.dtype == a.dtype:
+            if accumulate:
+                torch.addmm(out, a, b, out=out)
+            else:
+                torch.mm(a, b, out=out)
+        elif self.wider:
+            if accumulate:
+                torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+            else:
+                torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        elif accumulate:
+            out.add_(torch.mm(a, b))
         else:
-            torch.mm(a, b, out=out)
-    elif writes_wider(a.device.type):
-        if accumulate:
-            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-        else:
-            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-    elif accumulate:
-        out.add_(torch.mm(a, b))
-    else:
-        out.copy_(torch.mm(a, b))
+            out.copy_(torch.mm(a, b))
 
 
 def writes_wider(device_type: str) -> bool:
@@ -146,12 +148,12 @@ class LinearHead:
             torch.addmm(bias, hidden, weight.t(), out=out)
             return
         exact = self.dtypes.exact
-        if out.dtype == exact != hidden.dtype and not writes_wider(hidden.device.type):
+        if out.dtype == exact != hidden.dtype and not self.dtypes.wider:
             hidden, weight = hidden.to(exact), weight.to(exact)
         logits = out
         if out.dtype.itemsize < hidden.dtype.itemsize:
             logits = torch.empty_like(out, dtype=hidden.dtype)
-        multiply(hidden, weight.t(), logits)
+        self.dtypes.multiply(hidden, weight.t(), logits)
         if self.bias is not None:
             logits.add_(self.bias[columns])
         if logits is not out:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
-from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows, multiply
+from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.tiles import slices, tile_view
 from unilogit_kernels.maths import row_state
@@ -86,7 +86,7 @@ def _sum_rest(
         _take_labels(out, rows.labels - columns.start, label_entry)
         if columns.start:
             total.mul_(row_state.rest_share(before, state)[:, None])
-        multiply(out, weight, total, accumulate=columns.start > 0)
+        dtypes.multiply(out, weight, total, accumulate=columns.start > 0)
         del weight  # which may be a copy, before the next one is made
     return state, label_entry
 

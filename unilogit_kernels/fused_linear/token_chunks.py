@@ -10,7 +10,7 @@ from torch import Tensor
 from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.fused_linear.active_rows import gather_in_place, spread, worthwhile_index
 from unilogit_kernels.fused_linear.budget import LinearOptions
-from unilogit_kernels.fused_linear.gemm import OperandRows, multiply
+from unilogit_kernels.fused_linear.gemm import OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.tiles import (
     Gradients,
@@ -64,11 +64,11 @@ def by_tokens(
             out, own = gather_in_place(out, index), own[index]
         if gradients.hidden is not None:
             d_hidden = gradients.hidden[tokens]
-            multiply(out, weights[0], d_hidden[: out.shape[0]])
+            dtypes.multiply(out, weights[0], d_hidden[: out.shape[0]])
             if index is not None:
                 spread(d_hidden, index)
         if weight_sum is not None:
-            multiply(out.t(), own, weight_sum, accumulate=tokens.start > 0)
+            dtypes.multiply(out.t(), own, weight_sum, accumulate=tokens.start > 0)
         if gradients.bias is not None:
             gradients.bias[vocabulary] += out.sum(0, dtype=dtypes.exact)
     if d_weight is not None and weight_sum is not None and weight_sum is not d_weight:

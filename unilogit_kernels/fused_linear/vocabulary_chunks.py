@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.fused_linear.active_rows import spread
-from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows, multiply
+from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
 from unilogit_kernels.fused_linear.tiles import (
@@ -161,9 +161,11 @@ class VocabularyLoop:
                         tile, rows, columns, weights, state, slope, scratch, out[here]
                     )
                 if hidden_sum is not None:
-                    multiply(out, weights[0], hidden_sum[tokens], accumulate=columns.start > 0)
+                    dtypes.multiply(
+                        out, weights[0], hidden_sum[tokens], accumulate=columns.start > 0
+                    )
                 if weight_sum is not None:
-                    multiply(out.t(), hidden[0], weight_sum, accumulate=i > 0)
+                    dtypes.multiply(out.t(), hidden[0], weight_sum, accumulate=i > 0)
                 if d_bias is not None:
                     d_bias[columns] += out.sum(0, dtype=exact)
             if d_weight is not None and weight_sum is not None and adds_up:
