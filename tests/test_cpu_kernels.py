@@ -30,7 +30,7 @@ CANARY = 1234.0
 """Fills what lies around a tensor; exact in every dtype."""
 
 STREAM_BYTES = 4 << 20
-"""Outputs from this size on bypass the cache: `kStreamBytes` of `csrc/cpu/library.cpp`."""
+"""Outputs from this size on bypass the cache: `kStreamBytes` of `csrc/cpu/rows.h`."""
 
 
 @pytest.fixture(autouse=True)
