@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unilogit_kernels import objective_loss, objectives
-from unilogit_kernels.backends.contract import OBJECTIVE_IDS, DivergenceKernels, LogitTransform
+from unilogit_kernels.backends.contract import DivergenceKernels, LogitTransform
 from unilogit_kernels.backends.cpu.kernels import CpuKernels
 from unilogit_kernels.backends.eager import EagerKernels
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.maths import pair_state, row_state
 from unilogit_kernels.testing import assert_within_budget
 
@@ -32,7 +33,7 @@ CANARY = 1234.0
 """Fills what lies around a tensor; exact in every dtype."""
 
 STREAM_BYTES = 4 << 20
-"""Outputs from this size on bypass the cache: `kStreamBytes` of `csrc/cpu/library.cpp`."""
+"""Outputs from this size on bypass the cache: `kStreamBytes` of `csrc/cpu/rows.h`."""
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,10 @@ from ptxsim import Schedule
 from torch import Tensor
 
 from cuda_kernels import devices
-from unilogit_kernels.backends.contract import OBJECTIVE_IDS, LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.launch import CudaKernels, scale_
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)

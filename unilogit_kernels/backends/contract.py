@@ -10,14 +10,6 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-OBJECTIVE_IDS = {
-    "unilogit": 0,
-    "unilogit_forward": 1,
-    "cross_entropy": 2,
-    "gradient_ascent": 3,
-}
-"""The objectives that the library itself knows: `UnilogitObjective` of `csrc/cpu/api.h`."""
-
 
 class LogitTransform(NamedTuple):
     """What a model does to the output of its lm_head: `z = softcap * tanh(scale * x / softcap)`.

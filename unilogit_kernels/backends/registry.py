@@ -20,6 +20,7 @@ from unilogit_kernels.backends.contract import (
     ScaleKernels,
     SweepKernels,
 )
+from unilogit_kernels.backends.ids import DTYPE_IDS
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 """Every backend there is, whether it can run here or not."""
@@ -121,9 +122,7 @@ def forced(name: str) -> Iterator[None]:
 
 _DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    **dict.fromkeys(("cpu", "triton", "cuda"), tuple(DTYPE_IDS)),
 }
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

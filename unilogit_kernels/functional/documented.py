@@ -80,8 +80,11 @@ def documented(function: _Documented) -> _Documented:
     sections["Args"] = _written({n: given.get(n, PARAMETERS.get(n, "")) for n in names})
     sections["Raises"] = _written(RAISES | _entries(sections.get("Raises", "")))
     order = ["", "Args", "Returns", "Raises", "Example"]
-    parts = [name and f"{name}:\n{sections[name]}" or sections[name] for name in order
-             if name in sections]
+    parts = [
+        (name and f"{name}:\n{sections[name]}") or sections[name]
+        for name in order
+        if name in sections
+    ]
     function.__doc__ = "\n\n".join(parts) + "\n"
     return function
 

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import OBJECTIVE_IDS, LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
 from unilogit_kernels.fused_linear.gemm import LinearHead
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state

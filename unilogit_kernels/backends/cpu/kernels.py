@@ -8,18 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import OBJECTIVE_IDS, LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cpu.library import OUT_OF_MEMORY, Matrix, Transform, load_library
+from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
 
-_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
 _STUDENT_IDS = {"a": 0, "b": 1}
+"""`kUnilogitStudentIsA` of `csrc/cpu/api.h`, or another."""
 
 
 def _matrix(tensor: Tensor, name: str) -> Matrix:
-    type_id = _TYPE_IDS.get(tensor.dtype)
+    type_id = DTYPE_IDS.get(tensor.dtype)
     if type_id is None:
         raise TypeError(
             f"{name} is {tensor.dtype}; the CPU kernels take float32, bfloat16 and float16 "

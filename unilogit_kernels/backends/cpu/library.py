@@ -25,6 +25,7 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
 """What the library is compiled for, best first."""
 
 OUT_OF_MEMORY, _UNSUPPORTED = 1, 2
+"""Of `UnilogitStatus` of `csrc/cpu/api.h`."""
 
 
 class Matrix(ctypes.Structure):
