@@ -18,7 +18,7 @@ import torch
 from unilogit_kernels.backends import LogitTransform, cpu
 
 API = Path(__file__).resolve().parent.parent / "csrc/cpu/api.h"
-INTERFACE, INTERFACE_DIGEST = cpu._INTERFACE, "e3201ae9"
+INTERFACE, INTERFACE_DIGEST = cpu._INTERFACE, "84d2fd45"
 """The number in use, and what it stands for: the header without comments and spaces."""
 
 
@@ -133,7 +133,7 @@ def test_interface_has_a_number_of_its_own() -> None:
     header = API.read_text()
     (number,) = re.findall(r"#define UNILOGIT_INTERFACE (\d+)", header)
     assert int(number) == INTERFACE
-    code = re.sub(r"\s+", " ", re.sub(r"//.*", "", header))
+    code = "".join(re.sub(r"//.*", "", header).split())
     found = hashlib.sha256(code.encode()).hexdigest()[:8]
     assert found == INTERFACE_DIGEST, (
         f"api.h has changed: give UNILOGIT_INTERFACE and cpu._INTERFACE the next number if a "
