@@ -51,13 +51,14 @@ enum UnilogitStatus : std::int32_t {
 
 std::int32_t unilogit_interface(void);
 
-// Selects "avx512bf16", "avx512", "avx2" or "baseline"; the empty string means the best one of this machine.
+// Selects "avx512bf16", "avx512", "avx2" or "baseline"; the empty string means the best one of this
+// machine.
 std::int32_t unilogit_select_instruction_set(const char* name);
 const char* unilogit_instruction_set(void);
 
 // Folds the columns of `logits` into `state` (max, sum, target: rows `state_stride` apart). With
-// `runner_up`, its fourth row holds the column of the maximum, of equal ones the lowest, as the bits
-// of an int32.
+// `runner_up`, its fourth row holds the column of the maximum, of equal ones the lowest, as the
+// bits of an int32.
 std::int32_t unilogit_log_odds_update(const UnilogitMatrix* logits, const std::int64_t* labels,
                                       std::int64_t first_column, float* state,
                                       std::int64_t state_stride, std::int32_t runner_up,
@@ -72,11 +73,13 @@ std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const std:
                                         std::int64_t slope_stride, const UnilogitMatrix* out,
                                         const UnilogitTransform* transform, std::int32_t threads);
 
-// Statistics, objective and gradient of whole rows; `out` may be null. Rows of weight 0 are not read.
+// Statistics, objective and gradient of whole rows; `out` may be null. Rows of weight 0 are not
+// read.
 std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const std::int64_t* labels,
                                      const float* row_weight, std::int32_t objective,
                                      std::int64_t vocab_size, const UnilogitMatrix* out,
-                                     float* loss, const UnilogitTransform* transform, std::int32_t threads);
+                                     float* loss, const UnilogitTransform* transform,
+                                     std::int32_t threads);
 
 // The student's logits, whose gradient is written, are those of row a.
 constexpr std::int32_t kUnilogitStudentIsA = 0;
@@ -86,21 +89,17 @@ std::int32_t unilogit_divergence_update(const UnilogitMatrix* a, const UnilogitM
                                         const std::int64_t* labels, std::int64_t first_column,
                                         float* state, std::int64_t state_stride,
                                         const UnilogitTransform* a_transform,
-                                        const UnilogitTransform* b_transform,
-                                        std::int32_t threads);
+                                        const UnilogitTransform* b_transform, std::int32_t threads);
 
 // The student's gradient rows from a complete state and coefficients alpha, beta, gamma, at_label:
 //   (exp(a - a_max) (alpha + beta ((a - a_max) - (b - b_max))) + gamma exp(b - b_max)) * dz/dx,
 // at_label * dz/dx at the label. `out` may be the student's logits.
-std::int32_t unilogit_divergence_gradient(const UnilogitMatrix* a, const UnilogitMatrix* b,
-                                          const std::int64_t* labels, std::int64_t first_column,
-                                          const float* state, std::int64_t state_stride,
-                                          const float* coefficients,
-                                          std::int64_t coefficients_stride, std::int32_t student,
-                                          const UnilogitMatrix* out,
-                                          const UnilogitTransform* a_transform,
-                                          const UnilogitTransform* b_transform,
-                                          std::int32_t threads);
+std::int32_t unilogit_divergence_gradient(
+    const UnilogitMatrix* a, const UnilogitMatrix* b, const std::int64_t* labels,
+    std::int64_t first_column, const float* state, std::int64_t state_stride,
+    const float* coefficients, std::int64_t coefficients_stride, std::int32_t student,
+    const UnilogitMatrix* out, const UnilogitTransform* a_transform,
+    const UnilogitTransform* b_transform, std::int32_t threads);
 
 // One read and one non-temporal write of every byte: the floor that the kernels are timed against.
 void unilogit_stream_copy(const void* source, void* destination, std::int64_t bytes,
@@ -150,7 +149,8 @@ struct Part {
   float sum;
 };
 
-// The same of two rows, and their dot product, the sum of exp(a - a_max) ((a - a_max) - (b - b_max)).
+// The same of two rows, and their dot product:
+// the sum of exp(a - a_max) ((a - a_max) - (b - b_max)).
 struct PairPart {
   float a_max;
   float a_sum;
@@ -199,9 +199,9 @@ struct GradientBlock {
 // What an objective needs of the vocabulary, computed once a call.
 struct ObjectiveTerms {
   std::int32_t objective;
-  double inverse_vocab;       // 1 / V
-  double uniform_log_odds;    // u = -log(V - 1)
-  double softplus_uniform;    // softplus(u) = log(V / (V - 1))
+  double inverse_vocab;     // 1 / V
+  double uniform_log_odds;  // u = -log(V - 1)
+  double softplus_uniform;  // softplus(u) = log(V / (V - 1))
 };
 
 struct RowResult {
@@ -215,8 +215,7 @@ struct Kernels {
   // Statistics of a block; its exponentials relative to its own maximum, times the cap's slope,
   // go to `exponentials` (kBlock floats) unless that is null.
   Part (*block_part[kTypes])(const void* x, int64_t stride, int64_t count,
-                             const UnilogitTransform& transform, Label& label,
-                             float* exponentials);
+                             const UnilogitTransform& transform, Label& label, float* exponentials);
   // The same exponentials relative to a given maximum.
   void (*block_exponentials[kTypes])(const void* x, int64_t stride, int64_t count,
                                      const UnilogitTransform& transform, float max, Label& label,

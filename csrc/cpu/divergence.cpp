@@ -1,4 +1,4 @@
-// The two-row kernels: statistics and gradient of KL(P_a || P_b) between rows over the same columns.
+// The two-row kernels: statistics and gradient of KL(P_a || P_b) between rows of the same columns.
 #include <limits>
 
 #include "rows.h"
@@ -12,8 +12,8 @@ struct Side {
   const UnilogitTransform& transform;
 };
 
-// A block of one row, without the label's column: where it lies if it can be read there, else a copy
-// in float32.
+// A block of one row, without the label's column: where it lies if it can be read there, else a
+// copy in float32.
 struct Block {
   alignas(kCacheLine) float z[kBlock];
   alignas(kCacheLine) float cap_slope[kBlock];
@@ -55,8 +55,8 @@ std::int32_t update(const Kernels& kernels, const Side& a, const Side& b, const 
       const int64_t offset = labels[row] - first_column - columns.first;
       a_block.read(kernels, a, row, columns.first, columns.count, offset);
       b_block.read(kernels, b, row, columns.first, columns.count, offset);
-      parts[k] = kernels.pair_part[a_block.type][b_block.type](
-          a_block.data, b_block.data, a_block.padded);
+      parts[k] =
+          kernels.pair_part[a_block.type][b_block.type](a_block.data, b_block.data, a_block.padded);
       // Only the block that holds the label gets here, hence one thread.
       if (offset >= 0 && offset < columns.count) {
         keep_larger(state[kATarget * stride + row], a_block.label.logit);
@@ -143,8 +143,7 @@ using namespace unilogit;
 
 std::int32_t unilogit_divergence_update(const UnilogitMatrix* a, const UnilogitMatrix* b,
                                         const int64_t* labels, int64_t first_column, float* state,
-                                        int64_t state_stride,
-                                        const UnilogitTransform* a_transform,
+                                        int64_t state_stride, const UnilogitTransform* a_transform,
                                         const UnilogitTransform* b_transform,
                                         std::int32_t threads) {
   if (a->rows == 0 || a->columns == 0) return kUnilogitOk;

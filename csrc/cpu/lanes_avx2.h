@@ -79,11 +79,9 @@ inline void put(float* p, Floats a, Floats b) {
 inline __m256i rounded_to_bfloat16(Floats a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(
-      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), is_nan), 16);
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), is_nan), 16);
 }
 
 template <bool kStream>
@@ -95,6 +93,6 @@ inline void put(bfloat16* p, Floats a, Floats b) {
 template <bool kStream>
 inline void put(float16* p, Floats a, Floats b) {
   constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  put_bits<kStream>(
-      p, _mm256_set_m128i(_mm256_cvtps_ph(b, kRounding), _mm256_cvtps_ph(a, kRounding)));
+  put_bits<kStream>(p,
+                    _mm256_set_m128i(_mm256_cvtps_ph(b, kRounding), _mm256_cvtps_ph(a, kRounding)));
 }

@@ -14,8 +14,8 @@ inline Floats load(const bfloat16* p) {
       0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
       8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(
-      0xAAAAAAAA, _mm512_load_si512(kTwice), _mm512_castsi256_si512(bits)));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_load_si512(kTwice),
+                                                            _mm512_castsi256_si512(bits)));
 }
 
 inline Floats load(const float16* p) {
@@ -36,8 +36,8 @@ inline Floats select_less(Floats a, Floats b, Floats yes, Floats no) {
 
 inline Floats copy_sign(Floats magnitude, Floats sign) {
   const __m512i mask = _mm512_set1_epi32(INT32_MIN);
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      mask, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xCA));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(mask, _mm512_castps_si512(sign),
+                                                       _mm512_castps_si512(magnitude), 0xCA));
 }
 
 inline Floats absolute(Floats a) { return _mm512_abs_ps(a); }
@@ -83,8 +83,7 @@ inline void put(bfloat16* p, Floats a, Floats b) {
 inline __m512i rounded_to_bfloat16(Floats a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
 }
@@ -94,9 +93,9 @@ inline void put(bfloat16* p, Floats a, Floats b) {
   alignas(64) static constexpr std::uint16_t kUpperHalves[32] = {
       1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  put_bits<kStream>(p, _mm512_permutex2var_epi16(rounded_to_bfloat16(a),
-                                                 _mm512_load_si512(kUpperHalves),
-                                                 rounded_to_bfloat16(b)));
+  put_bits<kStream>(
+      p, _mm512_permutex2var_epi16(rounded_to_bfloat16(a), _mm512_load_si512(kUpperHalves),
+                                   rounded_to_bfloat16(b)));
 }
 #endif
 

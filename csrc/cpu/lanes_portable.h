@@ -120,8 +120,7 @@ inline void put_halves(void* p, Words a, Words b) {
   const Halves low = __builtin_convertvector(a, Halves);
   const Halves high = __builtin_convertvector(b, Halves);
   using Pair = std::uint16_t __attribute__((vector_size(16)));
-  put_bits<kStream>(
-      p, Pair{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]});
+  put_bits<kStream>(p, Pair{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]});
 }
 
 // Round to nearest even, in the lower half of each lane; NaN stays NaN.

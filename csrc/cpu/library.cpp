@@ -25,7 +25,7 @@ void unilogit_stream_copy(const void* source, void* destination, int64_t bytes,
 void unilogit_populate([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes,
                        [[maybe_unused]] std::int32_t threads) {
 #if defined(__linux__)
-  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, newer than many headers
+  constexpr int kPopulateWrite = 23;            // MADV_POPULATE_WRITE, newer than many headers
   constexpr int64_t kPiece = int64_t{2} << 20;  // a huge page, which two threads must not share
   parallel_for(std::max(threads, 1), divide_up(bytes, kPiece), 1, [&](int64_t piece) {
     const int64_t first = piece * kPiece;

@@ -26,12 +26,10 @@ class Update {
         transform_(transform) {}
 
   std::int32_t run(int threads) {
-    return fold_rows<Part>(
-        logits_, threads,
-        [&](int64_t row, int64_t first, int64_t last, Part* parts) {
-          compute_parts(row, first, last, parts);
-        },
-        [&](int64_t row, Part* parts, int64_t blocks) { merge_into_state(row, parts, blocks); });
+    return fold_rows<Part>(logits_, threads,
+                           [&](int64_t row, int64_t first, int64_t last, Part* parts) {
+      compute_parts(row, first, last, parts);
+    }, [&](int64_t row, Part* parts, int64_t blocks) { merge_into_state(row, parts, blocks); });
   }
 
  private:
@@ -41,8 +39,8 @@ class Update {
       const Columns columns = block_columns(logits_.columns, b);
       Label label{label_column - columns.first, 0.0f, 1.0f};
       parts[b] = kernels_.block_part[logits_.type](element(logits_, row, columns.first),
-                                                   logits_.column_stride, columns.count,
-                                                   transform_, label, nullptr);
+                                                   logits_.column_stride, columns.count, transform_,
+                                                   label, nullptr);
       // Only the block that holds the label gets here, hence one thread.
       if (label.offset >= 0 && label.offset < columns.count) {
         const float target = target_[row];
@@ -196,7 +194,7 @@ class Gradient {
   int64_t first_column_;
   const float* max_;
   const float* sum_;
-  const float* slope_;         // of the rest
+  const float* slope_;  // of the rest
   const float* at_label_;
   const float* at_runner_up_;  // null where the runner-up is as the rest
   const float* runner_up_;     // bits of an int32; null likewise
@@ -224,8 +222,7 @@ std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const int6
                                         int64_t first_column, const float* state,
                                         int64_t state_stride, const float* slope,
                                         int64_t slope_stride, const UnilogitMatrix* out,
-                                        const UnilogitTransform* transform,
-                                        std::int32_t threads) {
+                                        const UnilogitTransform* transform, std::int32_t threads) {
   if (logits->rows == 0 || logits->columns == 0) return kUnilogitOk;
   return Gradient(current_kernels(), *logits, labels, first_column, state, state_stride, slope,
                   slope_stride, *out, *transform)

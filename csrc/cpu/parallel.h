@@ -17,8 +17,8 @@
 
 namespace unilogit {
 
-// While it lives, results below the smallest normal float are 0 on this thread. Next to a row's other
-// entries they are nothing, but a GEMM that reads them takes a microcode assist for each.
+// While it lives, results below the smallest normal float are 0 on this thread. Next to a row's
+// other entries they are nothing, but a GEMM that reads them takes a microcode assist for each.
 class FlushSubnormals {
  public:
 #if defined(__SSE__)

@@ -59,8 +59,8 @@ inline int64_t stage(const T* x, int64_t stride, int64_t count, const UnilogitTr
 // A block that can be read where it lies: whole steps, contiguous, as it is, without the label.
 inline bool is_plain(int64_t stride, int64_t count, const UnilogitTransform& transform,
                      const Label& label) {
-  return stride == 1 && count % kStep == 0 && transform.scale == 1.0f && transform.softcap == 0.0f &&
-         (label.offset < 0 || label.offset >= count);
+  return stride == 1 && count % kStep == 0 && transform.scale == 1.0f &&
+         transform.softcap == 0.0f && (label.offset < 0 || label.offset >= count);
 }
 
 // The largest of many values, kUnit at a time; NaN is left out.
@@ -152,8 +152,8 @@ inline Part part_of(const T* x, int64_t padded, float* exponentials,
 }
 
 template <class T>
-Part block_part(const void* data, int64_t stride, int64_t count,
-                const UnilogitTransform& transform, Label& label, float* exponentials) {
+Part block_part(const void* data, int64_t stride, int64_t count, const UnilogitTransform& transform,
+                Label& label, float* exponentials) {
   const T* x = static_cast<const T*>(data);
   if (is_plain(stride, count, transform, label)) {
     return exponentials != nullptr ? part_of<true>(x, count, exponentials)
@@ -197,8 +197,7 @@ inline void flush(RowWriter& writer) {
 }
 
 template <class Out, bool kStream>
-inline void write_units(RowWriter& writer, const float* exponentials, int64_t count,
-                        float factor) {
+inline void write_units(RowWriter& writer, const float* exponentials, int64_t count, float factor) {
   const Floats factors = broadcast(factor);
   Out* out = static_cast<Out*>(writer.out);
   for (int64_t k = 0; k < count; k += kUnit) {
@@ -274,9 +273,8 @@ Part write_block_and_part(RowWriter& writer, const GradientBlock& block, const v
   if (is_plain(stride, count, transform, label) && writer.stride == 1 && writer.head <= kUnit &&
       count == kBlock && block.count == kBlock && (block.label < 0 || block.label >= kBlock)) {
     const T* x = static_cast<const T*>(data);
-    return writer.stream
-               ? write_while_reading<T, Out, true>(writer, block, x, exponentials)
-               : write_while_reading<T, Out, false>(writer, block, x, exponentials);
+    return writer.stream ? write_while_reading<T, Out, true>(writer, block, x, exponentials)
+                         : write_while_reading<T, Out, false>(writer, block, x, exponentials);
   }
   write_block<Out>(writer, block);
   return block_part<T>(data, stride, count, transform, label, exponentials);

@@ -22,9 +22,8 @@ constexpr float kSixteenthsBias = 0x1.8p19f;
 
 // 2^(k / 16)
 alignas(kCacheLine) constexpr float kSixteenthPowers[16] = {
-    0x1.0p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
-    0x1.306fep+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
-    0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+    0x1.0p+0f,      0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fep+0f,  0x1.3dea64p+0f,
+    0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
     0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
 
 // exp(t) for t <= 72; NaN passes, -inf gives 0. Error <= 2 ulp over [-104, 0], subnormals included
@@ -116,9 +115,9 @@ inline double log_odds(const Part& rest, float target, bool label_exists) {
 inline RowResult evaluate_objective(const ObjectiveTerms& terms, double d) {
   if (d != d) return {kNan, kNan};
   const double tail_exp = std::exp(-std::fabs(d));
-  const double log1p_term = std::log1p(tail_exp);       // softplus(-|d|)
-  const double tail = tail_exp / (1.0 + tail_exp);      // sigmoid(-|d|)
-  const double body = 1.0 / (1.0 + tail_exp);           // sigmoid(|d|)
+  const double log1p_term = std::log1p(tail_exp);   // softplus(-|d|)
+  const double tail = tail_exp / (1.0 + tail_exp);  // sigmoid(-|d|)
+  const double body = 1.0 / (1.0 + tail_exp);       // sigmoid(|d|)
   double value, slope;
   switch (terms.objective) {
     case kUnilogitReverse: {
@@ -133,10 +132,9 @@ inline RowResult evaluate_objective(const ObjectiveTerms& terms, double d) {
       break;
     }
     case kUnilogitForward: {
-      const double linear =
-          d > 0 ? (1.0 - terms.inverse_vocab) * d : -d * terms.inverse_vocab;
-      value = linear + (log1p_term + terms.uniform_log_odds * terms.inverse_vocab -
-                        terms.softplus_uniform);
+      const double linear = d > 0 ? (1.0 - terms.inverse_vocab) * d : -d * terms.inverse_vocab;
+      value = linear +
+              (log1p_term + terms.uniform_log_odds * terms.inverse_vocab - terms.softplus_uniform);
       value = value < 0.0 ? 0.0 : value;
       slope = (d > 0 ? body : tail) - terms.inverse_vocab;
       break;

@@ -68,9 +68,8 @@ inline RowWriter make_writer(const UnilogitMatrix& out, int64_t row, int64_t col
   writer.stream = stream && out.column_stride == 1;
   const auto address = reinterpret_cast<std::uintptr_t>(writer.out);
   const auto misaligned = static_cast<int64_t>(address % static_cast<std::uintptr_t>(kCacheLine));
-  writer.head = writer.stream && misaligned != 0
-                    ? (kCacheLine - misaligned) / element_size(out.type)
-                    : 0;
+  writer.head =
+      writer.stream && misaligned != 0 ? (kCacheLine - misaligned) / element_size(out.type) : 0;
   return writer;
 }
 
@@ -85,7 +84,8 @@ inline int useful_threads(const UnilogitMatrix& logits, int threads) {
 }
 
 // Zeros for a whole row, or for some of its blocks.
-inline void write_zeros(const Kernels& kernels, const UnilogitMatrix& out, int64_t row, bool stream) {
+inline void write_zeros(const Kernels& kernels, const UnilogitMatrix& out, int64_t row,
+                        bool stream) {
   alignas(kCacheLine) static const float zeros[kBlock] = {};
   RowWriter writer = make_writer(out, row, 0, stream);
   const int64_t blocks = divide_up(out.columns, kBlock);
@@ -111,8 +111,9 @@ struct Segments {
   int64_t first_block(int64_t segment) const { return blocks * segment / segments; }
 };
 
-// Statistics of every row: `compute(row, first_block, last_block, parts)` fills in the parts of some
-// of a row's blocks, `merge(row, parts, blocks)` folds all of them, and has room for one part more.
+// Statistics of every row: `compute(row, first_block, last_block, parts)` fills in the parts of
+// some of a row's blocks, `merge(row, parts, blocks)` folds all of them, and has room for one part
+// more.
 template <class Piece, class Compute, class Merge>
 std::int32_t fold_rows(const UnilogitMatrix& logits, int threads, const Compute& compute,
                        const Merge& merge) {

@@ -110,8 +110,8 @@ class Sweep {
         has_pending = finish_row(row, label, row_scratch, pending);
       }
       for (int64_t b = 0; has_pending && b < blocks_; ++b) {
-        kernels_.write_block[out_->type](
-            pending.writer, gradient_block(pending, row_scratch, b, b + 1 == blocks_));
+        kernels_.write_block[out_->type](pending.writer,
+                                         gradient_block(pending, row_scratch, b, b + 1 == blocks_));
       }
     });
   }
@@ -160,13 +160,12 @@ class Sweep {
     const Columns columns = block_columns(logits_.columns, b);
     // Only the thread that meets the label writes to `row_label`, and nobody else reads it.
     Label label{row_label.offset - columns.first, 0.0f, 1.0f};
-    float* exponentials =
-        out_ == nullptr ? nullptr : row_scratch.exponentials + columns.first;
+    float* exponentials = out_ == nullptr ? nullptr : row_scratch.exponentials + columns.first;
     const char* x = element(logits_, row, columns.first);
     row_scratch.parts[b] =
         pending == nullptr
-            ? kernels_.block_part[logits_.type](x, logits_.column_stride, columns.count,
-                                                transform_, label, exponentials)
+            ? kernels_.block_part[logits_.type](x, logits_.column_stride, columns.count, transform_,
+                                                label, exponentials)
             : kernels_.write_block_and_part[logits_.type][out_->type](
                   pending->writer, gradient_block(*pending, row_scratch, b, b + 1 == blocks_), x,
                   logits_.column_stride, columns.count, transform_, label, exponentials);
@@ -203,12 +202,8 @@ class Sweep {
   GradientBlock gradient_block(const PendingRow& pending, const RowScratch& row_scratch, int64_t b,
                                bool last) const {
     const Columns columns = block_columns(logits_.columns, b);
-    return {row_scratch.exponentials + columns.first,
-            columns.count,
-            row_scratch.factors[b],
-            pending.label_column - columns.first,
-            pending.label_value,
-            last};
+    return {row_scratch.exponentials + columns.first, columns.count,       row_scratch.factors[b],
+            pending.label_column - columns.first,     pending.label_value, last};
   }
 
   void skip_row(int64_t row) {

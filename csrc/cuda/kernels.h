@@ -59,14 +59,13 @@ UNILOGIT_DEVICE float target_of(const Matrix<Logits>& row, int label,
 
 // ---- statistics --------------------------------------------------------------------------------
 
-// Folds `v` columns into `state` (`[3, n]`). Where several blocks share a row they leave maximum and
-// sum in `parts` (`[2, n, gridDim.y]`) for merge_parts; a row of weight 0 is then not read. With
-// `kRunnerUp` both have one row more: the column of the maximum, as the bits of an int.
+// Folds `v` columns into `state` (`[3, n]`). Where several blocks share a row they leave maximum
+// and sum in `parts` (`[2, n, gridDim.y]`) for merge_parts; a row of weight 0 is then not read.
+// With `kRunnerUp` both have one row more: the column of the maximum, as the bits of an int.
 template <class Logits, bool kCapped, bool kRunnerUp = false>
 UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
-                            const float* row_weight, float* state, int64 state_stride,
-                            float* parts, int64 first_column, int v,
-                            const Transform<kCapped>& transform) {
+                            const float* row_weight, float* state, int64 state_stride, float* parts,
+                            int64 first_column, int v, const Transform<kCapped>& transform) {
   const int64 row_index = blockIdx.x;
   const Team team = {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   const Matrix<Logits> row = logits.at_row(row_index);
@@ -141,10 +140,10 @@ UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* lab
 
 // `slopes` is `[n]`; with `kRunnerUp` `[3, n]`, see row_state.row_slopes.
 template <class Logits, class Out, bool kCapped, bool kRunnerUp = false>
-UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels,
-                              const float* state, int64 state_stride, const float* slopes,
-                              const Matrix<Out>& out, int64 first_column, int v,
-                              const Transform<kCapped>& transform, int64 slope_stride = 0) {
+UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels, const float* state,
+                              int64 state_stride, const float* slopes, const Matrix<Out>& out,
+                              int64 first_column, int v, const Transform<kCapped>& transform,
+                              int64 slope_stride = 0) {
   const int64 row_index = blockIdx.x;
   const Team team = {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   const Matrix<Logits> row = logits.at_row(row_index);
@@ -214,8 +213,8 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
   if (by == 1.0f) return;
   const int64 member = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64 team = static_cast<int64>(gridDim.x) * blockDim.x;
-  const int beyond = static_cast<int>(reinterpret_cast<address>(values) /
-                                      sizeof(typename T::Stored) % kVector);
+  const int beyond =
+      static_cast<int>(reinterpret_cast<address>(values) / sizeof(typename T::Stored) % kVector);
   const int64 wanted = (kVector - beyond) % kVector;
   const int64 peeled = wanted < count ? wanted : count;
   const int64 vectors = (count - peeled) / kVector;
@@ -243,89 +242,87 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
 #define UNILOGIT_IS_capped true
 #define UNILOGIT_IS_plain false
 
-#define LOG_ODDS_UPDATE(LOGITS, CAP)                                                              \
-  UNILOGIT_GLOBAL log_odds_update_##LOGITS##_##CAP(                                               \
-      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* row_weight,   \
-      float* state, float* parts, unilogit::int64 row_stride, unilogit::int64 column_stride,      \
-      unilogit::int64 state_stride, unilogit::int64 first_column, int v, float scale,             \
-      float softcap) {                                                                            \
-    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP>(                                        \
-        {logits, row_stride, column_stride}, labels, row_weight, state, state_stride, parts,      \
-        first_column, v, {scale, softcap, 1.0f});                                                 \
+#define LOG_ODDS_UPDATE(LOGITS, CAP)                                                               \
+  UNILOGIT_GLOBAL log_odds_update_##LOGITS##_##CAP(                                                \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* row_weight,    \
+      float* state, float* parts, unilogit::int64 row_stride, unilogit::int64 column_stride,       \
+      unilogit::int64 state_stride, unilogit::int64 first_column, int v, float scale,              \
+      float softcap) {                                                                             \
+    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP>(                                         \
+        {logits, row_stride, column_stride}, labels, row_weight, state, state_stride, parts,       \
+        first_column, v, {scale, softcap, 1.0f});                                                  \
   }
 
 // The same with the runner-up.
-#define RUNNER_UP_UPDATE(LOGITS, CAP)                                                             \
-  UNILOGIT_GLOBAL runner_up_update_##LOGITS##_##CAP(                                              \
-      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, float* state,              \
-      float* parts, unilogit::int64 row_stride, unilogit::int64 column_stride,                    \
-      unilogit::int64 state_stride, unilogit::int64 first_column, int v, float scale,             \
-      float softcap) {                                                                            \
-    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP, true>(                                  \
-        {logits, row_stride, column_stride}, labels, nullptr, state, state_stride, parts,         \
-        first_column, v, {scale, softcap, 1.0f});                                                 \
+#define RUNNER_UP_UPDATE(LOGITS, CAP)                                                              \
+  UNILOGIT_GLOBAL runner_up_update_##LOGITS##_##CAP(                                               \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, float* state, float* parts, \
+      unilogit::int64 row_stride, unilogit::int64 column_stride, unilogit::int64 state_stride,     \
+      unilogit::int64 first_column, int v, float scale, float softcap) {                           \
+    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP, true>(                                   \
+        {logits, row_stride, column_stride}, labels, nullptr, state, state_stride, parts,          \
+        first_column, v, {scale, softcap, 1.0f});                                                  \
   }
 
-#define RUNNER_UP_MERGE()                                                                         \
-  UNILOGIT_GLOBAL runner_up_merge(const float* parts, float* state, unilogit::int64 state_stride, \
-                                  int count) {                                                    \
-    unilogit::merge_parts<true>(parts, count, nullptr, nullptr, state, state_stride, nullptr,     \
-                                nullptr, 0, {unilogit::kNoObjective, 0.0f, 0.0f, 0.0f});          \
+#define RUNNER_UP_MERGE()                                                                          \
+  UNILOGIT_GLOBAL runner_up_merge(const float* parts, float* state, unilogit::int64 state_stride,  \
+                                  int count) {                                                     \
+    unilogit::merge_parts<true>(parts, count, nullptr, nullptr, state, state_stride, nullptr,      \
+                                nullptr, 0, {unilogit::kNoObjective, 0.0f, 0.0f, 0.0f});           \
   }
 
-#define RUNNER_UP_GRADIENT(LOGITS, OUT, CAP)                                                      \
-  UNILOGIT_GLOBAL runner_up_gradient_##LOGITS##_##OUT##_##CAP(                                    \
-      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* state,        \
-      const float* slopes, unilogit::OUT::Stored* out, unilogit::int64 row_stride,                \
-      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                              \
-      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                            \
-      unilogit::int64 slope_stride, unilogit::int64 first_column, int v, float scale,             \
-      float softcap, float derivative) {                                                          \
-    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP, true>(                 \
-        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                 \
-        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative},  \
-        slope_stride);                                                                            \
+#define RUNNER_UP_GRADIENT(LOGITS, OUT, CAP)                                                       \
+  UNILOGIT_GLOBAL runner_up_gradient_##LOGITS##_##OUT##_##CAP(                                     \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* state,         \
+      const float* slopes, unilogit::OUT::Stored* out, unilogit::int64 row_stride,                 \
+      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                               \
+      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                             \
+      unilogit::int64 slope_stride, unilogit::int64 first_column, int v, float scale,              \
+      float softcap, float derivative) {                                                           \
+    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP, true>(                  \
+        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                  \
+        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative},   \
+        slope_stride);                                                                             \
   }
 
-#define MERGE_PARTS()                                                                             \
-  UNILOGIT_GLOBAL merge_parts(const float* parts, const unilogit::int64* labels,                  \
-                              const float* row_weight, float* state, float* values,               \
-                              float* slopes, unilogit::int64 state_stride,                        \
-                              unilogit::int64 vocab_size, int count, int objective,               \
-                              float uniform_log_odds, float softplus_uniform,                     \
-                              float inverse_vocab) {                                              \
-    unilogit::merge_parts(parts, count, labels, row_weight, state, state_stride, values, slopes,  \
-                          vocab_size,                                                             \
-                          {objective, uniform_log_odds, softplus_uniform, inverse_vocab});        \
+#define MERGE_PARTS()                                                                              \
+  UNILOGIT_GLOBAL merge_parts(const float* parts, const unilogit::int64* labels,                   \
+                              const float* row_weight, float* state, float* values, float* slopes, \
+                              unilogit::int64 state_stride, unilogit::int64 vocab_size, int count, \
+                              int objective, float uniform_log_odds, float softplus_uniform,       \
+                              float inverse_vocab) {                                               \
+    unilogit::merge_parts(parts, count, labels, row_weight, state, state_stride, values, slopes,   \
+                          vocab_size,                                                              \
+                          {objective, uniform_log_odds, softplus_uniform, inverse_vocab});         \
   }
 
-#define LOG_ODDS_GRADIENT(LOGITS, OUT, CAP)                                                       \
-  UNILOGIT_GLOBAL log_odds_gradient_##LOGITS##_##OUT##_##CAP(                                     \
-      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* state,        \
-      const float* slopes, unilogit::OUT::Stored* out, unilogit::int64 row_stride,                \
-      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                              \
-      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                            \
-      unilogit::int64 first_column, int v, float scale, float softcap, float derivative) {        \
-    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>(                       \
-        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                 \
-        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative}); \
+#define LOG_ODDS_GRADIENT(LOGITS, OUT, CAP)                                                        \
+  UNILOGIT_GLOBAL log_odds_gradient_##LOGITS##_##OUT##_##CAP(                                      \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* state,         \
+      const float* slopes, unilogit::OUT::Stored* out, unilogit::int64 row_stride,                 \
+      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                               \
+      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                             \
+      unilogit::int64 first_column, int v, float scale, float softcap, float derivative) {         \
+    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>(                        \
+        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                  \
+        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative});  \
   }
 
-#define LOG_ODDS_SWEEP(LOGITS, OUT, CAP)                                                          \
-  UNILOGIT_GLOBAL log_odds_sweep_##LOGITS##_##OUT##_##CAP(                                        \
-      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* row_weight,   \
-      unilogit::OUT::Stored* out, float* values, unilogit::int64 row_stride,                      \
-      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                              \
-      unilogit::int64 out_column_stride, int v, int objective, float scale, float softcap,        \
-      float derivative, float uniform_log_odds, float softplus_uniform, float inverse_vocab) {    \
-    unilogit::sweep<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>(                          \
-        {logits, row_stride, column_stride}, labels, row_weight,                                  \
-        {out, out_row_stride, out_column_stride}, values, v, {scale, softcap, derivative},        \
-        {objective, uniform_log_odds, softplus_uniform, inverse_vocab});                          \
+#define LOG_ODDS_SWEEP(LOGITS, OUT, CAP)                                                           \
+  UNILOGIT_GLOBAL log_odds_sweep_##LOGITS##_##OUT##_##CAP(                                         \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* row_weight,    \
+      unilogit::OUT::Stored* out, float* values, unilogit::int64 row_stride,                       \
+      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                               \
+      unilogit::int64 out_column_stride, int v, int objective, float scale, float softcap,         \
+      float derivative, float uniform_log_odds, float softplus_uniform, float inverse_vocab) {     \
+    unilogit::sweep<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>(                           \
+        {logits, row_stride, column_stride}, labels, row_weight,                                   \
+        {out, out_row_stride, out_column_stride}, values, v, {scale, softcap, derivative},         \
+        {objective, uniform_log_odds, softplus_uniform, inverse_vocab});                           \
   }
 
-#define SCALE(VALUES)                                                                             \
-  UNILOGIT_GLOBAL scale_##VALUES(unilogit::VALUES::Stored* values, const float* factor,           \
-                                 unilogit::int64 count) {                                         \
-    unilogit::scale<unilogit::VALUES>(values, factor, count);                                     \
+#define SCALE(VALUES)                                                                              \
+  UNILOGIT_GLOBAL scale_##VALUES(unilogit::VALUES::Stored* values, const float* factor,            \
+                                 unilogit::int64 count) {                                          \
+    unilogit::scale<unilogit::VALUES>(values, factor, count);                                      \
   }

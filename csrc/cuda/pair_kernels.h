@@ -53,8 +53,7 @@ struct AnyRow {
       load_columns<Bfloat16, kCount, kPairVector>(static_cast<const uint16*>(data) + first, step,
                                                   x);
     } else {
-      load_columns<Float16, kCount, kPairVector>(static_cast<const uint16*>(data) + first, step,
-                                                 x);
+      load_columns<Float16, kCount, kPairVector>(static_cast<const uint16*>(data) + first, step, x);
     }
   }
 
@@ -194,8 +193,8 @@ UNILOGIT_DEVICE void store_pair(const PairPart& part, float* at, int64 stride) {
   at[4 * stride] = part.b_sum;
 }
 
-// Folds `v` columns into `state` (`[7, n]`); where several blocks share a row they leave their parts
-// in `parts` (`[5, n, gridDim.y]`) for merge_pairs.
+// Folds `v` columns into `state` (`[7, n]`); where several blocks share a row they leave their
+// parts in `parts` (`[5, n, gridDim.y]`) for merge_pairs.
 UNILOGIT_DEVICE void divergence_update(AnyRow a, int64 a_row_stride, AnyRow b, int64 b_row_stride,
                                        const int64* labels, float* state, int64 state_stride,
                                        float* parts, int64 first_column, int v) {
@@ -255,7 +254,9 @@ UNILOGIT_DEVICE void write_pair(const PairRows& rows, const PairGradient& gradie
       owns_label |= before >= 0 && before < kPairVector;
     }
     // Read before it may be overwritten, by this thread.
-    if (owns_label) at_label = gradient.at_label * rows.student.slope(rows.student.load(rows.label));
+    if (owns_label) {
+      at_label = gradient.at_label * rows.student.slope(rows.student.load(rows.label));
+    }
     float x[kCount * kPairVector], y[kCount * kPairVector];
     rows.a.load<kCount>(first, step, x);
     rows.b.load<kCount>(first, step, y);
@@ -300,9 +301,8 @@ UNILOGIT_DEVICE void write_pairs(const PairRows& rows, const PairGradient& gradi
     const int column = layout.single_column(i);
     float value = 0.0f;
     if constexpr (kReads) {
-      value = column == rows.label
-                  ? gradient.at_label
-                  : gradient.entry(rows.a.target(column), rows.b.target(column));
+      value = column == rows.label ? gradient.at_label
+                                   : gradient.entry(rows.a.target(column), rows.b.target(column));
       value *= rows.student.slope(rows.student.load(column));
     }
     rows.out.store(column, value);
@@ -310,12 +310,11 @@ UNILOGIT_DEVICE void write_pairs(const PairRows& rows, const PairGradient& gradi
 }
 
 // `out` may lie where the student's logits do. A row of four zeros is exactly 0 and not read.
-UNILOGIT_DEVICE void divergence_gradient(AnyRow a, int64 a_row_stride, AnyRow b,
-                                         int64 b_row_stride, AnyRow out, int64 out_row_stride,
-                                         bool a_is_student, const int64* labels,
-                                         const float* state, int64 state_stride,
-                                         const float* coefficients, int64 coefficient_stride,
-                                         int64 first_column, int v) {
+UNILOGIT_DEVICE void divergence_gradient(AnyRow a, int64 a_row_stride, AnyRow b, int64 b_row_stride,
+                                         AnyRow out, int64 out_row_stride, bool a_is_student,
+                                         const int64* labels, const float* state,
+                                         int64 state_stride, const float* coefficients,
+                                         int64 coefficient_stride, int64 first_column, int v) {
   const int64 row_index = blockIdx.x;
   const Team team = {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   a = a.at_row(row_index, a_row_stride);
@@ -341,41 +340,38 @@ UNILOGIT_DEVICE void divergence_gradient(AnyRow a, int64 a_row_stride, AnyRow b,
 
 // ---- entry points ------------------------------------------------------------------------------
 
-#define DIVERGENCE_UPDATE()                                                                       \
-  UNILOGIT_GLOBAL divergence_update(                                                              \
-      void* a, void* b, const unilogit::int64* labels, float* state, float* parts,                \
+#define DIVERGENCE_UPDATE()                                                                        \
+  UNILOGIT_GLOBAL divergence_update(                                                               \
+      void* a, void* b, const unilogit::int64* labels, float* state, float* parts,                 \
       unilogit::int64 a_row_stride, unilogit::int64 a_column_stride, unilogit::int64 b_row_stride, \
-      unilogit::int64 b_column_stride, unilogit::int64 state_stride,                              \
-      unilogit::int64 first_column, int v, int a_type, int b_type, float a_scale,                 \
-      float a_softcap, float b_scale, float b_softcap) {                                          \
-    unilogit::divergence_update({a, a_type, a_column_stride, a_scale, a_softcap, 1.0f},           \
-                                a_row_stride,                                                     \
-                                {b, b_type, b_column_stride, b_scale, b_softcap, 1.0f},           \
-                                b_row_stride, labels, state, state_stride, parts, first_column,   \
-                                v);                                                               \
+      unilogit::int64 b_column_stride, unilogit::int64 state_stride, unilogit::int64 first_column, \
+      int v, int a_type, int b_type, float a_scale, float a_softcap, float b_scale,                \
+      float b_softcap) {                                                                           \
+    unilogit::divergence_update(                                                                   \
+        {a, a_type, a_column_stride, a_scale, a_softcap, 1.0f}, a_row_stride,                      \
+        {b, b_type, b_column_stride, b_scale, b_softcap, 1.0f}, b_row_stride, labels, state,       \
+        state_stride, parts, first_column, v);                                                     \
   }
 
-#define MERGE_PAIRS()                                                                             \
-  UNILOGIT_GLOBAL merge_pairs(const float* parts, float* state, unilogit::int64 state_stride,     \
-                              int count) {                                                        \
-    unilogit::merge_pairs(parts, count, state, state_stride);                                     \
+#define MERGE_PAIRS()                                                                              \
+  UNILOGIT_GLOBAL merge_pairs(const float* parts, float* state, unilogit::int64 state_stride,      \
+                              int count) {                                                         \
+    unilogit::merge_pairs(parts, count, state, state_stride);                                      \
   }
 
-#define DIVERGENCE_GRADIENT()                                                                     \
-  UNILOGIT_GLOBAL divergence_gradient(                                                            \
-      void* a, void* b, const unilogit::int64* labels, const float* state,                        \
-      const float* coefficients, void* out, unilogit::int64 a_row_stride,                         \
-      unilogit::int64 a_column_stride, unilogit::int64 b_row_stride,                              \
-      unilogit::int64 b_column_stride, unilogit::int64 out_row_stride,                            \
-      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                            \
-      unilogit::int64 coefficient_stride, unilogit::int64 first_column, int v, int a_type,        \
-      int b_type, int out_type, int a_is_student, float a_scale, float a_softcap,                 \
-      float a_derivative, float b_scale, float b_softcap, float b_derivative) {                   \
-    unilogit::divergence_gradient({a, a_type, a_column_stride, a_scale, a_softcap, a_derivative}, \
-                                  a_row_stride,                                                   \
-                                  {b, b_type, b_column_stride, b_scale, b_softcap, b_derivative}, \
-                                  b_row_stride,                                                   \
-                                  {out, out_type, out_column_stride, 1.0f, 0.0f, 1.0f},           \
-                                  out_row_stride, a_is_student != 0, labels, state, state_stride, \
-                                  coefficients, coefficient_stride, first_column, v);             \
+#define DIVERGENCE_GRADIENT()                                                                      \
+  UNILOGIT_GLOBAL divergence_gradient(                                                             \
+      void* a, void* b, const unilogit::int64* labels, const float* state,                         \
+      const float* coefficients, void* out, unilogit::int64 a_row_stride,                          \
+      unilogit::int64 a_column_stride, unilogit::int64 b_row_stride,                               \
+      unilogit::int64 b_column_stride, unilogit::int64 out_row_stride,                             \
+      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                             \
+      unilogit::int64 coefficient_stride, unilogit::int64 first_column, int v, int a_type,         \
+      int b_type, int out_type, int a_is_student, float a_scale, float a_softcap,                  \
+      float a_derivative, float b_scale, float b_softcap, float b_derivative) {                    \
+    unilogit::divergence_gradient(                                                                 \
+        {a, a_type, a_column_stride, a_scale, a_softcap, a_derivative}, a_row_stride,              \
+        {b, b_type, b_column_stride, b_scale, b_softcap, b_derivative}, b_row_stride,              \
+        {out, out_type, out_column_stride, 1.0f, 0.0f, 1.0f}, out_row_stride, a_is_student != 0,   \
+        labels, state, state_stride, coefficients, coefficient_stride, first_column, v);           \
   }

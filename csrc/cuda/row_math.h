@@ -35,9 +35,9 @@ UNILOGIT_DEVICE Tanh hyperbolic_tangent(float t) {
   return {copysignf(value, t), slope};
 }
 
-// `z = scale * x`, or with a cap `z = softcap * tanh(scale * x)`, whose `scale` the host has divided
-// by the cap. The linear one is never carried out by itself: it is folded into the subtraction of
-// the maximum, which takes no instruction more than the subtraction alone.
+// `z = scale * x`, or with a cap `z = softcap * tanh(scale * x)`, whose `scale` the host has
+// divided by the cap. The linear one is never carried out by itself: it is folded into the
+// subtraction of the maximum, which takes no instruction more than the subtraction alone.
 template <bool kCapped>
 struct Transform {
   float scale;
@@ -86,8 +86,8 @@ struct Transform {
 // In a state, of a row that is -inf but for the label: `NO_COLUMN` of row_state.py.
 constexpr int kNoColumn = 0x7fffffff;
 
-// Of some columns without the label's: the largest z, and the sum of exp(z - max). The column of the
-// largest, of equal ones the lowest, is kept only by kernels with `kRunnerUp`; the others never
+// Of some columns without the label's: the largest z, and the sum of exp(z - max). The column of
+// the largest, of equal ones the lowest, is kept only by kernels with `kRunnerUp`; the others never
 // look at it, so that it costs them nothing.
 struct Part {
   float max;
@@ -108,7 +108,9 @@ UNILOGIT_DEVICE Part merge(Part a, Part b) {
   const float shift = shift_of(max);
   const int lower = a.column < b.column ? a.column : b.column;
   return {max, fmaf(a.sum, exponential(a.max - shift), b.sum * exponential(b.max - shift)),
-          a.max > b.max ? a.column : a.max < b.max ? b.column : lower};
+          a.max > b.max   ? a.column
+          : a.max < b.max ? b.column
+                          : lower};
 }
 
 // A part as others may see it: NaN in the sum is NaN in the maximum.
@@ -201,8 +203,9 @@ UNILOGIT_DEVICE RowResult evaluate_objective(const ObjectiveTerms& terms, float 
   }
   if (terms.objective == kUnilogitForward) {
     const float linear = d > 0.0f ? (1.0f - terms.inverse_vocab) * d : -d * terms.inverse_vocab;
-    const float value = linear + (log1p_term + (terms.uniform_log_odds * terms.inverse_vocab -
-                                                terms.softplus_uniform));
+    const float value =
+        linear +
+        (log1p_term + (terms.uniform_log_odds * terms.inverse_vocab - terms.softplus_uniform));
     return {value < 0.0f ? 0.0f : value, (d > 0.0f ? body : tail) - terms.inverse_vocab};
   }
   const float sign = terms.objective == kCrossEntropy ? 1.0f : -1.0f;

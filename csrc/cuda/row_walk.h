@@ -59,7 +59,7 @@ struct Matrix {
 
 // The threads that walk over one row together.
 struct Team {
-  int part;   // of the row: one block each
+  int part;  // of the row: one block each
   int parts;
 
   UNILOGIT_DEVICE int member() const {
@@ -80,16 +80,16 @@ UNILOGIT_DEVICE int label_column(const int64* labels, int64 row, int64 first_col
   return column >= 0 && column < v ? static_cast<int>(column) : -1;
 }
 
-// The columns of a row in kinds: `peeled` before the first boundary; tiles of `kVectors` vectors for
-// each thread of a block; single vectors; the rest. A row whose columns are not neighbours in
+// The columns of a row in kinds: `peeled` before the first boundary; tiles of `kVectors` vectors
+// for each thread of a block; single vectors; the rest. A row whose columns are not neighbours in
 // memory is peeled altogether.
 template <int kVector, int kVectors>
 struct Layout {
   int peeled;
   int tiles;
-  int tail;          // first column of the single vectors
+  int tail;  // first column of the single vectors
   int tail_vectors;
-  int end;           // first column after the last vector
+  int end;  // first column after the last vector
   int columns;
 
   UNILOGIT_DEVICE Layout(int beyond, int v, bool strided) : columns(v) {
@@ -192,9 +192,8 @@ class RestStatistics {
       }
     }
     if constexpr (kRunnerUp) {
-      part.column = fold_column(part, kept, transform_, [=](int i) {
-        return first + i / kVector * step + i % kVector;
-      });
+      part.column = fold_column(part, kept, transform_,
+                                [=](int i) { return first + i / kVector * step + i % kVector; });
     }
     return fold<kCapped>(part, kept, transform_);
   }

@@ -60,7 +60,8 @@ extern "C" __global__ void cross_entropy(bfloat16* __restrict__ logits,
     for (int i = threadIdx.x; i < v; i += blockDim.x) {
         largest = fmaxf(largest, to_float(row[i]));
     }
-    largest = reduce_block(partial, largest, -infinity(), [](float a, float b) { return fmaxf(a, b); });
+    largest =
+        reduce_block(partial, largest, -infinity(), [](float a, float b) { return fmaxf(a, b); });
     for (int i = threadIdx.x; i < v; i += blockDim.x) {
         total += expf(to_float(row[i]) - largest);
     }

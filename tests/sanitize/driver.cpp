@@ -47,12 +47,12 @@ class Matrix {
     std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
     if (view_.type == kUnilogitFloat16) {
       const std::uint32_t exponent = bits >> 23 & 0xFF;
-      half = exponent == 0xFF ? static_cast<std::uint16_t>(bits >> 16 & 0x8000) | 0x7C00 |
-                                    ((bits & 0x7FFFFF) != 0 ? 0x200 : 0)
-                              : static_cast<std::uint16_t>(
-                                    (bits >> 16 & 0x8000) |
-                                    (exponent < 113 ? 0 : (exponent - 112) << 10 |
-                                                              (bits >> 13 & 0x3FF)));
+      half = exponent == 0xFF
+                 ? static_cast<std::uint16_t>(bits >> 16 & 0x8000) | 0x7C00 |
+                       ((bits & 0x7FFFFF) != 0 ? 0x200 : 0)
+                 : static_cast<std::uint16_t>(
+                       (bits >> 16 & 0x8000) |
+                       (exponent < 113 ? 0 : (exponent - 112) << 10 | (bits >> 13 & 0x3FF)));
     }
     std::memcpy(p, &half, 2);
   }
@@ -178,12 +178,12 @@ std::uint64_t run(const Case& c, int32_t threads) {
 
 int main() {
   const std::vector<Case> cases = {
-      {1, 2, 0, 1, 0, 0, {1.0f, 0.0f}},         {7, 33, 3, 1, 1, 1, {1.0f, 0.0f}},
-      {5, 1024, 0, 1, 2, 2, {1.0f, 30.0f}},     {9, 1025, 1, 2, 0, 1, {-0.5f, 0.0f}},
-      {1, 70001, 0, 1, 1, 1, {1.0f, 0.0f}},     {3, 50257, 0, 1, 0, 0, {1.0f, 0.0f}},
-      {33, 4099, 1, 1, 1, 0, {0.7f, 5.0f}},     {7, 12289, 5, 3, 2, 0, {1.0f, 0.0f}},
-      {26, 40960, 0, 1, 0, 0, {1.0f, 0.0f}},    {53, 40961, 0, 1, 1, 1, {1.0f, 0.0f}},
-      {27, 40963, 0, 1, 0, 0, {1.0f, 0.0f}},    {53, 40962, 1, 1, 2, 2, {1.0f, 0.0f}},
+      {1, 2, 0, 1, 0, 0, {1.0f, 0.0f}},      {7, 33, 3, 1, 1, 1, {1.0f, 0.0f}},
+      {5, 1024, 0, 1, 2, 2, {1.0f, 30.0f}},  {9, 1025, 1, 2, 0, 1, {-0.5f, 0.0f}},
+      {1, 70001, 0, 1, 1, 1, {1.0f, 0.0f}},  {3, 50257, 0, 1, 0, 0, {1.0f, 0.0f}},
+      {33, 4099, 1, 1, 1, 0, {0.7f, 5.0f}},  {7, 12289, 5, 3, 2, 0, {1.0f, 0.0f}},
+      {26, 40960, 0, 1, 0, 0, {1.0f, 0.0f}}, {53, 40961, 0, 1, 1, 1, {1.0f, 0.0f}},
+      {27, 40963, 0, 1, 0, 0, {1.0f, 0.0f}}, {53, 40962, 1, 1, 2, 2, {1.0f, 0.0f}},
   };
   int failures = 0;
   for (const char* name : {"avx512bf16", "avx512", "avx2", "baseline"}) {

@@ -46,11 +46,12 @@ inline void check_fault(const char* what, const std::string& fault) {
   std::exit(1);
 }
 
-// A problem: rows, columns, what lies between rows, how far rows begin past a boundary, threads of a
-// block and blocks of a row. Tiles, single vectors and ends; aligned and not; one block and several.
+// A problem: rows, columns, what lies between rows, how far rows begin past a boundary, threads of
+// a block and blocks of a row. Tiles, single vectors and ends; aligned and not; one block and
+// several.
 struct Case {
   int n, v, gap, beyond, threads, parts;
 };
-inline const Case kCases[] = {{3, 5, 0, 0, 32, 1},    {2, 701, 3, 1, 64, 1},
-                              {2, 2501, 0, 5, 64, 1}, {1, 3072, 0, 8, 64, 3},
+inline const Case kCases[] = {{3, 5, 0, 0, 32, 1},     {2, 701, 3, 1, 64, 1},
+                              {2, 2501, 0, 5, 64, 1},  {1, 3072, 0, 8, 64, 3},
                               {2, 2085, 11, 2, 32, 2}, {1, 1027, 0, 7, 96, 5}};

@@ -1,5 +1,5 @@
-// Launches the two-row CUDA kernels, compiled for the CPU, on memory that ends where the tensors end,
-// and compares them with double precision. Argument: the seed of the order, 0 for in sequence.
+// Launches the two-row CUDA kernels, compiled for the CPU, on memory that ends where the tensors
+// end, and compares them with double precision. Argument: the seed of the order, 0 for in sequence.
 #include "pair_kernels.h"
 #include "memory.h"
 
@@ -27,7 +27,9 @@ struct Transformed {
   float scale, cap;
 
   float device_scale() const { return cap == kNone ? scale : scale / cap; }
-  double value(double x) const { return cap == kNone ? scale * x : cap * std::tanh(scale * x / cap); }
+  double value(double x) const {
+    return cap == kNone ? scale * x : cap * std::tanh(scale * x / cap);
+  }
   double slope(double x) const {
     const double t = cap == kNone ? 0 : std::tanh(scale * x / cap);
     return scale * (1 - t * t);
@@ -91,8 +93,8 @@ void run(const Case& c, int b_beyond, const Transformed& a_transform,
   };
   auto update = [&](float* state, float* memory, int first, int v, unsigned blocks) {
     check_fault("update", cuda_cpu::launch({rows, blocks}, {threads}, seed, [&] {
-      divergence_update(a.data() + first, b.data() + first, labels.get(), state, memory, a_stride, 1,
-                        b_stride, 1, c.n, first, v, type_of<A>(), type_of<B>(),
+      divergence_update(a.data() + first, b.data() + first, labels.get(), state, memory, a_stride,
+                        1, b_stride, 1, c.n, first, v, type_of<A>(), type_of<B>(),
                         a_transform.device_scale(), a_transform.cap, b_transform.device_scale(),
                         b_transform.cap);
     }));
@@ -100,9 +102,8 @@ void run(const Case& c, int b_beyond, const Transformed& a_transform,
   auto compare = [&](const float* state) {
     for (int i = 0; i < c.n; ++i) {
       const int label = static_cast<int>(labels[i]);
-      const double expected[kFields] = {exact_a[i].max,       exact_a[i].sum,
-                                        dots[i],              exact_b[i].max,
-                                        exact_b[i].sum,       exact_a[i].z[label],
+      const double expected[kFields] = {exact_a[i].max,     exact_a[i].sum, dots[i],
+                                        exact_b[i].max,     exact_b[i].sum, exact_a[i].z[label],
                                         exact_b[i].z[label]};
       for (int k = 0; k < kFields; ++k) {
         check_near("state", state[k * c.n + i], expected[k], 1e-4 * (1 + std::fabs(expected[k])));
@@ -127,7 +128,9 @@ void run(const Case& c, int b_beyond, const Transformed& a_transform,
     const Transformed& student = a_is_student ? a_transform : b_transform;
     std::vector<double> slopes;
     for (int i = 0; i < c.n; ++i) {
-      for (int j = 0; j < c.v; ++j) slopes.push_back(student.slope(a_is_student ? a.at(i, j) : b.at(i, j)));
+      for (int j = 0; j < c.v; ++j) {
+        slopes.push_back(student.slope(a_is_student ? a.at(i, j) : b.at(i, j)));
+      }
     }
     using Written = std::remove_reference_t<decltype(out)>;
     constexpr int type = std::is_same_v<Written, Tensor<A>>   ? type_of<A>()

@@ -76,7 +76,8 @@ void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep swe
   }
   const double v = c.v;
   const float scale = capped ? 1 / kCap : 1.0f;
-  const float u = static_cast<float>(-std::log(v - 1)), s = static_cast<float>(std::log1p(1 / (v - 1)));
+  const float u = static_cast<float>(-std::log(v - 1)),
+              s = static_cast<float>(std::log1p(1 / (v - 1)));
   const auto inverse = static_cast<float>(1 / v);
   const auto rows = static_cast<unsigned>(c.n), parts_ = static_cast<unsigned>(c.parts);
   const auto threads = static_cast<unsigned>(c.threads);
@@ -132,8 +133,8 @@ void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep swe
     check_near("runner-up", row.z[runner_up], row.max, 1e-6);
     for (int j = 0; j < c.v; ++j) {
       const double special = j == row.label ? -0.5 : j == runner_up ? 0.25 : 0;
-      const double expected = j == row.label || j == runner_up ? special * row.cap_slope[j]
-                                                               : row.gradient(j, 0.75);
+      const double expected =
+          j == row.label || j == runner_up ? special * row.cap_slope[j] : row.gradient(j, 0.75);
       check_near("runner-up's gradient", out.at(i, j), expected, 1e-2);
     }
   }
@@ -146,8 +147,8 @@ void run(const Case& c, bool capped, Update update, Gradient gradient, Sweep swe
   compare(out);
   if constexpr (std::is_same_v<Logits, Out>) {
     check_fault("sweep in place", cuda_cpu::launch({rows}, {threads}, seed, [&] {
-      sweep(logits.data(), labels.get(), weight.get(), logits.data(), values.get(), logits.stride, 1,
-            logits.stride, 1, c.v, kUnilogit, scale, kCap, 1.0f, u, s, inverse);
+      sweep(logits.data(), labels.get(), weight.get(), logits.data(), values.get(), logits.stride,
+            1, logits.stride, 1, c.v, kUnilogit, scale, kCap, 1.0f, u, s, inverse);
     }));
     compare(logits);
   }
@@ -157,9 +158,8 @@ void check_scale() {
   Tensor<Bfloat16> values(1, 1003, 1003, 3);
   const float factor = 0.5f;
   for (int i = 0; i < 1003; ++i) values.data()[i] = Bfloat16::store(static_cast<float>(i % 100));
-  check_fault("scale", cuda_cpu::launch({2}, {64}, seed, [&] {
-    scale_Bfloat16(values.data(), &factor, 1003);
-  }));
+  check_fault("scale", cuda_cpu::launch({2}, {64}, seed,
+                                        [&] { scale_Bfloat16(values.data(), &factor, 1003); }));
   for (int i = 0; i < 1003; ++i) check_near("scale", values.at(0, i), 0.5 * (i % 100), 0);
 }
 

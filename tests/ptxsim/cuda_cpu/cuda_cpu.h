@@ -124,7 +124,8 @@ T __shfl_xor_sync(unsigned members, T value, int distance, int width = 32) {
 
 template <class T>
 T __shfl_down_sync(unsigned members, T value, unsigned distance, int width = 32) {
-    const int me = cuda_cpu::lane(), last = me | (width - 1), from = me + static_cast<int>(distance);
+    const int me = cuda_cpu::lane(), last = me | (width - 1),
+              from = me + static_cast<int>(distance);
     return cuda_cpu::shuffle(members, value, from & 31, from <= last, "__shfl_down_sync");
 }
 

@@ -48,8 +48,8 @@ void check_matmul(unsigned seed) {
     const auto a = filled<float>(m * k, [](int i) { return sinf(i); });
     const auto b = filled<float>(k * n, [](int i) { return cosf(i); });
     const auto c = filled<float>(m * n, [](int) { return 0.0f; });
-    const std::string fault = cuda_cpu::launch(
-        {2, 4}, {16, 16}, seed, [&] { matmul(a.get(), b.get(), c.get(), m, n, k); });
+    const std::string fault = cuda_cpu::launch({2, 4}, {16, 16}, seed,
+                                               [&] { matmul(a.get(), b.get(), c.get(), m, n, k); });
     double error = 0;
     for (int i = 0; i < m * n; i++) {
         double sum = 0;

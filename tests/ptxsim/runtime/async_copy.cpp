@@ -48,13 +48,13 @@ void move(const Copy& copy) {
 // accesses, and the copy takes place at either end, so that a kernel which is right only for one
 // of them is found out.
 void async_copy(u64 shared_offset, u64 address, u32 bytes, u32 source_bytes, Site site) {
-    const Copy copy{static_cast<u32>(shared_offset), address, bytes,
-                    std::min(source_bytes, bytes), site.line};
+    const Copy copy{static_cast<u32>(shared_offset), address, bytes, std::min(source_bytes, bytes),
+                    site.line};
     check(copy, nullptr);
     if (copy.source_bytes) machine.traffic.load(address, copy.source_bytes, site);
     const CopyTiming timing = machine.request->copy_timing;
-    const bool early = timing == CopyTiming::early ||
-                       (timing == CopyTiming::at_random && block.random() % 2 == 0);
+    const bool early =
+        timing == CopyTiming::early || (timing == CopyTiming::at_random && block.random() % 2 == 0);
     if (early) move(copy);
     mine().open.push_back(copy);
 }

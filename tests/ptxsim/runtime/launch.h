@@ -20,9 +20,9 @@ struct Region {
 };
 
 struct Traffic {
-    u64 bytes_loaded, bytes_stored;      // asked for by the threads, duplicates included
+    u64 bytes_loaded, bytes_stored;        // asked for by the threads, duplicates included
     u64 distinct_loaded, distinct_stored;  // ... each byte once for each warp's access
-    u64 sectors_loaded, sectors_stored;  // distinct 32-byte sectors of each warp's access
+    u64 sectors_loaded, sectors_stored;    // distinct 32-byte sectors of each warp's access
 };
 
 enum class CopyTiming : u32 {

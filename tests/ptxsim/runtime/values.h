@@ -133,8 +133,8 @@ enum class Operation { add, sub, mul, fma, div };
 // One operation under a directed rounding mode. The operands are volatile so that the compiler
 // cannot evaluate the operation outside the mode.
 template <class Float>
-__attribute__((noinline)) inline Float rounded(
-    Operation operation, Rounding mode, volatile Float a, volatile Float b, volatile Float c) {
+__attribute__((noinline)) inline Float rounded(Operation operation, Rounding mode, volatile Float a,
+                                               volatile Float b, volatile Float c) {
     const int before = std::fegetround();
     std::fesetround(mode == Rounding::zero   ? FE_TOWARDZERO
                     : mode == Rounding::down ? FE_DOWNWARD

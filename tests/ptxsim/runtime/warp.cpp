@@ -18,10 +18,22 @@ Shuffled shuffle(Shuffle mode, u32 value, u32 lane, u32 clamp, u32 members, int 
     int from = 0;
     bool in_range = false;
     switch (mode) {
-        case Shuffle::up: from = me - operand; in_range = from >= last; break;
-        case Shuffle::down: from = me + operand; in_range = from <= last; break;
-        case Shuffle::butterfly: from = me ^ operand; in_range = from <= last; break;
-        case Shuffle::index: from = first | (operand & ~segment); in_range = from <= last; break;
+        case Shuffle::up:
+            from = me - operand;
+            in_range = from >= last;
+            break;
+        case Shuffle::down:
+            from = me + operand;
+            in_range = from <= last;
+            break;
+        case Shuffle::butterfly:
+            from = me ^ operand;
+            in_range = from <= last;
+            break;
+        case Shuffle::index:
+            from = first | (operand & ~segment);
+            in_range = from <= last;
+            break;
     }
     if (!in_range) from = me;
     if (!(members >> from & 1)) block.fail("shfl.sync reads a lane outside its member mask", line);
