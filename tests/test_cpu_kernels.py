@@ -19,6 +19,7 @@ from torch import Tensor
 from unilogit_kernels import objective_loss, objectives, pair_state, row_state
 from unilogit_kernels.backends import DivergenceKernels, LogitTransform, cpu
 from unilogit_kernels.backends.eager import EagerKernels
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.testing import assert_within_budget
 
 KERNELS = cpu.CpuKernels()
@@ -323,7 +324,7 @@ def check_sweep(
         assert_rows_within_budget(actual, exact.gradient(slopes[0]), expected, objective, terms)
 
 
-@pytest.mark.parametrize("objective", sorted(cpu.OBJECTIVE_IDS))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVE_IDS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sweep(isa: str, objective: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
@@ -445,7 +446,7 @@ def hard_rows(v: int) -> dict[str, tuple[list[tuple[int, float]], int]]:
 
 
 @pytest.mark.parametrize("v", [5, 40, 3000])
-@pytest.mark.parametrize("objective", sorted(cpu.OBJECTIVE_IDS))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVE_IDS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hard_rows(isa: str, dtype: torch.dtype, objective: str, v: int) -> None:
     rows = hard_rows(v)
@@ -537,7 +538,7 @@ def fuzz_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, str, LogitTrans
     for _ in range(draw(st.integers(0, 2))):
         weight[draw(st.integers(0, n - 1))] = draw(st.sampled_from([0.0, -3.0, 1e3]))
         labels[draw(st.integers(0, n - 1))] = draw(st.sampled_from([0, v - 1, v, -100]))
-    objective = draw(st.sampled_from(sorted(cpu.OBJECTIVE_IDS)))
+    objective = draw(st.sampled_from(sorted(OBJECTIVE_IDS)))
     transform = draw(st.sampled_from((PLAIN, LogitTransform(scale=0.5))))
     return logits, labels, weight, objective, transform, draw(st.sampled_from(LAYOUTS))
 

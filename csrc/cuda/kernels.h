@@ -1,5 +1,5 @@
 // The row kernels for NVIDIA GPUs: statistics of rows and their merge, gradient rows, both in one
-// visit, and a scale. See unilogit_kernels/backends/__init__.py for what they compute.
+// visit, and a scale. The contract of unilogit_kernels/backends says what they compute.
 //
 // Any number of threads that is a multiple of a warp and at most 1024 will do for a block. Rows are
 // blockIdx.x; where gridDim.y is more than 1, so many blocks share a row.

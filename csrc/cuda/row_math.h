@@ -1,5 +1,6 @@
 // The maths of a row, shared by all kernels: what a logit becomes, the running statistics and their
-// one merge, the objectives. The twin of csrc/cpu/row_math.h and of backends/triton/kernels.py.
+// one merge, the objectives. The twin of csrc/cpu/row_math.h and of the Triton
+// kernels' row_maths.py.
 #pragma once
 
 #include "platform.h"

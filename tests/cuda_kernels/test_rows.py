@@ -17,9 +17,9 @@ from torch import Tensor
 from cuda_kernels import devices
 from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.launch import CudaKernels, scale_
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 KERNELS = CudaKernels()

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from unilogit_kernels.backends.ids import DTYPE_IDS
+
 
 class LogitTransform(NamedTuple):
     """What a model does to the output of its lm_head: `z = softcap * tanh(scale * x / softcap)`.
@@ -285,9 +287,7 @@ def forced(name: str) -> Iterator[None]:
 
 _DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    **dict.fromkeys(("cpu", "triton", "cuda"), tuple(DTYPE_IDS)),
 }
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

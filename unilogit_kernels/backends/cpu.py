@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
 
 LIBRARY_VARIABLE = "UNILOGIT_KERNELS_CPU_LIBRARY"
 """Environment variable that names another build of the library, for tests only."""
@@ -28,17 +29,11 @@ INSTRUCTION_SET_VARIABLE = "UNILOGIT_KERNELS_CPU_ISA"
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
 """What the library is compiled for, best first."""
 
-OBJECTIVE_IDS = {
-    "unilogit": 0,
-    "unilogit_forward": 1,
-    "cross_entropy": 2,
-    "gradient_ascent": 3,
-}
-"""The objectives that the library itself knows: `UnilogitObjective` of `csrc/cpu/api.h`."""
-
-_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUT_OF_MEMORY, _UNSUPPORTED = 1, 2
+"""Of `UnilogitStatus` of `csrc/cpu/api.h`."""
+
 _STUDENT_IDS = {"a": 0, "b": 1}
+"""`kUnilogitStudentIsA` of `csrc/cpu/api.h`, or another."""
 
 
 class _Matrix(ctypes.Structure):
@@ -179,7 +174,7 @@ def instruction_set() -> str:
 
 
 def _matrix(tensor: Tensor, name: str) -> _Matrix:
-    type_id = _TYPE_IDS.get(tensor.dtype)
+    type_id = DTYPE_IDS.get(tensor.dtype)
     if type_id is None:
         raise TypeError(
             f"{name} is {tensor.dtype}; the CPU kernels take float32, bfloat16 and float16 "

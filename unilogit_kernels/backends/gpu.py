@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What logits and gradients may be."""
+from unilogit_kernels.backends.ids import DTYPE_IDS
 
 WAVES = 4
 """Programs that share the work evenly come in at least so many waves: the last, partial one then
@@ -48,16 +45,16 @@ class Finish(NamedTuple):
 
 
 def check_dtypes(language: str, *tensors: Tensor) -> None:
-    """Raise TypeError unless each tensor is of one of `DTYPES`.
+    """Raise TypeError unless each tensor is of one of `DTYPE_IDS`.
 
     Args:
         language: Of the kernels, as the message names it.
         tensors: Logits and gradients.
     """
     for tensor in tensors:
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPE_IDS:
             raise TypeError(
-                f"the {language} kernels take {', '.join(map(str, DTYPES))}, got {tensor.dtype} "
+                f"the {language} kernels take {', '.join(map(str, DTYPE_IDS))}, got {tensor.dtype} "
                 "(float64 belongs to the eager backend)"
             )
 

@@ -14,12 +14,10 @@ from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.geometry import Shares, factors, strides
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
+from unilogit_kernels.backends.ids import DTYPE_IDS
 
 _PAIR_COLUMNS = 16
 """`kPairVector * kPairVectors` of `csrc/cuda/pair_kernels.h`."""
-
-_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""`Type` of `csrc/cuda/pair_kernels.h`."""
 
 
 def update(
@@ -53,8 +51,8 @@ def update(
             c_int64(state.stride(0)),
             c_int64(first_column),
             c_int32(v),
-            c_int32(_TYPE_IDS[a.dtype]),
-            c_int32(_TYPE_IDS[b.dtype]),
+            c_int32(DTYPE_IDS[a.dtype]),
+            c_int32(DTYPE_IDS[b.dtype]),
             *factors(a_transform),
             *factors(b_transform),
         ],
@@ -104,9 +102,9 @@ def gradient(
             c_int64(coefficients.stride(0)),
             c_int64(first_column),
             c_int32(v),
-            c_int32(_TYPE_IDS[a.dtype]),
-            c_int32(_TYPE_IDS[b.dtype]),
-            c_int32(_TYPE_IDS[out.dtype]),
+            c_int32(DTYPE_IDS[a.dtype]),
+            c_int32(DTYPE_IDS[b.dtype]),
+            c_int32(DTYPE_IDS[out.dtype]),
             c_int32(student == "a"),
             *factors(a_transform),
             c_float(a_transform.scale),

@@ -8,11 +8,11 @@ from typing import Literal
 from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
 from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
 from unilogit_kernels.backends.cuda.geometry import TYPES, check
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:

@@ -9,17 +9,15 @@ from torch import Tensor
 
 from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform, gpu
-from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.geometry import TYPES, Shares, factors, strides
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.gpu import Finish
+from unilogit_kernels.backends.ids import NO_OBJECTIVE, OBJECTIVE_IDS
 
 _FLIGHT_BYTES, _CAPPED_FLIGHT_BYTES = 64, 32
 """`kFlightBytes` and `kCappedFlightBytes` of `csrc/cuda/row_walk.h`."""
-
-_NO_OBJECTIVE = -1
 
 
 def _cap(transform: LogitTransform) -> str:
@@ -99,7 +97,7 @@ def update(
             c_int64(state.stride(0)),
             c_int64(0 if finish is None else finish.vocab_size),
             c_int32(shares.parts),
-            c_int32(_NO_OBJECTIVE if finish is None else OBJECTIVE_IDS[finish.objective]),
+            c_int32(NO_OBJECTIVE if finish is None else OBJECTIVE_IDS[finish.objective]),
             *_vocabulary(2 if finish is None else finish.vocab_size),
         ],
         logits,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.gpu import check_dtypes
+from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import device_guard, options_of
 from unilogit_kernels.backends.triton.kernels.scale import scale_kernel
@@ -26,7 +27,7 @@ class TritonKernels:
     """
 
     name = "triton"
-    swept_objectives = frozenset(log_odds.OBJECTIVES)
+    swept_objectives = frozenset(OBJECTIVE_IDS)
 
     def log_odds_update(
         self,

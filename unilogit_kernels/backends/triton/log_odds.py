@@ -25,9 +25,6 @@ from unilogit_kernels.backends.triton.kernels.log_odds import (
 )
 from unilogit_kernels.backends.triton.settings import Settings
 
-OBJECTIVES = ("unilogit", "unilogit_forward", "cross_entropy", "gradient_ascent")
-"""What `row_maths.evaluate_objective` knows."""
-
 LARGEST_TILE = 16384
 """Columns of a tile in a sweep. What fills no tile of a row is walked over under masks, which at
 twice as many costs more instructions than rescaling the sum half as often saves."""

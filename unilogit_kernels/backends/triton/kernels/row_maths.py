@@ -5,14 +5,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from unilogit_kernels import row_state
 from unilogit_kernels.backends.triton.kernels.row_walk import at_columns
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 POSITIVE_INFINITY = tl.constexpr(float("inf"))
 
-# In a state, of a row that is -inf but for the label: `NO_COLUMN` of `row_state`.
-NO_COLUMN = tl.constexpr(2**31 - 1)
+NO_COLUMN = tl.constexpr(row_state.NO_COLUMN)
 
 # Beyond this sigmoid(-|d|) is 0; it keeps 0 * inf out of bounded values.
 SATURATED = tl.constexpr(2e4)
