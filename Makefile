@@ -31,6 +31,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files -z -- '*.cpp' '*.h' '*.cu' | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --timeout 0 --benchmark-columns=median,min,max,rounds
