@@ -58,14 +58,9 @@ def test_sweep_of_every_pair_of_dtypes(
 
 
 @pytest.mark.parametrize("layout", rows.LAYOUTS)
-def test_layouts_of_logits_and_output(layout: str) -> None:
+def test_layouts_in_place(layout: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         logits, labels, weight = rows.problem(64, 1085, dtype)
-        view, _ = rows.place(logits, layout)
-        for out_layout in rows.LAYOUTS:
-            out, memory = rows.place(torch.zeros_like(logits), out_layout)
-            rows.check_sweep(view, labels, weight, "unilogit", rows.PLAIN, out)
-            rows.assert_only_written(out, memory)
         view, memory = rows.place(logits, layout)
         rows.check_sweep(view, labels, weight, "unilogit", rows.CAPPED, view)
         rows.assert_only_written(view, memory)

@@ -62,6 +62,10 @@ SHARED_SUITE = {
         "(test_hard_rows and whole) or (test_state and float32 and split) "
         "or (test_gradient and float32 and whole) or equal_rows",
     ),
+    "layouts": (
+        "test_layouts.py",
+        "(whole and (float32 or mixed)) or (split and bfloat16)",
+    ),
     "runner-up": (
         "test_runner_up.py test_methods.py",
         "(test_column and bfloat16 and not softcap) or lowest and float32 or every_column or "
