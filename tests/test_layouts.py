@@ -63,9 +63,7 @@ def test_logits_and_output(
             if is_swept:
                 assert sweep is not None
                 weight = torch.ones(SHAPE[0])
-                values = sweep.log_odds_sweep(
-                    view, labels, weight, OBJECTIVE, SHAPE[1], out, PLAIN
-                )
+                values = sweep.log_odds_sweep(view, labels, weight, OBJECTIVE, SHAPE[1], out, PLAIN)
             else:
                 values, _ = one_row(kernels, view, labels, out, torch.float32)
             assert_within_budget(values, exact[0], plain[0], what + "values", smallest_scale=1.0)

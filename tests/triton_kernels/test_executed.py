@@ -64,7 +64,7 @@ SHARED_SUITE = {
     ),
     "layouts": (
         "test_layouts.py",
-        "(whole and (float32 or mixed)) or (split and bfloat16)",
+        "(whole and float32) or (split and bfloat16)",
     ),
     "runner-up": (
         "test_runner_up.py test_methods.py",
@@ -84,6 +84,7 @@ SHARED_SUITE = {
         pytest.param("one row", marks=PINNED),
         "two rows",
         pytest.param("runner-up", marks=PINNED),
+        pytest.param("layouts", marks=PINNED),
     ],
 )
 def test_shared_suite(part: str) -> None:

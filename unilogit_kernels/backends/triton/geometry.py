@@ -32,7 +32,8 @@ class Place(NamedTuple):
     """Where a matrix lies, in elements.
 
     Attributes:
-        base: A tensor that begins at a 16-byte boundary at or before the matrix.
+        base: A tensor that begins at a 16-byte boundary at or before the matrix, or, where its
+            storage holds none, with the matrix.
         offset: From there to the matrix.
         row_stride: From a row to the next.
         column_stride: From a column to the next.
@@ -82,24 +83,22 @@ class Matrices(NamedTuple):
         return any(place.column_stride != 1 for place in (self.leading, *self.others))
 
     def alignment_of(self, place: Place) -> int:
-        """Elements that divide the offset at which the body of each of a matrix's rows begins.
+        """Elements that divide the offset, from its base, of the body of each row of a matrix.
 
-        More than 1 only where bodies begin at boundaries of the leading matrix. Where the rows of
-        another one are aligned differently, its accesses are narrower, and coalesced still.
+        More than 1 only where bodies begin where such offsets of the leading matrix are. Where
+        the rows of another one are aligned differently, its accesses are narrower, and coalesced
+        still. That a base is at a boundary Triton finds out by itself, for each pointer.
 
         Args:
             place: Of one of these matrices.
         """
-        if self.strided or self.leading.base.data_ptr() % ACCESS_BYTES.value:
+        if self.strided:
             # Bodies begin at column 0: what is peeled off is counted as neighbours in memory.
             return 1
         elements = min(vector_of(place.base), vector_of(self.leading.base))
-        differs = (
-            place.base.data_ptr() % ACCESS_BYTES.value
-            or (place.offset - self.leading.offset) % elements
-            or (place.row_stride - self.leading.row_stride) % elements
-        )
-        return 1 if differs else elements
+        further = place.offset - self.leading.offset
+        longer = place.row_stride - self.leading.row_stride
+        return 1 if further % elements or longer % elements else elements
 
 
 def vector_of(tensor: Tensor) -> int:
