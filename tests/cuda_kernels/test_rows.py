@@ -18,7 +18,6 @@ from cuda_kernels import devices
 from unilogit_kernels import row_state
 from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.backends.cpu import OBJECTIVE_IDS
-from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.launch import CudaKernels, scale_
 
 pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
@@ -196,14 +195,6 @@ def test_float64_is_refused() -> None:
     with pytest.raises(TypeError, match=r"float64.*eager backend"):
         KERNELS.log_odds_update(
             logits, torch.zeros(2, dtype=torch.int64), 0, torch.zeros(3, 2), rows.PLAIN
-        )
-
-
-def test_too_many_columns_are_refused() -> None:
-    logits = torch.zeros(1, 1).expand(1, geometry.MOST_COLUMNS + 1)
-    with pytest.raises(ValueError, match="at most 1073741824 columns"):
-        KERNELS.log_odds_update(
-            logits, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(3, 1), rows.PLAIN
         )
 
 

@@ -17,6 +17,9 @@ from unilogit_kernels.backends import LogitTransform
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What logits and gradients may be."""
 
+MOST_COLUMNS = 2**30
+"""Columns are counted in 32 bits, a few tiles beyond the last one included."""
+
 WAVES = 4
 """Programs that share the work evenly come in at least so many waves: the last, partial one then
 leaves a GPU idle for a fifth of the time at most."""
@@ -60,6 +63,25 @@ def check_dtypes(language: str, *tensors: Tensor) -> None:
                 f"the {language} kernels take {', '.join(map(str, DTYPES))}, got {tensor.dtype} "
                 "(float64 belongs to the eager backend)"
             )
+
+
+def check_matrices(language: str, *matrices: Tensor) -> None:
+    """Raise unless the kernels take these logits and gradients, all of one shape `[n, v]`.
+
+    Args:
+        language: Of the kernels, as the message names it.
+        matrices: Logits and gradients.
+
+    Raises:
+        TypeError: A dtype is not one of `DTYPES`.
+        ValueError: There are more than `MOST_COLUMNS` columns.
+    """
+    check_dtypes(language, *matrices)
+    columns = matrices[0].shape[1]
+    if columns > MOST_COLUMNS:
+        raise ValueError(
+            f"the {language} kernels take at most {MOST_COLUMNS} columns, got {columns}"
+        )
 
 
 def factors_of(transform: LogitTransform) -> tuple[float, float]:

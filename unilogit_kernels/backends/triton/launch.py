@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.backends.gpu import check_dtypes
+from unilogit_kernels.backends.gpu import check_dtypes, check_matrices
 from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import device_guard, options_of
 from unilogit_kernels.backends.triton.kernels.scale import scale_kernel
@@ -37,7 +37,7 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_update`. Each row of `state` must be contiguous."""
-        check_dtypes("Triton", logits)
+        check_matrices("Triton", logits)
         if logits.numel():
             with device_guard(logits):
                 log_odds.update(logits, labels, first_column, state, transform)
@@ -53,7 +53,7 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_gradient`. Rows of `state` and `slope` must be contiguous."""
-        check_dtypes("Triton", logits, out)
+        check_matrices("Triton", logits, out)
         if logits.numel():
             with device_guard(logits):
                 log_odds.gradient(logits, labels, first_column, state, slope, out, transform)
@@ -69,7 +69,7 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> Tensor:
         """See `SweepKernels.log_odds_sweep`. A label outside `[0, V)` gives NaN."""
-        check_dtypes("Triton", logits, *([] if out is None else [out]))
+        check_matrices("Triton", logits, *([] if out is None else [out]))
         if logits.shape[0] == 0:
             return row_weight.new_empty(0)
         with device_guard(logits):
@@ -86,7 +86,7 @@ class TritonKernels:
         b_transform: LogitTransform,
     ) -> None:
         """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
-        check_dtypes("Triton", a, b)
+        check_matrices("Triton", a, b)
         if a.numel():
             with device_guard(a):
                 divergence.update(a, b, labels, first_column, state, a_transform, b_transform)
@@ -105,7 +105,7 @@ class TritonKernels:
         b_transform: LogitTransform,
     ) -> None:
         """See `DivergenceKernels.divergence_gradient`. Rows of `state` must be contiguous."""
-        check_dtypes("Triton", a, b, out)
+        check_matrices("Triton", a, b, out)
         if a.numel():
             with device_guard(a):
                 divergence.gradient(
@@ -124,6 +124,7 @@ class TritonKernels:
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         """See `ScaleKernels.scale_`."""
         check_dtypes("Triton", values)
+        values = values.view(-1)  # refuses what is not contiguous
         if values.numel() == 0:
             return
         chosen = settings.current_settings()
