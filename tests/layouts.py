@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 LAYOUTS = (
@@ -31,7 +32,7 @@ def place(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     memory = torch.full((shape[0] * shape[1] + 64,), CANARY, dtype=values.dtype)
     inside = memory[offset : offset + shape[0] * shape[1]]
     if layout == "unaligned storage":
-        inside = torch.from_dlpack(inside)  # whose storage begins where the view does
+        inside = torch.utils.dlpack.from_dlpack(inside)  # whose storage begins where the view does
     inside = inside.view(shape)
     view = {
         "padded rows": inside[:, :v],

@@ -84,6 +84,25 @@ def check_matrices(language: str, *matrices: Tensor) -> None:
         )
 
 
+def check_scaled(language: str, values: Tensor) -> None:
+    """Raise unless the kernels scale this tensor in place.
+
+    Args:
+        language: Of the kernels, as the message names it.
+        values: What is scaled.
+
+    Raises:
+        TypeError: Its dtype is not one of `DTYPES`.
+        ValueError: It is not contiguous.
+    """
+    check_dtypes(language, values)
+    if not values.is_contiguous():
+        raise ValueError(
+            f"the {language} kernels scale contiguous tensors, got shape {list(values.shape)} "
+            f"with strides {list(values.stride())}"
+        )
+
+
 def factors_of(transform: LogitTransform) -> tuple[float, float]:
     """`scale` and `softcap` as the kernels take them: the cap's division goes into the scale."""
     if transform.softcap:

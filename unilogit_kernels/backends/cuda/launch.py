@@ -13,7 +13,7 @@ from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
 from unilogit_kernels.backends.cuda.geometry import TYPES
 from unilogit_kernels.backends.cuda.launcher import current
 from unilogit_kernels.backends.cuda.sources import Kernel
-from unilogit_kernels.backends.gpu import check_dtypes, check_matrices
+from unilogit_kernels.backends.gpu import check_matrices, check_scaled
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:
@@ -25,8 +25,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
         values: A contiguous tensor of float32, bfloat16 or float16.
         factor: One float32 number on the same device.
     """
-    check_dtypes("CUDA", values)
-    values = values.view(-1)  # refuses what is not contiguous
+    check_scaled("CUDA", values)
     if values.numel() == 0:
         return
     launcher = current()

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.backends.gpu import check_dtypes, check_matrices
+from unilogit_kernels.backends.gpu import check_matrices, check_scaled
 from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import device_guard, options_of
 from unilogit_kernels.backends.triton.kernels.scale import scale_kernel
@@ -123,8 +123,7 @@ class TritonKernels:
 
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         """See `ScaleKernels.scale_`."""
-        check_dtypes("Triton", values)
-        values = values.view(-1)  # refuses what is not contiguous
+        check_scaled("Triton", values)
         if values.numel() == 0:
             return
         chosen = settings.current_settings()
