@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import CANARY, LAYOUTS, assert_only_written, place
 from torch import Tensor
 
 from unilogit_kernels import objective_loss, objectives
@@ -29,9 +30,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = LogitTransform()
 CAPPED = LogitTransform(scale=0.7, softcap=5.0)
 TRANSFORMS = (PLAIN, LogitTransform(scale=-1.5), LogitTransform(softcap=30.0), CAPPED)
-CANARY = 1234.0
-"""Fills what lies around a tensor; exact in every dtype."""
-
 STREAM_BYTES = 4 << 20
 """Outputs from this size on bypass the cache: `kStreamBytes` of `csrc/cpu/rows.h`."""
 
@@ -113,39 +111,7 @@ def assert_rows_within_budget(
     assert_within_budget(units[0], units[1], units[2], what, smallest_scale=1.0)
 
 
-# ---- tensors in every layout ------------------------------------------------------------------
-
-LAYOUTS = ("contiguous", "unaligned", "padded rows", "inner stride", "transposed")
-
-
-def place(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """A copy of `values` in a layout, and the memory around it, filled with canaries."""
-    n, v = values.shape
-    shape = {
-        "contiguous": (n, v),
-        "unaligned": (n, v),
-        "padded rows": (n, v + 3),
-        "inner stride": (n, 2 * v),
-        "transposed": (v, n),
-    }[layout]
-    offset = 1 if layout == "unaligned" else 32
-    memory = torch.full((shape[0] * shape[1] + 64,), CANARY, dtype=values.dtype)
-    inside = memory[offset : offset + shape[0] * shape[1]].view(shape)
-    view = {
-        "contiguous": inside,
-        "unaligned": inside,
-        "padded rows": inside[:, :v],
-        "inner stride": inside[:, ::2],
-        "transposed": inside.t(),
-    }[layout]
-    view.copy_(values)
-    return view, memory
-
-
-def assert_only_written(view: Tensor, memory: Tensor) -> None:
-    """Everything of `memory` outside of `view` is still a canary."""
-    view.fill_(CANARY)
-    assert bool((memory == CANARY).all()), "written outside of the tensor"
+# ---- problems -----------------------------------------------------------------------------------
 
 
 def problem(n: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, ScaleKernels
 from unilogit_kernels.backends.cuda.geometry import Shares
+from unilogit_kernels.backends.registry import load
 
 H100_MULTIPROCESSORS = 132
 H100_CACHE = 50 << 20
@@ -68,3 +69,20 @@ def test_a_sweep_leaves_little_of_the_device_idle(n: int, pays: bool) -> None:
 def test_a_cap_goes_into_the_scale() -> None:
     assert gpu.factors_of(LogitTransform(3.0, 6.0)) == (0.5, 6.0)
     assert gpu.factors_of(LogitTransform(3.0)) == (3.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_too_many_columns_are_refused(name: str) -> None:
+    logits = torch.zeros(1, 1).expand(1, gpu.MOST_COLUMNS + 1)
+    labels, state = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1)
+    with pytest.raises(ValueError, match=r"kernels take at most 1073741824 columns"):
+        load(name).log_odds_update(logits, labels, 0, state, LogitTransform())
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_scale_refuses_what_is_not_contiguous(name: str) -> None:
+    kernels, values = load(name), torch.ones(4, 6)[:, ::2]
+    assert isinstance(kernels, ScaleKernels)
+    with pytest.raises(ValueError, match=r"contiguous.*strides \[6, 2\]"):
+        kernels.scale_(values, torch.tensor(2.0))
+    assert (values == 1).all()

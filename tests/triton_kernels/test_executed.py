@@ -30,6 +30,7 @@ from triton_kernels.battery import (
 )
 from triton_kernels.small_problems import SHARES, small_problems
 from unilogit_kernels import linear_unilogit_loss, unilogit_loss
+from unilogit_kernels.maths import pair_state, row_state
 from unilogit_kernels.testing import force_backend
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -62,6 +63,10 @@ SHARED_SUITE = {
         "(test_hard_rows and whole) or (test_state and float32 and split) "
         "or (test_gradient and float32 and whole) or equal_rows",
     ),
+    "layouts": (
+        "test_layouts.py",
+        "(whole and float32) or (split and bfloat16)",
+    ),
     "runner-up": (
         "test_runner_up.py test_methods.py",
         "(test_column and bfloat16 and not softcap) or lowest and float32 or every_column or "
@@ -80,6 +85,7 @@ SHARED_SUITE = {
         pytest.param("one row", marks=PINNED),
         "two rows",
         pytest.param("runner-up", marks=PINNED),
+        pytest.param("layouts", marks=PINNED),
     ],
 )
 def test_shared_suite(part: str) -> None:
@@ -143,6 +149,28 @@ def test_offsets_beyond_32_bits(share: str) -> None:
     # Looking for races would take memory for every element in between.
     with small_problems(share), triton_device(90, schedule=Schedule(check_races=False)):
         check_distant_rows(Case(torch.bfloat16))
+
+
+def test_states_beyond_32_bits() -> None:
+    """Rows of the states so far apart that the offset of the last one takes 33 bits."""
+    a, b, labels = torch.randn(2, 300), torch.randn(2, 300), torch.tensor([5, 299])
+    states = (
+        pair_state.empty_state(2, a.device),
+        row_state.empty_state(2, a.device, runner_up=True),
+    )
+    for state in states:
+        rows = state.shape[0]
+        stride = 2**31 // (rows - 1) + 8
+        distant = torch.empty((rows - 1) * stride + 2).as_strided((rows, 2), (stride, 1))
+        distant.copy_(state)
+        # Looking for races would take memory for every element in between.
+        with small_problems(SHARES[0]), triton_device(90, schedule=Schedule(check_races=False)):
+            for each in (state, distant):
+                if rows == 4:
+                    TRITON.log_odds_update(a, labels, 0, each, PLAIN)
+                else:
+                    TRITON.divergence_update(a, b, labels, 0, each, PLAIN, PLAIN)
+        assert torch.equal(distant, state)
 
 
 @pytest.mark.parametrize("factor", [1.0, -0.37, float("nan")])

@@ -31,6 +31,7 @@ SELECTION = {
         "test_divergence_kernels.py",
         "equal_rows or (forbidden and float32) or (test_gradient and float32 and True and softcap)",
     ),
+    "layouts": ("test_layouts.py", "contiguous and (whole and float32 or split and mixed)"),
 }
 """Tests and a filter. The interpreter is slow; compiled, the kernels run the whole suite."""
 

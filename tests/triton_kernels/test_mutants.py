@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import test_layouts
 import torch
 from ptxsim import KernelFaultError, Schedule
 from ptxsim.triton_device import triton_device
@@ -27,7 +28,7 @@ from triton_kernels.battery import (
     check_sweep,
 )
 from triton_kernels.small_problems import SHARES, small_problems
-from unilogit_kernels.backends.triton import kernels, log_odds
+from unilogit_kernels.backends.triton import divergence, geometry, kernels, log_odds
 from unilogit_kernels.backends.triton.geometry import options_of
 
 # That checks can fail is no matter of the compiler.
@@ -235,6 +236,60 @@ def test_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pytest.raises((KernelFaultError, AssertionError)),
     ):
         mutant.check(mutant.case)
+
+
+ONE_MODEL, TWO_MODELS = test_layouts.test_logits_and_output, test_layouts.test_two_models_and_output
+NARROW, WIDE = torch.bfloat16, torch.float32
+ALIGNMENTS: dict[str, tuple[str, str, Callable[..., None], tuple[object, ...]]] = {
+    "strides of two matrices of three": (
+        "if self.strided:",
+        "if place.column_stride != 1 or self.leading.column_stride != 1:",
+        TWO_MODELS,
+        ("contiguous", WIDE, WIDE),
+    ),
+    "strides of the leading matrix alone": (
+        "in (self.leading, *self.others)",
+        "in (self.leading,)",
+        ONE_MODEL,
+        ("inner stride", WIDE, WIDE),
+    ),
+    "rows that begin elsewhere": (
+        "further % elements or longer",
+        "longer",
+        ONE_MODEL,
+        ("unaligned", NARROW, NARROW),
+    ),
+    "rows at another distance": (
+        "further % elements or longer",
+        "further",
+        ONE_MODEL,
+        ("padded rows", NARROW, NARROW),
+    ),
+    "boundaries of a narrower dtype": (
+        "min(vector_of(place.base), vector_of(self.leading.base))",
+        "vector_of(place.base)",
+        TWO_MODELS,
+        ("contiguous", WIDE, NARROW),
+    ),
+}
+"""Changes of `Matrices`, a test of mixed layouts that each must fail, and its layout and dtypes."""
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_wrong_alignment_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, test, case = ALIGNMENTS[name]
+    source = Path(str(geometry.__file__)).read_text()
+    assert source.count(before) == 1, f"{before!r} is there {source.count(before)}x"
+    mutant = ModuleType(geometry.__name__)
+    exec(source.replace(before, after), mutant.__dict__)
+    for launches in (log_odds, divergence):
+        monkeypatch.setattr(launches, "Matrices", mutant.Matrices)
+    with (
+        small_problems(WHOLE),
+        triton_device(90),
+        pytest.raises((KernelFaultError, AssertionError)),
+    ):
+        test("triton", *case)
 
 
 @pytest.mark.parametrize("warps", [2, 4])

@@ -14,6 +14,9 @@ from torch import Tensor
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.ids import DTYPE_IDS
 
+MOST_COLUMNS = 2**30
+"""Columns are counted in 32 bits, a few tiles beyond the last one included."""
+
 WAVES = 4
 """Programs that share the work evenly come in at least so many waves: the last, partial one then
 leaves a GPU idle for a fifth of the time at most."""
@@ -57,6 +60,44 @@ def check_dtypes(language: str, *tensors: Tensor) -> None:
                 f"the {language} kernels take {', '.join(map(str, DTYPE_IDS))}, got {tensor.dtype} "
                 "(float64 belongs to the eager backend)"
             )
+
+
+def check_matrices(language: str, *matrices: Tensor) -> None:
+    """Raise unless the kernels take these logits and gradients, all of one shape `[n, v]`.
+
+    Args:
+        language: Of the kernels, as the message names it.
+        matrices: Logits and gradients.
+
+    Raises:
+        TypeError: A dtype is not one of `DTYPE_IDS`.
+        ValueError: There are more than `MOST_COLUMNS` columns.
+    """
+    check_dtypes(language, *matrices)
+    columns = matrices[0].shape[1]
+    if columns > MOST_COLUMNS:
+        raise ValueError(
+            f"the {language} kernels take at most {MOST_COLUMNS} columns, got {columns}"
+        )
+
+
+def check_scaled(language: str, values: Tensor) -> None:
+    """Raise unless the kernels scale this tensor in place.
+
+    Args:
+        language: Of the kernels, as the message names it.
+        values: What is scaled.
+
+    Raises:
+        TypeError: Its dtype is not one of `DTYPE_IDS`.
+        ValueError: It is not contiguous.
+    """
+    check_dtypes(language, values)
+    if not values.is_contiguous():
+        raise ValueError(
+            f"the {language} kernels scale contiguous tensors, got shape {list(values.shape)} "
+            f"with strides {list(values.stride())}"
+        )
 
 
 def factors_of(transform: LogitTransform) -> tuple[float, float]:

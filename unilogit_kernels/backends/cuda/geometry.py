@@ -29,18 +29,6 @@ SPLIT_THREADS = 64
 """Threads of a block that owns a part of a row: a single row of 128k columns gives every
 multiprocessor something to do."""
 
-MOST_COLUMNS = 2**30
-"""Columns are counted in 32 bits, a few tiles beyond the last one included."""
-
-
-def check(logits: Tensor, *others: Tensor) -> None:
-    """Raise unless the kernels take these logits, and others of their shape."""
-    gpu.check_dtypes("CUDA", logits, *others)
-    if logits.shape[1] > MOST_COLUMNS:
-        raise ValueError(
-            f"the CUDA kernels take at most {MOST_COLUMNS} columns, got {logits.shape[1]}"
-        )
-
 
 def factors(transform: LogitTransform) -> tuple[c_float, c_float]:
     """`scale` and `softcap` as kernels declare them."""

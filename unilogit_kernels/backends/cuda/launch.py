@@ -10,8 +10,9 @@ from torch import Tensor
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
 from unilogit_kernels.backends.cuda.driver import current
-from unilogit_kernels.backends.cuda.geometry import TYPES, check
+from unilogit_kernels.backends.cuda.geometry import TYPES
 from unilogit_kernels.backends.cuda.sources import Kernel
+from unilogit_kernels.backends.gpu import check_matrices, check_scaled
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 
 
@@ -24,9 +25,9 @@ def scale_(values: Tensor, factor: Tensor) -> None:
         values: A contiguous tensor of float32, bfloat16 or float16.
         factor: One float32 number on the same device.
     """
+    check_scaled("CUDA", values)
     if values.numel() == 0:
         return
-    check(values.view(1, -1)[:, :0])
     launcher = current()
     vectors = -(-values.nbytes // 16)
     blocks = launcher.multiprocessors(values) * geometry.RESIDENT_THREADS // geometry.ROW_THREADS
@@ -59,7 +60,7 @@ class CudaKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_update`. Each row of `state` must be contiguous."""
-        check(logits)
+        check_matrices("CUDA", logits)
         if logits.numel():
             log_odds.update(logits, labels, first_column, state, transform)
 
@@ -74,7 +75,7 @@ class CudaKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_gradient`. Rows of `state` and `slope` must be contiguous."""
-        check(logits, out)
+        check_matrices("CUDA", logits, out)
         if logits.numel():
             log_odds.gradient(logits, labels, first_column, state, slope, out, transform)
 
@@ -89,7 +90,7 @@ class CudaKernels:
         transform: LogitTransform,
     ) -> Tensor:
         """See `SweepKernels.log_odds_sweep`. A label outside `[0, V)` gives NaN."""
-        check(logits, *([] if out is None else [out]))
+        check_matrices("CUDA", logits, *([] if out is None else [out]))
         if logits.shape[0] == 0:
             return row_weight.new_empty(0)
         return log_odds.sweep(logits, labels, row_weight, objective, vocab_size, out, transform)
@@ -109,7 +110,7 @@ class CudaKernels:
         b_transform: LogitTransform,
     ) -> None:
         """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
-        check(a, b)
+        check_matrices("CUDA", a, b)
         if a.numel():
             divergence.update(a, b, labels, first_column, state, a_transform, b_transform)
 
@@ -130,7 +131,7 @@ class CudaKernels:
 
         Rows of `state` and `coefficients` must be contiguous.
         """
-        check(a, b, out)
+        check_matrices("CUDA", a, b, out)
         if a.numel():
             divergence.gradient(
                 a,

@@ -12,6 +12,7 @@ from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.gpu import factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (
+    Matrices,
     Place,
     Shares,
     logits_of,
@@ -46,12 +47,12 @@ def update(
     a_place, b_place = Place.of(a), Place.of(b)
     # The narrower rows lead: their 128 bits are two vectors of the wider ones.
     b_leads = b.element_size() < a.element_size()
-    leading = b_place if b_leads else a_place
-    shares = Shares.of(a, leading, a_place, b_place, lanes=_lanes(a_transform, b_transform))
+    matrices = Matrices(b_place, (a_place,)) if b_leads else Matrices(a_place, (b_place,))
+    shares = Shares.of(a, matrices, lanes=_lanes(a_transform, b_transform))
     parts = torch.empty(5, n, shares.parts, device=a.device) if shares.parts > 1 else None
     pair = Pair(
-        logits_of(a_place, leading, a_transform, ""),
-        logits_of(b_place, leading, b_transform, ""),
+        logits_of(a_place, matrices, a_transform, ""),
+        logits_of(b_place, matrices, b_transform, ""),
         student_is_a=False,
     )
     factors = (*factors_of(a_transform), *factors_of(b_transform))
@@ -110,8 +111,8 @@ def gradient(
     """Write gradient rows; see `DivergenceKernels.divergence_gradient`."""
     n, v = a.shape
     a_place, b_place, out_place = Place.of(a), Place.of(b), Place.of(out)
-    lanes = _lanes(a_transform, b_transform)
-    shares = Shares.of(a, out_place, a_place, b_place, lanes=lanes)
+    matrices = Matrices(out_place, (a_place, b_place))
+    shares = Shares.of(a, matrices, lanes=_lanes(a_transform, b_transform))
     divergence_gradient_kernel[(n, shares.parts)](
         a_place.base,
         b_place.base,
@@ -131,8 +132,8 @@ def gradient(
         *factors_of(b_transform),
         (a_transform if student == "a" else b_transform).scale,
         PAIR=Pair(
-            logits_of(a_place, out_place, a_transform, ""),
-            logits_of(b_place, out_place, b_transform, ""),
+            logits_of(a_place, matrices, a_transform, ""),
+            logits_of(b_place, matrices, b_transform, ""),
             student_is_a=student == "a",
         ),
         WALK=shares.walk,

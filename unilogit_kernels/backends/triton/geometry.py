@@ -33,7 +33,8 @@ class Place(NamedTuple):
     """Where a matrix lies, in elements.
 
     Attributes:
-        base: A tensor that begins at a 16-byte boundary at or before the matrix.
+        base: A tensor that begins at a 16-byte boundary at or before the matrix, or, where its
+            storage holds none, with the matrix.
         offset: From there to the matrix.
         row_stride: From a row to the next.
         column_stride: From a column to the next.
@@ -62,20 +63,43 @@ class Place(NamedTuple):
         """What the kernels take beside the base."""
         return self.offset, self.row_stride, self.column_stride
 
-    def alignment(self, leading: Place) -> int:
-        """Elements that divide the offset at which the body of each row begins.
 
-        The rows of the leading matrix decide where that is. Where these rows are aligned
-        differently, their accesses are narrower, and coalesced still.
+class Matrices(NamedTuple):
+    """The matrices of one launch, which walks over the rows of all of them in the same tiles.
+
+    What is decided of accesses is decided here, of all of them together: the one that leads says
+    at which column a body begins, and any of them may forbid that it begins at a boundary.
+
+    Attributes:
+        leading: The one whose rows decide where bodies begin: the output, where there is one.
+        others: What else is read.
+    """
+
+    leading: Place
+    others: tuple[Place, ...] = ()
+
+    @property
+    def strided(self) -> bool:
+        """Whether columns of any of them are apart: then no access is whole."""
+        return any(place.column_stride != 1 for place in (self.leading, *self.others))
+
+    def alignment_of(self, place: Place) -> int:
+        """Elements that divide the offset, from its base, of the body of each row of a matrix.
+
+        More than 1 only where bodies begin where such offsets of the leading matrix are. Where
+        the rows of another one are aligned differently, its accesses are narrower, and coalesced
+        still. That a base is at a boundary Triton finds out by itself, for each pointer.
+
+        Args:
+            place: Of one of these matrices.
         """
-        elements = min(vector_of(self.base), vector_of(leading.base))
-        differs = (
-            self.base.data_ptr() % ACCESS_BYTES.value
-            or (self.offset - leading.offset) % elements
-            or (self.row_stride - leading.row_stride) % elements
-        )
-        strided = self.column_stride != 1 or leading.column_stride != 1
-        return 1 if strided or differs else elements
+        if self.strided:
+            # Bodies begin at column 0: what is peeled off is counted as neighbours in memory.
+            return 1
+        elements = min(vector_of(place.base), vector_of(self.leading.base))
+        further = place.offset - self.leading.offset
+        longer = place.row_stride - self.leading.row_stride
+        return 1 if further % elements or longer % elements else elements
 
 
 def vector_of(tensor: Tensor) -> int:
@@ -85,7 +109,7 @@ def vector_of(tensor: Tensor) -> int:
 
 def logits_of(
     place: Place,
-    leading: Place,
+    matrices: Matrices,
     transform: LogitTransform,
     eviction: str,
     *,
@@ -94,7 +118,7 @@ def logits_of(
     """What kernels are compiled for of a matrix of logits."""
     capped = transform.softcap != 0.0
     return Logits(
-        alignment=place.alignment(leading),
+        alignment=matrices.alignment_of(place),
         eviction=eviction,
         scaled=transform.scale != 1.0 and not capped,
         capped=capped,
@@ -108,13 +132,10 @@ def options_of(chosen: Settings, warps: int) -> dict[str, Any]:
     return {"num_warps": warps, "enable_fp_fusion": True, **chosen.options}
 
 
-def walk_over(v: int, leading: Place, others: tuple[Place, ...], lanes: int, threads: int) -> Walk:
+def walk_over(v: int, matrices: Matrices, lanes: int, threads: int) -> Walk:
     """The walk of `threads` threads, each with `lanes` elements at once, over rows of `v`."""
-    vector = vector_of(leading.base)
-    strided = any(place.column_stride != 1 for place in (leading, *others))
-    # With a stride anywhere no access is whole: bodies begin at column 0, for columns that are
-    # peeled off are counted as neighbours in memory.
-    alignment = 1 if strided else leading.alignment(leading)
+    vector = vector_of(matrices.leading.base)
+    alignment = matrices.alignment_of(matrices.leading)
     unroll = lanes // vector
     block = unroll * threads * vector
     # The body may begin at any of the first `alignment` columns.
@@ -126,7 +147,7 @@ def walk_over(v: int, leading: Place, others: tuple[Place, ...], lanes: int, thr
         unroll=unroll,
         tail_unroll=min(in_tail, max(1, TAIL_LANES // vector)),
         alignment=alignment,
-        strided=strided,
+        strided=matrices.strided,
     )
 
 
@@ -146,13 +167,12 @@ class Shares(NamedTuple):
     options: dict[str, Any]
 
     @staticmethod
-    def of(matrix: Tensor, leading: Place, *others: Place, lanes: int) -> Shares:
+    def of(matrix: Tensor, matrices: Matrices, lanes: int) -> Shares:
         """One program for each row where that keeps the device busy, else as many as it takes.
 
         Args:
             matrix: Any of those that are visited.
-            leading: The place of the one whose rows decide where a body begins.
-            others: The places of the others.
+            matrices: All of them.
             lanes: Elements of the leading matrix that a thread holds at once.
         """
         n, v = matrix.shape
@@ -161,12 +181,12 @@ class Shares(NamedTuple):
         resident_warps = multiprocessors * chosen.resident_warps
 
         def walk(warps: int, lanes: int) -> Walk:
-            return walk_over(v, leading, others, lanes, warps * chosen.warp_threads)
+            return walk_over(v, matrices, lanes, warps * chosen.warp_threads)
 
         if gpu.whole_rows_suffice(n, resident_warps // chosen.warps):
             return Shares(1, v, walk(chosen.warps, lanes), options_of(chosen, chosen.warps))
         warps = chosen.split_warps
-        vector = vector_of(leading.base)
+        vector = vector_of(matrices.leading.base)
         threads = warps * chosen.warp_threads
         if n * v < resident_warps // warps * threads * lanes:
             lanes = vector  # too little work to give a thread several vectors

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.backends.gpu import check_dtypes
+from unilogit_kernels.backends.gpu import check_matrices, check_scaled
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.backends.triton import divergence, log_odds, settings
 from unilogit_kernels.backends.triton.geometry import device_guard, options_of
@@ -38,7 +38,7 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_update`. Each row of `state` must be contiguous."""
-        check_dtypes("Triton", logits)
+        check_matrices("Triton", logits)
         if logits.numel():
             with device_guard(logits):
                 log_odds.update(logits, labels, first_column, state, transform)
@@ -54,7 +54,7 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> None:
         """See `RowKernels.log_odds_gradient`. Rows of `state` and `slope` must be contiguous."""
-        check_dtypes("Triton", logits, out)
+        check_matrices("Triton", logits, out)
         if logits.numel():
             with device_guard(logits):
                 log_odds.gradient(logits, labels, first_column, state, slope, out, transform)
@@ -70,7 +70,7 @@ class TritonKernels:
         transform: LogitTransform,
     ) -> Tensor:
         """See `SweepKernels.log_odds_sweep`. A label outside `[0, V)` gives NaN."""
-        check_dtypes("Triton", logits, *([] if out is None else [out]))
+        check_matrices("Triton", logits, *([] if out is None else [out]))
         if logits.shape[0] == 0:
             return row_weight.new_empty(0)
         with device_guard(logits):
@@ -87,7 +87,7 @@ class TritonKernels:
         b_transform: LogitTransform,
     ) -> None:
         """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
-        check_dtypes("Triton", a, b)
+        check_matrices("Triton", a, b)
         if a.numel():
             with device_guard(a):
                 divergence.update(a, b, labels, first_column, state, a_transform, b_transform)
@@ -106,7 +106,7 @@ class TritonKernels:
         b_transform: LogitTransform,
     ) -> None:
         """See `DivergenceKernels.divergence_gradient`. Rows of `state` must be contiguous."""
-        check_dtypes("Triton", a, b, out)
+        check_matrices("Triton", a, b, out)
         if a.numel():
             with device_guard(a):
                 divergence.gradient(
@@ -124,7 +124,7 @@ class TritonKernels:
 
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         """See `ScaleKernels.scale_`."""
-        check_dtypes("Triton", values)
+        check_scaled("Triton", values)
         if values.numel() == 0:
             return
         chosen = settings.current_settings()

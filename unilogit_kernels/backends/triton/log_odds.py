@@ -11,6 +11,7 @@ from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.gpu import Finish, factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (
+    Matrices,
     Place,
     Shares,
     logits_of,
@@ -51,14 +52,15 @@ def update(
     n, v = logits.shape
     chosen = settings.current_settings()
     place = Place.of(logits)
+    matrices = Matrices(place)
     runner_up = row_state.has_runner_up(state)
-    shares = Shares.of(logits, place, lanes=_lanes(transform, chosen, runner_up=runner_up))
+    shares = Shares.of(logits, matrices, lanes=_lanes(transform, chosen, runner_up=runner_up))
     two_stages = shares.parts > 1 or finish is not None
     planes = 3 if runner_up else 2
     parts = torch.empty(planes, n, shares.parts, device=logits.device) if two_stages else None
     row_weight = None if finish is None else finish.row_weight
     factors = factors_of(transform)
-    compiled = logits_of(place, place, transform, "", runner_up=runner_up)
+    compiled = logits_of(place, matrices, transform, "", runner_up=runner_up)
     log_odds_update_kernel[(n, shares.parts)](
         place.base,
         labels,
@@ -112,8 +114,8 @@ def gradient(
     """Write gradient rows; see `RowKernels.log_odds_gradient`."""
     n, v = logits.shape
     place, out_place = Place.of(logits), Place.of(out)
-    lanes = _lanes(transform, settings.current_settings())
-    shares = Shares.of(logits, out_place, place, lanes=lanes)
+    matrices = Matrices(out_place, (place,))
+    shares = Shares.of(logits, matrices, lanes=_lanes(transform, settings.current_settings()))
     runner_up = row_state.has_runner_up(state)
     log_odds_gradient_kernel[(n, shares.parts)](
         place.base,
@@ -130,7 +132,7 @@ def gradient(
         shares.blocks_per_part,
         *factors_of(transform),
         transform.scale,
-        LOGITS=logits_of(place, out_place, transform, "", runner_up=runner_up),
+        LOGITS=logits_of(place, matrices, transform, "", runner_up=runner_up),
         WALK=shares.walk,
         **shares.options,
     )
@@ -170,6 +172,7 @@ def sweep(
         return values
     place = Place.of(logits)
     out_place = place if out is None else Place.of(out)
+    matrices = Matrices(out_place, (place,))
     threads = warps * chosen.warp_threads
     lanes = min(_lanes(transform, chosen), LARGEST_TILE // threads)
     log_odds_sweep_kernel[(n,)](
@@ -186,8 +189,8 @@ def sweep(
         *gpu.vocabulary_terms(vocab_size),
         OBJECTIVE=objective,
         # For a gradient the logits are read again, from the cache: they should leave it last.
-        LOGITS=logits_of(place, out_place, transform, "" if out is None else "evict_last"),
-        WALK=walk_over(v, out_place, (place,), lanes, threads),
+        LOGITS=logits_of(place, matrices, transform, "" if out is None else "evict_last"),
+        WALK=walk_over(v, matrices, lanes, threads),
         **options_of(chosen, warps),
     )
     return values

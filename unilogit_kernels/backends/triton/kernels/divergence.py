@@ -228,6 +228,7 @@ def divergence_update_kernel(
         B_LEADS: Whether the rows of b, and not those of a, decide where a body begins.
     """
     row_index = tl.program_id(0).to(tl.int64)
+    state_stride = state_stride.to(tl.int64)
     part = tl.program_id(1)
     count = tl.num_programs(1)
     label = label_column(labels, row_index, first_column, v)
@@ -289,6 +290,7 @@ def merge_pair_parts_kernel(
         MOST_PARTS: A power of two, at least `count`.
     """
     row_index = tl.program_id(0).to(tl.int64)
+    state_stride = state_stride.to(tl.int64)
     state += row_index
     i = tl.arange(0, MOST_PARTS)
     stride = tl.num_programs(0).to(tl.int64) * count
@@ -348,6 +350,8 @@ def divergence_gradient_kernel(
     To be compiled without fused multiply-adds: see `DivergenceKernels.divergence_gradient`.
     """
     row_index = tl.program_id(0).to(tl.int64)
+    state_stride = state_stride.to(tl.int64)
+    coefficient_stride = coefficient_stride.to(tl.int64)
     part, count = tl.program_id(1), tl.num_programs(1)
     label = label_column(labels, row_index, first_column, v)
     a_row = row_of(a, a_offset, a_row_stride, a_column_stride, row_index)

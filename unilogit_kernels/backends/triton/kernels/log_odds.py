@@ -223,6 +223,7 @@ def log_odds_update_kernel(
             runner-up, its column's bits.
     """
     row_index = tl.program_id(0).to(tl.int64)
+    state_stride = state_stride.to(tl.int64)
     part = tl.program_id(1)
     count = tl.num_programs(1)
     label = label_column(labels, row_index, first_column, v)
@@ -311,6 +312,7 @@ def merge_parts_kernel(
         OBJECTIVE: Its name, or None to leave it at the state.
     """
     row_index = tl.program_id(0).to(tl.int64)
+    state_stride = state_stride.to(tl.int64)
     state += row_index
     i = tl.arange(0, MOST_PARTS)
     is_part = i < count
@@ -375,6 +377,8 @@ def log_odds_gradient_kernel(
         slopes: `[n]`; with the runner-up `[3, n]`, see `row_state.row_slopes`.
     """
     row_index = tl.program_id(0).to(tl.int64)
+    state_stride = state_stride.to(tl.int64)
+    slope_stride = slope_stride.to(tl.int64)
     row = row_of(logits, offset, row_stride, column_stride, row_index)
     out_row = row_of(out, out_offset, out_row_stride, out_column_stride, row_index)
     label = label_column(labels, row_index, first_column, v)

@@ -24,6 +24,6 @@ def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
             tl.store(pointers, (x.to(tl.float32) * scale).to(x.dtype), mask=inside)
         if tl.program_id(0) == 0:
             # Wider than a vector, so that no two warps hold the same element.
-            end = vectors * VECTOR + tl.arange(0, VECTORS)
+            end = vectors.to(tl.int64) * VECTOR + tl.arange(0, VECTORS)
             x = tl.load(values + end, mask=end < count)
             tl.store(values + end, (x.to(tl.float32) * scale).to(x.dtype), mask=end < count)
