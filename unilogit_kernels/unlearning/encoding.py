@@ -7,6 +7,7 @@ generation.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,3 +238,25 @@ class Encoding:
         if eos_id is None:
             return whole
         return Written(whole.text, [*whole.ids, eos_id], whole.special)
+
+
+def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """What a chat template is given, from `NAME=VALUE`; the value is JSON, or else a string.
+
+    Raises:
+        DataError: no name or no `=`, or a name twice.
+
+    Example:
+        >>> template_arguments(["enable_thinking=false", "date_string=26 Jul 2024"])
+        {'enable_thinking': False, 'date_string': '26 Jul 2024'}
+    """
+    found: dict[str, Any] = {}
+    for item in given:
+        name, separator, value = item.partition("=")
+        if not separator or not name.isidentifier() or name in found:
+            raise DataError(f"a template argument is NAME=VALUE, each name once, got {item!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

@@ -152,7 +152,7 @@ def _load(line: str, source: str) -> Any:
     except DataError:
         raise
     except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not JSON ({error.msg} at column {error.colno})") from error
+        raise DataError(f"{source}: not JSON ({error.msg}: column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # A number too long, or brackets too deep.
         raise DataError(f"{source}: not JSON that can be read ({error})") from error
 
