@@ -240,14 +240,14 @@ class Encoding:
         return Written(whole.text, [*whole.ids, eos_id], whole.special)
 
 
-def template_arguments(given: Sequence[str]) -> dict[str, Any]:
+def parse_template_arguments(given: Sequence[str]) -> dict[str, Any]:
     """What a chat template is given, from `NAME=VALUE`; the value is JSON, or else a string.
 
     Raises:
         DataError: no name or no `=`, or a name twice.
 
     Example:
-        >>> template_arguments(["enable_thinking=false", "date_string=26 Jul 2024"])
+        >>> parse_template_arguments(["enable_thinking=false", "date_string=26 Jul 2024"])
         {'enable_thinking': False, 'date_string': '26 Jul 2024'}
     """
     found: dict[str, Any] = {}
