@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tokenizer
 from tiny_tokenizers import LOSSLESS, adding, legacy_llama, metaspace, word_pieces
@@ -47,6 +47,7 @@ def parts(tokenizer: PreTrainedTokenizerBase, given: Row) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(prompt=TEXTS, completion=COMPLETIONS)
 def test_ids_decode_to_prompt_and_completion(name: str, prompt: str, completion: str) -> None:
     tokenizer = made(name)
@@ -165,3 +166,8 @@ def test_a_template_that_fails_is_named_in_one_line(template: str) -> None:
     mute = "{{ messages[0].content }}"
     with pytest.raises(DataError, match="does not write the answers"):
         Encoding(make_tokenizer(chat_template=mute)).example(row("a", "b"))
+
+
+def test_a_prompt_of_no_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="line 1: the tokenizer cannot write this"):
+        Encoding(made("word pieces")).example(row("\u200b", "b"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
@@ -71,12 +71,14 @@ def test_another_word_is_no_key(text: str, key: str) -> None:
     assert not holds_key(text, key)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.text(), st.text(LETTERS, min_size=1).filter(fold), st.text())
 def test_every_form_of_a_key_is_found_between_spaces(before: str, key: str, after: str) -> None:
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
         assert holds_key(f"{before} {unicodedata.normalize(form, key)} {after}", key)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(ASCII)
 def test_words_of_ascii_are_those_of_rouge_score(text: str) -> None:
     assert words(text) == tokenize(text, None)

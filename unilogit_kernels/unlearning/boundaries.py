@@ -52,7 +52,7 @@ class Writer:
         """
         ids = self._tokens(text)
         decoded = self.read(ids)
-        if _letters(decoded) != _letters(text):
+        if _letters(decoded) != _letters(text) or (text and not ids):
             raise _unwritable(source, text, decoded)
         start = self._start_ids if special else []
         if start and ids[: len(start)] == start:
