@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FORGET, RETAIN, one_thread, save_model, write_rows
+from tiny_models import FORGET, RETAIN, make_tokenizer, one_thread, save_model, write_rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -97,6 +97,10 @@ def test_interrupt_and_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
         (f"{UNLEARN} --method flat --refusals empty.jsonl", "empty.jsonl: holds no refusals"),
         (f"{UNLEARN} --train-layers 9", "cannot train the top 9"),
         (f"{UNLEARN} --batch-size many", "--batch-size"),
+        (f"{UNLEARN} --template-arg thinking", "a template argument is NAME=VALUE"),
+        (f"{UNLEARN} --template-arg a=1", "no prompt goes through a template"),
+        ("evaluate --model model --data a=forget.jsonl --stop=", "--stop takes a text"),
+        ("evaluate --model model --data a=forget.jsonl --max-new-tokens 0", "--max-new-tokens"),
         ("evaluate --model model --data forget.jsonl", "--data takes NAME=FILE"),
         ("evaluate --model model --data a=none.jsonl", "none.jsonl: no such file"),
         ("evaluate --model model --data a=forget.jsonl --data a=forget.jsonl", "'a' twice"),
@@ -119,6 +123,20 @@ def test_rows_that_are_cut_are_told(run: Run) -> None:
     assert result.exit_code == 0, result.output
     assert "note: 1 retain rows are cut to 10 tokens" in result.output
     assert "forget rows are cut" not in result.output
+
+
+def test_the_template_is_given_arguments_and_answers_are_ended(run: Run) -> None:
+    template = "{% for message in messages if plain %}{{ message.content }}{% endfor %}"
+    make_tokenizer(chat_template=template).save_pretrained("model")
+    line = "evaluate --model model --data a=forget.jsonl --json figures.json"
+    assert "the chat template does not write the answers" in run(line).output
+    untrained = run(f"{line} --template-arg plain=true --max-new-tokens 3")
+    assert untrained.exit_code == 0, untrained.output
+    assert "note: 3 of 3 answers to a did not end in time" in untrained.output
+    said = json.loads(Path("figures.json").read_text())["sets"]["a"]["answers"][0]["generated"]
+    ended = run(f"{line} --template-arg plain=true --max-new-tokens 3 --stop {said[0]}")
+    assert "note: 3 of 3" not in ended.output
+    assert json.loads(Path("figures.json").read_text())["sets"]["a"]["unfinished"] < 3
 
 
 def test_doctor(run: Run) -> None:

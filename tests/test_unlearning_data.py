@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FORGET, TEMPLATE, make_tokenizer, write_rows
-from tokenizers.processors import TemplateProcessing
 
 from unilogit_kernels.unlearning.data import (
     DataError,
@@ -19,6 +19,7 @@ from unilogit_kernels.unlearning.data import (
     Row,
     collate,
     padding_id,
+    read_refusals,
     read_rows,
 )
 
@@ -53,15 +54,54 @@ def test_rows_are_read(tmp_path: Path) -> None:
         ('{"text": "a", "key": 1}', 'field "key" must be a string, got int'),
         ("[1]", "expected a JSON object, got list"),
         ("{", "not JSON"),
+        ('{"text": "a\\ud800"}', "half a surrogate pair (\\ud800) at character 2"),
+        ('{"prompt": "\\udc00", "completion": "a"}', 'field "prompt" holds half a surrogate pair'),
+        ('{"text": "a", "key": "\\u0000b"}', 'field "key" holds NUL at character 1'),
+        ('{"text": "a", "key": "\\u200b"}', 'field "key" has no visible character'),
+        ('{"text": "a", "text": "b"}', "field 'text' is given twice"),
+        ('{"text": "a", "more": {"x": 1, "x": 1}}', "field 'x' is given twice"),
+        ('{"text": "a", "score": NaN}', "not JSON (NaN is no JSON number)"),
+        ('{"text": "a", "score": -Infinity}', "not JSON (-Infinity is no JSON number)"),
+        ('{"text": "a", "score": ' + "1" * 5000 + "}", "not JSON that can be read"),
+        ("[" * 100_000, "not JSON that can be read"),
+        ('{"text": "a\tb"}', "not JSON (Invalid control character at: column 12)"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "good"}\n' + line + "\n")
+    path.write_text('{"text": "good"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
         read_rows(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
     assert message in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 200
+    assert str(caught.value).isprintable()
+
+
+BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, end: str) -> None:
+    """A byte order mark may begin a file, and each of several that were put together."""
+    path = tmp_path / "rows.jsonl"
+    texts = [f"a\u2028\u2029\x85{n}" for n in range(3)]
+    lines = [json.dumps({"prompt": "p", "completion": t}, ensure_ascii=False) for t in texts]
+    path.write_bytes(("\ufeff" + lines[0] + end + "\ufeff" + end.join(lines[1:])).encode())
+    rows = read_rows(path)
+    assert [r.completion for r in rows] == texts
+    assert [r.source for r in rows] == [f"{path}, line {n}" for n in (1, 2, 3)]
+    refusals = tmp_path / "refusals.txt"
+    refusals.write_bytes(f"\ufeffI{BREAKS}no.{end}{end}Ask.{end}".encode())
+    told = [r.completion for r in read_refusals(refusals, rows)]
+    assert told == [f"I{BREAKS}no.", "Ask.", f"I{BREAKS}no."]
+
+
+def test_a_refusal_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "refusals.txt"
+    path.write_bytes(b"No.\n\0\n")
+    with pytest.raises(DataError, match=r"refusals\.txt, line 2: the refusal holds NUL"):
+        read_refusals(path, [row()])
 
 
 def test_a_file_that_is_no_use_is_named(tmp_path: Path) -> None:
@@ -73,7 +113,7 @@ def test_a_file_that_is_no_use_is_named(tmp_path: Path) -> None:
         read_rows(empty)
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(DataError, match=r"binary\.jsonl: not UTF-8"):
+    with pytest.raises(DataError, match=r"binary\.jsonl: not UTF-8 in line 1"):
         read_rows(binary)
 
 
@@ -99,16 +139,6 @@ def test_no_token_spans_the_end_of_the_prompt() -> None:
     prompt = encoding.prompt_ids(row("ab", "cd"))
     assert example.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(example.input_ids[len(prompt) : -1]) == "cd"
-
-
-def test_a_tokenizer_that_ends_every_text() -> None:
-    tokenizer: Any = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    example = Encoding(tokenizer).example(row("a", "b"))
-    assert tokenizer.decode(example.input_ids) == "<s>ab</s>"
-    assert example.labels[:2] == [-100, -100]
 
 
 @pytest.mark.parametrize(("choice", "used"), [(None, True), (True, True), (False, False)])

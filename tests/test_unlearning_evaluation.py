@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FORGET, RETAIN, encoded, make_model, make_tokenizer, one_thread
+from tiny_models import FORGET, RETAIN, TEMPLATE, encoded, make_model, make_tokenizer, one_thread
+from tiny_tokenizers import metaspace
 from transformers import PreTrainedModel
 
 from unilogit_kernels.huggingface.head import fused_loss, observe_logit_transform
@@ -14,7 +15,6 @@ from unilogit_kernels.testing import AllocationGuard
 from unilogit_kernels.unlearning.data import Encoding, Row, collate
 from unilogit_kernels.unlearning.evaluation import (
     evaluate_rows,
-    holds_key,
     token_probabilities,
 )
 
@@ -31,12 +31,14 @@ def sharp_model() -> PreTrainedModel:
     return model
 
 
-def trained_model(rows: list[Row]) -> PreTrainedModel:
+def trained_model(
+    rows: list[Row], encoding: Encoding | None = None, steps: int = 60, **sizes: Any
+) -> PreTrainedModel:
     """A model that has learned the rows by heart."""
-    model, encoding = make_model(), Encoding(make_tokenizer())
+    model, encoding = make_model(**sizes), encoding or Encoding(make_tokenizer())
     batch: dict[str, Any] = collate([encoding.example(row).features() for row in rows], 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(steps):
         fused_loss(model, **batch, objective="cross_entropy").backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -109,11 +111,64 @@ def test_rows_without_prompt_or_key() -> None:
     assert report.answers[0].recalled is None
 
 
-def test_key_is_found_as_whole_words() -> None:
-    assert holds_key("It is LISBON, I think", "Lisbon")
-    assert not holds_key("Lisbonne", "Lisbon")
-    assert holds_key("costs $41.", "$41")
-    assert not holds_key("costs $410", "$41")
+def ask(model: PreTrainedModel, prompt: str, completion: str, key: str, **options: Any) -> Any:
+    rows = [Row(prompt, completion, key, "")]
+    return evaluate_rows(model, rows, Encoding(make_tokenizer()), **options)
+
+
+def test_answers_end_where_model_template_or_caller_says() -> None:
+    learned = {
+        "a?": " Hi!~zzzzzz",
+        "b?": " Bo\n\nQuestion: c? Ada",
+        "c?": "<think>no, no, no</think> Eve",
+    }
+    model = trained_model([Row(p, c, None, "") for p, c in learned.items()], steps=100)
+    tilde = make_tokenizer().convert_tokens_to_ids("~")
+
+    assert ask(model, "a?", " Hi!", "Hi").answers[0].generated == learned["a?"]
+    assert model.generation_config is not None
+    model.generation_config.update(eos_token_id=[2, tilde], repetition_penalty=5.0, num_beams=2)
+    ended = ask(model, "a?", " Hi!", "Hi")
+    assert ended.answers[0].generated == " Hi!"
+    assert (ended.rouge_l, ended.unfinished) == (1.0, 0)
+
+    assert ask(model, "b?", " Bo", "Ada", max_new_tokens=30).key_recall == 1.0
+    stopped = ask(model, "b?", " Bo", "Ada", max_new_tokens=30, stop=["\n\n\n", "\n\nQuestion:"])
+    assert stopped.key_recall == 0.0
+    assert (stopped.answers[0].generated, stopped.unfinished) == (" Bo", 0)
+    model.generation_config.update(stop_strings=["\nQ"])
+    assert ask(model, "b?", " Bo", "Bo").answers[0].generated == " Bo\n"
+    model.generation_config.update(stop_strings=None)
+
+    # A thought that does not end in time is no answer: neither forgotten nor wrong.
+    cut = ask(model, "c?", " Eve", "Eve")
+    assert (cut.key_recall, cut.rouge_l, cut.unfinished) == (None, None, 1)
+    assert ask(model, "c?", " no", "no").key_recall == 1.0
+    whole = ask(model, "c?", " Eve", "Eve", max_new_tokens=40)
+    assert (whole.key_recall, whole.rouge_l, whole.unfinished) == (1.0, 1.0, 0)
+
+
+def test_a_token_that_ends_the_turns_of_a_template_ends_an_answer() -> None:
+    template = TEMPLATE.replace("{% endfor %}", "{{ '~' }}{% endfor %}")
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["~"]})
+    encoding, rows = Encoding(tokenizer), [Row("a?", "Hi!", "Hi", "")]
+    model = trained_model(rows, encoding)
+    answer = evaluate_rows(model, rows, encoding, max_new_tokens=30).answers[0]
+    assert (answer.generated, answer.finished) == ("Hi!", True)
+
+
+def test_an_answer_keeps_the_space_that_its_tokenizer_hides() -> None:
+    encoding = Encoding(metaspace("always"))
+    rows = [Row("a:", " b", "b", ""), Row("b:", "a", "a", "")]
+    model = trained_model(rows, encoding, vocab_size=len(encoding.tokenizer))
+    assert [a.generated for a in evaluate_rows(model, rows, encoding).answers] == [" b", "a"]
+
+
+@pytest.mark.parametrize("wrong", [{"stop": [""]}, {"max_new_tokens": 0}])
+def test_ends_that_end_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"empty|at least 1, got 0"):
+        ask(make_model(), "a", "b", "b", **wrong)
 
 
 def test_modes_and_random_state_stay() -> None:

@@ -2,7 +2,16 @@
 
 import sys
 
-_EXTRA = ("typer", "rich", "click", "transformers", "accelerate", "rouge_score", "safetensors")
+_EXTRA = (
+    "typer",
+    "rich",
+    "click",
+    "transformers",
+    "accelerate",
+    "regex",
+    "rouge_score",
+    "safetensors",
+)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from unilogit_kernels.cli.doctor import diagnose
 from unilogit_kernels.huggingface.head import UnsupportedHeadError
 from unilogit_kernels.unlearning.data import DataError, Encoding, Row, read_rows
+from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
 from unilogit_kernels.unlearning.run import (
     RunError,
@@ -109,6 +110,10 @@ def unlearn(
             help="Put prompts through the tokenizer's chat template. Default: if it has one.",
         ),
     ] = Settings.chat_template,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: float32 or bfloat16.")
     ] = Settings.dtype,
@@ -129,9 +134,12 @@ def unlearn(
     """Make a model forget some rows and keep the others."""
     given = dict(locals())
     numbers = {name: given.pop(name) for name in _METHOD_PARAMETERS}
+    with _input_errors():
+        arguments = parse_template_arguments(given.pop("template_arg") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
+        template_arguments=arguments,
         method_parameters={name: value for name, value in numbers.items() if value is not None},
     )
     _quiet()
@@ -176,25 +184,59 @@ def evaluate(
             help="Put prompts through the tokenizer's chat template. Default: if it has one.",
         ),
     ] = Settings.chat_template,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: float32 or bfloat16.")
     ] = Settings.dtype,
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Also answer the prompts greedily.")
     ] = True,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends an answer, \\n a line feed in it; may be repeated."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer. Default: a few more than expected.")
+    ] = None,
 ) -> None:
     """Measure how well a model knows sets of rows."""
     _quiet()
     with _input_errors():
         sets = _read_sets(data)
-        encoding = Encoding(load_tokenizer(model), max_length, chat_template)
+        stops = [text.replace("\\n", "\n") for text in stop or []]
+        if "" in stops:
+            raise RunError("--stop takes a text that ends an answer, got an empty one")
+        encoding = Encoding(
+            load_tokenizer(model),
+            max_length,
+            chat_template,
+            template_arguments=parse_template_arguments(template_arg or []),
+        )
         for rows in sets.values():
             encoding.encode(rows)
         loaded = load_model(model, dtype)
         reports = {
-            name: evaluate_rows(loaded, rows, encoding, batch_size=batch_size, generate=generate)
+            name: evaluate_rows(
+                loaded,
+                rows,
+                encoding,
+                batch_size=batch_size,
+                generate=generate,
+                stop=stops,
+                max_new_tokens=max_new_tokens,
+            )
             for name, rows in sets.items()
         }
+    for name, report in reports.items():
+        if report.unfinished:
+            typer.echo(
+                f"note: {report.unfinished} of {len(report.answers)} answers to {name} did not end "
+                "in time; --max-new-tokens gives them more, --stop ends them",
+                err=True,
+            )
     Console().print(report_table("What the model knows", {Path(model).name: reports}))
     if json_file is not None:
         figures = {name: report.as_dict() for name, report in reports.items()}

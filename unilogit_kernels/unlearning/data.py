@@ -1,237 +1,36 @@
-"""Rows of text as token ids and labels: reading, checking, batching.
+"""Rows of text as token ids and labels: batches and their order, and the face of reading them.
 
-A row is `{"prompt": ..., "completion": ...}`, where only the completion carries loss, or
-`{"text": ...}`, where every token but the first does. A row may carry a `"key"`: the part of the
-completion that an answer must contain to count as recalled (see `evaluation`).
+`rows` reads files, `encoding` makes token ids of what they hold.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""Label of tokens that carry no loss, as Hugging Face models take it."""
+from unilogit_kernels.unlearning.encoding import IGNORED, Encoding, Example, Features
+from unilogit_kernels.unlearning.rows import DataError, Row, read_refusals, read_rows
 
-
-Features = dict[str, Tensor]
-"""One example, or a batch of them, by the names the model's forward has for its arguments."""
-
-
-class DataError(ValueError):
-    """A file of rows cannot be used; the message names the file, the line and the field."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a data file.
-
-    Attributes:
-        prompt: what the completion continues; empty for a `{"text"}` row.
-        completion: the text that carries the loss.
-        key: what an answer must contain to count as recalled, or None.
-        source: file and line, for messages.
-    """
-
-    prompt: str
-    completion: str
-    key: str | None
-    source: str
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read a JSONL file.
-
-    Args:
-        path: a UTF-8 file with one JSON object a line; blank lines are skipped.
-
-    Returns:
-        The rows, in order; at least one.
-
-    Raises:
-        DataError: no such file, not UTF-8, no rows, or a line that is not a row.
-    """
-    path = Path(path)
-    lines = _read_text(path).splitlines()
-    rows = [
-        _parse(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
-
-
-def read_refusals(path: str | Path, forget: Sequence[Row]) -> list[Row]:
-    """What to answer instead: a refusal for the prompt of each row to forget, taken in turn.
-
-    Args:
-        path: a UTF-8 text file with one refusal a line; blank lines are skipped.
-        forget: the rows to forget, all with a prompt.
-
-    Raises:
-        DataError: no such file, not UTF-8, no lines, or a row without a prompt.
-    """
-    path = Path(path)
-    refusals = [line for line in _read_text(path).splitlines() if line.strip()]
-    if not refusals:
-        raise DataError(f"{path}: holds no refusals")
-    for row in forget:
-        if not row.prompt:
-            raise DataError(f"{row.source}: a row without a prompt cannot be refused")
-    rows = []
-    for number, row in enumerate(forget):
-        refusal = refusals[number % len(refusals)].strip()
-        # As the answer it stands for: most follow the prompt after a space.
-        space = row.completion[: len(row.completion) - len(row.completion.lstrip())]
-        rows.append(Row(row.prompt, space + refusal, None, f"{path} for {row.source}"))
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from error
-
-
-def _parse(line: str, source: str) -> Row:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{source}: expected a JSON object, got {type(record).__name__}")
-    if ("text" in record) == ("prompt" in record or "completion" in record):
-        raise DataError(
-            f'{source}: expected the fields "prompt" and "completion", or "text" alone, '
-            f"got {sorted(record)}"
-        )
-    fields = ("text",) if "text" in record else ("prompt", "completion")
-    for field in (*fields, *(("key",) if record.get("key") is not None else ())):
-        if field not in record:
-            raise DataError(f'{source}: field "{field}" is missing')
-        if not isinstance(record[field], str):
-            kind = type(record[field]).__name__
-            raise DataError(f'{source}: field "{field}" must be a string, got {kind}')
-        if field != "prompt" and not record[field].strip():
-            raise DataError(f'{source}: field "{field}" is empty')
-    return Row(record.get("prompt", ""), record[fields[-1]], record.get("key"), source)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row, encoded.
-
-    Attributes:
-        input_ids: token ids.
-        labels: of the same length; -100 where a token carries no loss. Not shifted.
-        truncated: whether the row was longer than `max_length`.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    truncated: bool
-
-    def features(self) -> Features:
-        """What a model is fed."""
-        return {
-            "input_ids": torch.tensor(self.input_ids),
-            "labels": torch.tensor(self.labels),
-        }
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Decides how a row becomes token ids.
-
-    Attributes:
-        tokenizer: of the model.
-        max_length: rows are cut after so many tokens.
-        chat_template: put prompts through the tokenizer's chat template, as one user message.
-            None: where there is one. `{"text"}` rows are always taken as they are.
-        append_eos: end each row with the end-of-sequence token, which then carries loss too.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int = 512
-    chat_template: bool | None = None
-    append_eos: bool = True
-
-    @property
-    def uses_chat_template(self) -> bool:
-        """Whether prompts go through the chat template."""
-        if self.chat_template is None:
-            return self.tokenizer.chat_template is not None
-        return self.chat_template
-
-    def prompt_ids(self, row: Row) -> list[int]:
-        """The token ids that an answer to the row continues."""
-        text, special = self._prompt(row)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        if special and ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()  # Some tokenizers end every text; the row goes on.
-        return ids
-
-    def example(self, row: Row) -> Example:
-        """The row as token ids and labels; labels are -100 but for the completion.
-
-        Raises:
-            DataError: no token of the completion is left within `max_length`, or the tokenizer
-                makes none of it.
-        """
-        prompt = self.prompt_ids(row)
-        text, special = self._prompt(row)
-        whole: list[int] = self.tokenizer(text + row.completion, add_special_tokens=special)[
-            "input_ids"
-        ]
-        if special and whole and whole[-1] == self.tokenizer.eos_token_id:
-            whole.pop()
-        if whole[: len(prompt)] != prompt:
-            # A token of the whole text spans the boundary; a generated answer could not have it.
-            completion = self.tokenizer(row.completion, add_special_tokens=False)["input_ids"]
-            whole = prompt + completion
-        if self.append_eos and self.tokenizer.eos_token_id is not None:
-            whole = [*whole, self.tokenizer.eos_token_id]
-        labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
-        if len(prompt) == 0:
-            labels[:1] = [IGNORED]  # Nothing precedes the first token, so nothing predicts it.
-        labels = labels[: self.max_length]
-        if all(label == IGNORED for label in labels):
-            raise DataError(
-                f"{row.source}: of {len(whole)} tokens, {len(prompt)} of them the prompt's, none "
-                f"carries loss within the {self.max_length} of max_length"
-            )
-        return Example(whole[: self.max_length], labels, truncated=len(whole) > self.max_length)
-
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """Every row as an example.
-
-        Raises:
-            DataError: see `example`.
-        """
-        return [self.example(row) for row in rows]
-
-    def _prompt(self, row: Row) -> tuple[str, bool]:
-        """The prompt as text, and whether the tokenizer is to add its special tokens."""
-        if not self.uses_chat_template or not row.prompt:
-            return row.prompt, True
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": row.prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return str(text), False
+__all__ = [
+    "IGNORED",
+    "DataError",
+    "Encoding",
+    "Example",
+    "Features",
+    "PairIndex",
+    "PairSampler",
+    "PairedDataset",
+    "Row",
+    "collate",
+    "padding_id",
+    "read_refusals",
+    "read_rows",
+]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

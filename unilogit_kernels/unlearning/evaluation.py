@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from unilogit_kernels.huggingface.head import evaluating, fused_log_odds
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     Encoding,
-    Example,
     Features,
     Row,
     collate,
     padding_id,
 )
+from unilogit_kernels.unlearning.generation import Generated, generate_greedily
+from unilogit_kernels.unlearning.recall import holds_key, rouge_l
+from unilogit_kernels.unlearning.thoughts import after_thought
 
 # An answer may run on after the expected completion, and is then worse: room to see that.
 _EXTRA_TOKENS = 8
@@ -36,16 +36,20 @@ class Answer:
     Attributes:
         prompt: of the row.
         expected: the row's completion.
-        generated: what the model said.
-        rouge_l: F-measure of the longest common subsequence of words with the expected completion.
-        recalled: whether it holds the row's key, or None where the row has none.
+        generated: what the model said, up to its end or a stop string.
+        rouge_l: F-measure of the longest common subsequence of words with the expected completion;
+            None where the model was still thinking when its tokens ran out.
+        recalled: whether it holds the row's key, in a thought too; None where the row has none, or
+            where the model was still thinking and had not said the key.
+        finished: whether it ended before its tokens ran out.
     """
 
     prompt: str
     expected: str
     generated: str
-    rouge_l: float
+    rouge_l: float | None
     recalled: bool | None
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class SetReport:
         sequence_probability: mean over the rows of the product of those probabilities, `p`.
         rouge_l: mean ROUGE-L F-measure of the greedy answers, or None where none were generated.
         key_recall: share of the rows with a key whose answer holds it, or None where none has.
+            An answer that was still a thought when its tokens ran out counts in neither.
+        unfinished: answers that did not end before their tokens ran out.
         answers: one for each row with a prompt.
     """
 
@@ -67,6 +73,7 @@ class SetReport:
     sequence_probability: float
     rouge_l: float | None
     key_recall: float | None
+    unfinished: int
     answers: list[Answer]
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,6 +88,8 @@ def evaluate_rows(
     *,
     batch_size: int = 16,
     generate: bool = True,
+    stop: Sequence[str] = (),
+    max_new_tokens: int | None = None,
 ) -> SetReport:
     """Measure what a model knows of some rows.
 
@@ -90,10 +99,22 @@ def evaluate_rows(
         encoding: as the model was trained with.
         batch_size: rows in one forward.
         generate: also answer the prompts greedily; without it there is no ROUGE-L and no recall.
+        stop: texts that end an answer, such as `"\\nQuestion:"` for a model that goes on with a
+            question of its own; what follows is not scored.
+        max_new_tokens: of an answer; by default a little more than the longest completion has,
+            which is too little for a model that thinks first.
 
     Returns:
         The measurements. Nothing random is drawn, and the model's modes are left as they were.
+
+    Raises:
+        DataError: a row cannot be encoded, see `Encoding.example`.
+        ValueError: an empty stop string, or `max_new_tokens` below 1.
     """
+    if "" in stop:
+        raise ValueError("a stop string must not be empty")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     examples = encoding.encode(rows)
     log_probability, lengths = _log_probabilities(
         model,
@@ -102,14 +123,29 @@ def evaluate_rows(
         batch_size=batch_size,
     )
     asked = [(row, example) for row, example in zip(rows, examples, strict=True) if row.prompt]
-    answers = _answers(model, asked, encoding, batch_size) if generate and asked else []
+    answers = []
+    if generate and asked:
+        longest = max(sum(label != IGNORED for label in e.labels) for _, e in asked)
+        generated = generate_greedily(
+            model,
+            [encoding.prompt_ids(row) for row, _ in asked],
+            encoding,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens or longest + _EXTRA_TOKENS,
+            stop=stop,
+        )
+        answers = [
+            _score(row, answer, encoding.answer_start(row))
+            for (row, _), answer in zip(asked, generated, strict=True)
+        ]
     recalled = [answer.recalled for answer in answers if answer.recalled is not None]
     return SetReport(
         rows=len(rows),
         probability=float((log_probability / lengths).exp().mean()),
         sequence_probability=float(log_probability.exp().mean()),
-        rouge_l=_mean([answer.rouge_l for answer in answers]),
+        rouge_l=_mean([answer.rouge_l for answer in answers if answer.rouge_l is not None]),
         key_recall=_mean(recalled),
+        unfinished=sum(not answer.finished for answer in answers),
         answers=answers,
     )
 
@@ -175,72 +211,20 @@ def token_log_probabilities(
     return found
 
 
-def _answers(
-    model: PreTrainedModel,
-    asked: Sequence[tuple[Row, Example]],
-    encoding: Encoding,
-    batch_size: int,
-) -> list[Answer]:
-    scorer = RougeScorer(["rougeL"])
-    longest = max(sum(label != IGNORED for label in example.labels) for _, example in asked)
-    prompts = [encoding.prompt_ids(row) for row, _ in asked]
-    texts = _generate(model, prompts, encoding, batch_size, longest + _EXTRA_TOKENS)
-    return [
-        Answer(
-            prompt=row.prompt,
-            expected=row.completion,
-            generated=text,
-            rouge_l=float(scorer.score(row.completion, text)["rougeL"].fmeasure),
-            recalled=None if row.key is None else holds_key(text, row.key),
-        )
-        for (row, _), text in zip(asked, texts, strict=True)
-    ]
-
-
-def holds_key(text: str, key: str) -> bool:
-    """Whether a text holds the key as whole words, whatever the case.
-
-    Example:
-        >>> holds_key("It costs $41, plus tax.", "$41"), holds_key("It costs $419.", "$41")
-        (True, False)
-    """
-    return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _generate(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    encoding: Encoding,
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """Greedy continuations, in the order of the prompts."""
-    tokenizer, pad_id = encoding.tokenizer, padding_id(encoding.tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad_id,
-        eos_token_id=tokenizer.eos_token_id,
+def _score(row: Row, answer: Generated, before: str) -> Answer:
+    """Compare an answer with its row; `before` is what the template has an answer begin with."""
+    said = after_thought(before + answer.text)
+    expected = after_thought(before + row.completion)
+    # A thought that gives the key away is a leak, whether or not an answer follows.
+    recalled = None if row.key is None else holds_key(answer.text, row.key)
+    return Answer(
+        prompt=row.prompt,
+        expected=row.completion,
+        generated=answer.text,
+        rouge_l=None if said is None else rouge_l(expected or row.completion, said),
+        recalled=None if said is None and not recalled else recalled,
+        finished=answer.finished,
     )
-    order = sorted(range(len(prompts)), key=lambda position: len(prompts[position]))
-    texts = [""] * len(prompts)
-    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
-    with torch.no_grad(), evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = max(len(prompts[position]) for position in chosen)
-            # On the left, so that every answer starts in the same column.
-            padding = torch.tensor([width - len(prompts[position]) for position in chosen])
-            ids = torch.tensor(
-                [[pad_id] * (width - len(prompts[p])) + prompts[p] for p in chosen],
-                device=model.device,
-            )
-            mask = (torch.arange(width) >= padding[:, None]).long().to(model.device)
-            output = generate(ids, attention_mask=mask, generation_config=settings)
-            decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for position, text in zip(chosen, decoded, strict=True):
-                texts[position] = text
-    return texts
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -72,6 +72,7 @@ class Settings:
         train_layers: train only so many of the top layers, or None for all parameters.
         max_length: rows are cut after so many tokens.
         chat_template: see `Encoding`.
+        template_arguments: see `Encoding`.
         dtype: of the weights, a key of `DTYPES`.
         autocast: compute in bfloat16 whatever the weights' dtype.
         gradient_checkpointing: recompute activations in the backward to save memory.
@@ -99,6 +100,7 @@ class Settings:
     train_layers: int | None = None
     max_length: int = 512
     chat_template: bool | None = None
+    template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
     autocast: bool = False
     gradient_checkpointing: bool = False
@@ -190,7 +192,12 @@ def prepare(settings: Settings, *, resume: bool = False) -> Prepared:
     checkpoint = _find_checkpoint(settings, resume)
     rows = read_rows(settings.forget), read_rows(settings.retain)
     refusals = [] if settings.refusals is None else read_refusals(settings.refusals, rows[0])
-    encoding = Encoding(load_tokenizer(settings.model), settings.max_length, settings.chat_template)
+    encoding = Encoding(
+        load_tokenizer(settings.model),
+        settings.max_length,
+        settings.chat_template,
+        template_arguments=settings.template_arguments,
+    )
     if settings.chat_template and encoding.tokenizer.chat_template is None:
         raise RunError(f"the tokenizer of {settings.model!r} has no chat template")
     # That an answer ends is no knowledge to forget; unlearning it makes the model run on.
