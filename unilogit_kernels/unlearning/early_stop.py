@@ -40,7 +40,10 @@ class StopAtProbability(TrainerCallback):
         if state.global_step % args.probability_steps or args.stop_at_probability is None:
             return
         probability = self._mean_probability(args.per_device_eval_batch_size)
+        # A log ends the step's turn to log, which the losses still need.
+        turn = control.should_log
         self.trainer.log({"forget_probability": probability})
+        control.should_log = turn
         if probability <= args.stop_at_probability:
             control.should_training_stop = True
 
