@@ -67,15 +67,16 @@ def test_columns_of_a_batch() -> None:
     assert batch["input_ids"].tolist() == [[5, 3], [5, 6]]
     assert batch["token_type_ids"].tolist() == [[5, 0], [5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 0], [0, 1]]
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"token_type_ids": None}, "example 1 has the columns input_ids, labels where the first"),
         ({"labels": None}, "example 1 has no labels, only input_ids, token_type_ids"),
         ({"input_ids": ids[:1]}, r"input_ids must be a tensor .* each of the 2 labels, got \[1\]"),
         ({"input_ids": [5, 6]}, "input_ids must be a tensor .* got list"),
-    ]:
+    ]
+    for change, message in changes:
         changed = {k: v for k, v in {**long, **change}.items() if v is not None}
         with pytest.raises(DataError, match=message):
-            collate([short, changed], pad_id=0)  # type: ignore[list-item]
+            collate([short, changed], pad_id=0)
 
 
 def test_columns_of_two_sets_are_compared_before_training(tmp_path: Path) -> None:

@@ -10,10 +10,15 @@ import pytest
 import torch
 from tiny_models import make_model, one_thread
 from tiny_trainer import arguments, make_trainer
+from torch import nn
 
 from unilogit_kernels.unlearning.coarse_weights import CoarseWeightsWarning
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def cast(dtype: torch.dtype) -> nn.Module:
+    return nn.Module.to(make_model(), dtype)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,7 @@ def test_lost_steps_are_counted(
     tmp_path: Path, dtype: torch.dtype, learning_rate: float, advice: str, stop_at: float | None
 ) -> None:
     """The figure is the share of all weights that changed, also of a training that stops early."""
-    model = make_model().to(dtype)
+    model = cast(dtype)
     args = arguments(
         tmp_path,
         num_train_epochs=6,
@@ -44,7 +49,7 @@ def test_lost_steps_are_counted(
     pairs = [
         (ours, start)
         for (name, ours), start in zip(
-            model.named_parameters(), make_model().to(dtype).parameters(), strict=True
+            model.named_parameters(), cast(dtype).parameters(), strict=True
         )
         if "embed" not in name
     ]
@@ -62,4 +67,15 @@ def test_steps_that_are_taken_pass(
     with warnings.catch_warnings():
         warnings.simplefilter("error", CoarseWeightsWarning)
         args = arguments(tmp_path, num_train_epochs=5, learning_rate=learning_rate)
-        make_trainer(make_model().to(dtype), args).train()
+        make_trainer(cast(dtype), args).train()
+
+
+def test_an_optimizer_that_keeps_what_rounding_loses_passes(tmp_path: Path) -> None:
+    """As stable_adamw does, by Kahan's sum: its small steps add up."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["kahan_comp"] = torch.zeros_like(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoarseWeightsWarning)
+        make_trainer(model, arguments(tmp_path), optimizers=(optimizer, None)).train()

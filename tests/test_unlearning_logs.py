@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from tiny_models import FORGET, encoded, make_model, one_thread
 from tiny_trainer import arguments, logged, make_trainer
-from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import spawn
 
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
-def losses(trainer: UnlearningTrainer) -> list[tuple[float, float, float]]:
+def losses(trainer: UnlearningTrainer) -> list[tuple[float, ...]]:
     """The loss and its two parts at each log, which must go together."""
     names = ("loss", "forget_loss", "retain_loss")
     rows = [tuple(log[n] for n in names) for log in trainer.state.log_history if "loss" in log]

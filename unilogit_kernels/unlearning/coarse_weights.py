@@ -28,7 +28,7 @@ _ADVICE = "What helps: a higher learning rate"
 _ADVICE_FOR_HALF = (
     f"{_ADVICE}, float32 weights, computed with in bfloat16 (bf16=True; --dtype float32 --autocast "
     "on the command line), or an optimizer that keeps what rounding loses (optim='stable_adamw', "
-    "with the package torch-optimi)"
+    "with the package torch-optimi, on a GPU)"
 )
 
 
@@ -140,4 +140,10 @@ def _dtypes(parameters: list[nn.Parameter]) -> str:
 def _keeps_remainders(optimizer: torch.optim.Optimizer | None) -> bool:
     """Whether what a step loses is kept for the next one, so that small steps add up (Kahan)."""
     states = [] if optimizer is None else optimizer.state.values()
-    return any("kahan" in key or "compensation" in key for state in states for key in state)
+    return any(
+        ("kahan" in key or "compensation" in key)
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+        for state in states
+        for key, value in state.items()
+    )
