@@ -45,6 +45,7 @@ def test_lost_steps_are_counted(
     (message,) = [str(w.message) for w in caught if w.category is CoarseWeightsWarning]
     share, steps = re.findall(r"([\d.]+)% of the weights .* in (\d+) steps", message)[0]
     assert int(steps) == (4 if stop_at else 10)
+    assert f"up to {learning_rate:g}" in message
     # Without the embeddings, of which most are of tokens that are in no row, and have no gradient.
     pairs = [
         (ours, start)

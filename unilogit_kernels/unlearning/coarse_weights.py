@@ -24,10 +24,10 @@ _STEPS = 8
 # A run in which most weights stay where they are is not the run that was asked for.
 _EXPECTED_SHARE = 0.5
 
-_ADVICE = "What helps: a higher learning rate"
+_ADVICE = "What helps: a higher learning rate or fewer warmup_steps"
 _ADVICE_FOR_HALF = (
-    f"{_ADVICE}, float32 weights, computed with in bfloat16 (bf16=True; --dtype float32 --autocast "
-    "on the command line), or an optimizer that keeps what rounding loses (optim='stable_adamw', "
+    f"{_ADVICE}; float32 weights, computed with in bfloat16 (bf16=True; --dtype float32 --autocast "
+    "on the command line); or an optimizer that keeps what rounding loses (optim='stable_adamw', "
     "with the package torch-optimi, on a GPU)"
 )
 
@@ -61,7 +61,7 @@ class WarnOfCoarseWeights(TrainerCallback):
         self.stride = max(1, sum(_own(p).numel() for p in self.watched) // _SAMPLE)
         self.start = [self._sample(p).clone() for p in self.watched]
         self.pushed = [torch.zeros_like(values, dtype=torch.bool) for values in self.start]
-        self.first_step = state.global_step
+        self.first_step, self.rate = state.global_step, 0.0
         self.last_step = min(
             state.global_step + args.get_warmup_steps(state.max_steps) + _STEPS, state.max_steps
         )
@@ -71,9 +71,12 @@ class WarnOfCoarseWeights(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Note which of them have a gradient: an embedding that is not used does not move."""
+        if self.watched and optimizer is not None:
+            self.rate = max(self.rate, *(float(group["lr"]) for group in optimizer.param_groups))
         for parameter, pushed in zip(self.watched, self.pushed, strict=True):
             if parameter.grad is not None:
                 pushed |= self._sample(parameter.grad) != 0
@@ -105,7 +108,7 @@ class WarnOfCoarseWeights(TrainerCallback):
         return _own(values.detach()).flatten()[:: self.stride]
 
     def _judge(self, args: TrainingArguments, state: TrainerState) -> None:
-        counts = torch.zeros(2, dtype=torch.float64, device=args.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=args.device)
         for parameter, start, pushed in zip(self.watched, self.start, self.pushed, strict=True):
             counts[0] += ((self._sample(parameter) != start) & pushed).sum()
             counts[1] += pushed.sum()
@@ -120,7 +123,7 @@ class WarnOfCoarseWeights(TrainerCallback):
             advice = _ADVICE_FOR_HALF if half else _ADVICE
             warnings.warn(
                 f"only {moved / pushed_in_all:.2%} of the weights that have a gradient changed in "
-                f"{steps} steps: at a learning rate of {args.learning_rate:g} a step is less than "
+                f"{steps} steps with learning rates up to {self.rate:g}: such a step is less than "
                 f"the rounding of {_dtypes(self.watched)} weights, and is lost. {advice}",
                 CoarseWeightsWarning,
                 stacklevel=2,
