@@ -97,6 +97,8 @@ def test_arguments_that_are_set_later_are_checked_too(tmp_path: Path) -> None:
     args = arguments(tmp_path, per_device_train_batch_size=4, dataloader_drop_last=True)
     with pytest.raises(ValueError, match="would drop all of the 3 forget rows"):
         make_trainer(make_model(), args)
+    with pytest.raises(ValueError, match="fsdp would have no effect here"):
+        make_trainer(make_model(), arguments(tmp_path, fsdp="full_shard", use_cpu=True))
 
 
 @pytest.mark.parametrize(

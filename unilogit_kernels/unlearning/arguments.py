@@ -173,8 +173,8 @@ class UnlearningArguments(TrainingArguments):
             forget_rows: how many there are.
 
         Raises:
-            ValueError: an argument would be without effect, one process has several GPUs, or
-                `dataloader_drop_last` would leave no batch.
+            ValueError: an argument would be without effect, one process has several GPUs, FSDP is
+                to run on CPUs, or `dataloader_drop_last` would leave no batch.
         """
         self._refuse_what_has_no_effect()
         if self.n_gpu > 1:
@@ -182,6 +182,11 @@ class UnlearningArguments(TrainingArguments):
                 "one process with several GPUs would copy the model at every step (DataParallel), "
                 "and the copies have no lm_head to replace: start with `accelerate launch` or "
                 "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if self.fsdp and self.device.type == "cpu":
+            raise ValueError(
+                f"fsdp would have no effect here, got {self.fsdp!r}: accelerate shards models on "
+                "accelerators only, and would copy the whole one to each process"
             )
         needed = self.per_device_train_batch_size * self.world_size
         if self.dataloader_drop_last and forget_rows < needed:
