@@ -191,7 +191,7 @@ def test_embeddings_are_padded_too() -> None:
 
 
 def make_pairs(forget: int, retain: int) -> PairedDataset:
-    features = {"labels": torch.zeros(1)}
+    features = {"labels": torch.zeros(2, dtype=torch.int64)}
     return PairedDataset([features] * forget, [features] * retain)
 
 

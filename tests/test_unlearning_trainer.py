@@ -13,46 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import FORGET, RETAIN, encoded, make_model, one_thread, save_model, write_rows
-from torch import Tensor, nn
+from tiny_trainer import REFUSALS, arguments, make_trainer
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.data import PairSampler, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
 from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
-from unilogit_kernels.unlearning.trainer import (
-    UnlearningArguments,
-    UnlearningTrainer,
-    train_only_top_layers,
-)
+from unilogit_kernels.unlearning.trainer import UnlearningTrainer, train_only_top_layers
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
-
-
-def arguments(folder: Path, **options: Any) -> UnlearningArguments:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return UnlearningArguments(**{**defaults, **options})
-
-
-REFUSALS = [
-    {**row, "completion": f" {w}"} for row, w in zip(FORGET, ("no", "idk", "hm"), strict=True)
-]
-
-
-def make_trainer(model: nn.Module, args: UnlearningArguments) -> UnlearningTrainer:
-    refusals = encoded(REFUSALS) if args.resolved_method().needs_refusals else ()
-    return UnlearningTrainer(
-        model, args, forget=encoded(FORGET), retain=encoded(RETAIN), refusals=refusals
-    )
 
 
 def literal_forget(

@@ -100,8 +100,9 @@ def heads_kl_loss(
     vocab_size = options.pop("vocab_size", None)
     if vocab_size is None and sizes[0] != sizes[1]:
         raise ValueError(
-            f"the models' logits have {sizes[0]} and {sizes[1]} columns; if both share a tokenizer "
-            "and pad it differently, pass the number of real tokens as vocab_size"
+            f"the model's logits have {sizes[0]} columns and the teacher's {sizes[1]}; if both "
+            "share a tokenizer and pad it differently, pass the number of real tokens as "
+            "vocab_size, with the Trainer as UnlearningArguments(vocab_size=...)"
         )
     return linear_kl_loss(
         student.hidden[rows],

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,8 @@ __all__ = [
     "read_rows",
 ]
 
+_MASK = "attention_mask"
+
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token to pad with: any will do where the tokenizer has none, since padding is masked."""
@@ -46,20 +49,67 @@ def collate(examples: Sequence[Features], pad_id: int) -> Features:
 
     Args:
         examples: `labels` `[T_i]` and `input_ids` `[T_i]` or `inputs_embeds` `[T_i, H]` each, and
-            what else there is per token, which is padded with 0.
+            what else there is per token, which is padded with 0. An `attention_mask` is kept:
+            padding within an example, on the left too, stays masked.
         pad_id: fills `input_ids`.
 
     Returns:
-        The same names, `[B, T, ...]`, and `attention_mask`, int64 `[B, T]`.
+        The same names, `[B, T, ...]`, and `attention_mask`, int64 `[B, T]`. There is none where the
+        examples have `position_ids` and none of them a mask: models tell by that whether several
+        texts are packed into one row, and no token attends to padding on its right.
+
+    Raises:
+        DataError: the examples differ in their columns, or a column is not one value per token.
     """
+    columns = check_columns(examples, "")
+    if any(_MASK in example for example in examples) or "position_ids" not in columns:
+        examples = [{_MASK: torch.ones_like(e["labels"]), **e} for e in examples]
+        columns = [*columns, _MASK]
     fill = {"input_ids": pad_id, "labels": IGNORED}
     batch = {
         name: pad_sequence([example[name] for example in examples], True, fill.get(name, 0))
-        for name in examples[0]
+        for name in columns
     }
-    lengths = torch.tensor([len(example["labels"]) for example in examples])
-    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    if _MASK in batch:
+        batch[_MASK] = batch[_MASK].long()
     return batch
+
+
+def check_columns(examples: Sequence[Features], name: str) -> list[str]:
+    """The columns that every example has, but for the attention mask, which one may lack.
+
+    Args:
+        examples: at least one.
+        name: of their set, for messages; may be empty.
+
+    Raises:
+        DataError: one has no labels, other columns than the first, or a column that is not one
+            value per token.
+    """
+    name = f"{name} example".strip()
+    first = sorted(examples[0].keys() - {_MASK})
+    for position, example in enumerate(examples):
+        columns = sorted(example.keys() - {_MASK})
+        if "labels" not in columns:
+            raise DataError(f"{name} {position} has no labels, only {', '.join(columns)}")
+        if columns != first:
+            raise DataError(
+                f"{name} {position} has the columns {', '.join(columns)} where the first has "
+                f"{', '.join(first)}: rows of one batch need the same"
+            )
+        for column, values in example.items():
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            if not isinstance(values, Tensor) or values.shape[:1] != example["labels"].shape:
+                raise DataError(
+                    f"{name} {position}: {column} must be a tensor with a value for each of the "
+                    f"{len(example['labels'])} labels, got {shape}"
+                )
+    return first
+
+
+def count_labels(example: Features) -> int:
+    """How many labels of an example carry loss; the first never does, as nothing precedes it."""
+    return int((example["labels"][1:] != IGNORED).sum())
 
 
 PairIndex = tuple[int, tuple[int, ...]]
@@ -69,10 +119,16 @@ PairIndex = tuple[int, tuple[int, ...]]
 class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
     """Forget examples, each with retain examples; which ones, the index says (`PairSampler`).
 
+    A row without a label that carries loss adds nothing to a loss, nor to what it is divided by.
+
     Args:
-        forget: at least one example.
-        retain: at least one example.
+        forget: at least one example, and at least one label that carries loss among them.
+        retain: the same.
         refusals: what the model should say instead, one for each forget example; or none at all.
+
+    Raises:
+        DataError: a set is empty or has no label that carries loss, there is not one refusal for
+            each forget example, or the examples' columns do not go together.
     """
 
     def __init__(
@@ -91,6 +147,46 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
                 f"no set may be empty: {len(forget)} forget, {len(retain)} retain examples"
             )
         self.forget, self.retain, self.refusals = forget, retain, refusals
+        columns = {name: check_columns(examples, name) for name, examples in self._sets().items()}
+        for name, found in columns.items():
+            if found != columns["forget"]:
+                raise DataError(
+                    f"the {name} examples have the columns {', '.join(found)}, the forget examples "
+                    f"{', '.join(columns['forget'])}: rows of one batch need the same"
+                )
+        self.without_labels = {
+            name: sum(count_labels(example) == 0 for example in examples)
+            for name, examples in self._sets().items()
+        }
+        for name, examples in self._sets().items():
+            if self.without_labels[name] == len(examples):
+                raise DataError(
+                    f"no {name} example has a label that carries loss: all labels of the "
+                    f"{len(examples)} are {IGNORED}, or belong to a first token"
+                )
+
+    def _sets(self) -> dict[str, Sequence[Features]]:
+        sets = {"forget": self.forget, "retain": self.retain, "refusal": self.refusals}
+        return {name: examples for name, examples in sets.items() if examples}
+
+    def add_column(self, name: str, members: Sequence[Sequence[Tensor]]) -> None:
+        """Give the examples one more column of numbers.
+
+        Args:
+            name: of the column.
+            members: for each forget example its values, `[T_i]`, after those of its refusal, where
+                there are refusals. Retain examples, which share their batches, get zeros.
+        """
+
+        def with_column(examples: Sequence[Features], values: Sequence[Tensor]) -> list[Features]:
+            return [{**e, name: column} for e, column in zip(examples, values, strict=True)]
+
+        like = members[0][0]
+        zeros = [torch.zeros(len(e["labels"]), dtype=like.dtype) for e in self.retain]
+        self.retain = with_column(self.retain, zeros)
+        self.forget = with_column(self.forget, [values[-1] for values in members])
+        if self.refusals:
+            self.refusals = with_column(self.refusals, [values[0] for values in members])
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -100,6 +196,17 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
         forget, retain = index
         members = [self.refusals[forget]] if self.refusals else []
         return [*members, self.forget[forget]], [self.retain[position] for position in retain]
+
+
+def rows_of_pairs(pairs: Sequence[tuple[list[Features], list[Features]]]) -> list[Features]:
+    """The rows of a batch: refusals first, if there are any, then forget rows, then retain rows."""
+    rows = [example for members in zip(*(f for f, _ in pairs), strict=True) for example in members]
+    return rows + [example for _, retain in pairs for example in retain]
+
+
+def collate_pairs(pairs: Sequence[tuple[list[Features], list[Features]]], pad_id: int) -> Features:
+    """A batch of `rows_of_pairs`."""
+    return collate(rows_of_pairs(pairs), pad_id)
 
 
 class PairSampler(Sampler[PairIndex]):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -21,72 +23,24 @@ from transformers import (
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head
 from unilogit_kernels.huggingface.two_heads import frozen_copy, heads_kl_loss, run_two_heads
+from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
+from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     Features,
     PairedDataset,
     PairSampler,
-    collate,
+    collate_pairs,
+    rows_of_pairs,
 )
-from unilogit_kernels.unlearning.evaluation import token_log_probabilities, token_probabilities
-from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
+from unilogit_kernels.unlearning.early_stop import StopAtProbability
+from unilogit_kernels.unlearning.evaluation import token_log_probabilities
+from unilogit_kernels.unlearning.methods import MethodError
+
+__all__ = ["UnlearningArguments", "UnlearningTrainer", "train_only_top_layers"]
 
 _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
-
-
-@dataclass
-class UnlearningArguments(TrainingArguments):
-    """`TrainingArguments`, and what unlearning adds.
-
-    `per_device_train_batch_size` counts forget rows; the retain rows come on top.
-
-    Attributes:
-        method: loss of the forget rows, a name from `methods.method_names()`.
-        method_parameters: the method's float parameters, where they differ from its defaults.
-        forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
-            cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
-            of 1.
-        retain_loss: loss of the retain rows: `"cross_entropy"`, or `"kl"` for the divergence
-            KL(starting model || model), as in KL minimisation and NPO-KL.
-        retain_weight: factor of that loss.
-        retain_per_forget: retain rows for each forget row.
-        stop_at_probability: stop once the mean probability of a forget token has fallen to this.
-        probability_steps: check that every so many steps.
-    """
-
-    method: str = field(default="unilogit")
-    method_parameters: dict[str, float] = field(default_factory=dict)
-    forget_weight: float = field(default=0.1)
-    retain_loss: str = field(default="cross_entropy")
-    retain_weight: float = field(default=1.0)
-    retain_per_forget: int = field(default=1)
-    stop_at_probability: float | None = field(default=None)
-    probability_steps: int = field(default=5)
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        # The columns of a batch are for compute_loss, which knows them all.
-        self.remove_unused_columns = False
-        super().__post_init__()
-        self.resolved_method()
-        if self.retain_loss not in RETAIN_LOSSES:
-            known = ", ".join(RETAIN_LOSSES)
-            raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
-        if self.retain_per_forget < 1:
-            raise ValueError(f"retain_per_forget must be at least 1, got {self.retain_per_forget}")
-        if self.stop_at_probability is not None and not 0 < self.stop_at_probability < 1:
-            raise ValueError(
-                f"stop_at_probability must be between 0 and 1, got {self.stop_at_probability}"
-            )
-
-    def resolved_method(self) -> Method:
-        """The method with its parameters.
-
-        Raises:
-            MethodError: there is none of that name, or with such parameters.
-        """
-        return Method(self.method, self.method_parameters)
 
 
 class UnlearningTrainer(Trainer):
@@ -97,10 +51,14 @@ class UnlearningTrainer(Trainer):
     where the method is one of sequences, of the whole optimizer step, also under gradient
     accumulation and on several devices.
 
-    A method that needs the starting model (NPO, DPO, TNPO) needs no second model: the Trainer asks
-    the model it is given for the log-probabilities of the forget rows before the first step. One
-    that compares whole distributions with the starting model's (UnDIAL, `retain_loss="kl"`) runs a
-    teacher beside the model, frozen and in eval mode, whose logits are never held either.
+    A method that needs the starting model (NPO, DPO, TNPO) needs no second model: before the first
+    step, and before a checkpoint is loaded, `train` asks the model it was given for the
+    log-probabilities of the forget rows, in the precision it trains in. One that compares whole
+    distributions with the starting model's (UnDIAL, `retain_loss="kl"`) runs a teacher beside the
+    model, frozen and in eval mode, whose logits are never held either.
+
+    `forget_loss`, `retain_loss` and `forget_probability` are logged over all processes. A
+    `CoarseWeightsWarning` says so if the first steps are lost in the rounding of the weights.
 
     Args:
         model: a Hugging Face causal LM.
@@ -113,12 +71,13 @@ class UnlearningTrainer(Trainer):
             tokenizer. Default: a copy of the model as it is given, whole on each device.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
-        options: passed on to `Trainer`, such as `callbacks` or `optimizers`.
+        options: passed on to `Trainer`: `callbacks`, `optimizers` or `optimizer_cls_and_kwargs`.
 
     Raises:
-        DataError: a set is empty, or there is not one refusal for each forget example.
+        DataError: see `PairedDataset`.
         MethodError: the method needs refusals or a teacher, or has no use for them.
-        ValueError: several GPUs in one process.
+        TypeError: `Trainer` has no such option.
+        ValueError: several GPUs in one process, or an argument or option without effect.
 
     Example:
         A complete script is in docs/unlearning.md.
@@ -141,46 +100,114 @@ class UnlearningTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> None:
-        if args.n_gpu > 1:
-            raise ValueError(
-                "one process with several GPUs would copy the model at every step (DataParallel), "
-                "and the copies have no lm_head to replace: start with `accelerate launch` or "
-                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
+        refuse_options(options)
+        args.check_run(len(forget))
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
             takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"
             raise MethodError(f"method {args.method!r} {takes} forget example")
-        self._pairs = PairedDataset(forget, retain, refusals)
-        if self._method.needs_reference:
-            self._pairs = _with_reference(
-                model, self._pairs, pad_id, args.per_device_train_batch_size
-            )
+        self._pairs, self._pad_id = PairedDataset(forget, retain, refusals), pad_id
         needs_teacher = self._method.needs_teacher or args.retain_loss == "kl"
         if teacher is None and needs_teacher:
             teacher = frozen_copy(model)
-        if teacher is not None and not needs_teacher:
-            raise MethodError(
-                f"method {args.method!r} with retain_loss {args.retain_loss!r} takes no teacher"
-            )
+        for name, given in (("teacher", teacher), ("vocab_size", args.vocab_size)):
+            if given is not None and not needs_teacher:
+                raise MethodError(
+                    f"method {args.method!r} with retain_loss {args.retain_loss!r} takes no {name}"
+                )
         self._teacher = teacher
-        self._sums: dict[str, Tensor] = {}
+        self._has_reference = False
+        self._losses: Tensor | None = None  # of forget and retain rows, summed since last logged
         self._logged_step = 0
+        self._to_log: dict[str, float] = {}
         super().__init__(
             model=model,
             args=args,
             train_dataset=self._pairs,
-            data_collator=partial(_collate_pairs, pad_id=pad_id),
+            data_collator=partial(collate_pairs, pad_id=pad_id),
             processing_class=tokenizer,
-            **options,
+            **{name: value for name, value in options.items() if value is not None},
         )
         if self._teacher is not None:
             self._teacher.to(args.device)
+        self.add_callback(_Begin(self))
+        self.add_callback(WarnOfCoarseWeights(self))
         if args.stop_at_probability is not None:
-            self.add_callback(_StopAtProbability(self, forget, pad_id))
+            self.add_callback(StopAtProbability(self, forget, pad_id))
+        for name, empty in self._pairs.without_labels.items():
+            if empty and self.is_world_process_zero():
+                warnings.warn(
+                    f"{empty} {name} examples have no label that carries loss: they take part in "
+                    "batches and add nothing",
+                    stacklevel=2,
+                )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: use `evaluation.evaluate_rows`."""
+        raise NotImplementedError("use evaluation.evaluate_rows(model, rows, encoding)")
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: use `evaluation.token_probabilities`."""
+        raise NotImplementedError("use evaluation.token_probabilities(model, examples)")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
-        return PairSampler(self._pairs, self.args.retain_per_forget, self.args.seed)
+        return PairSampler(self._pairs, self.args.retain_per_forget, self.args.rows_seed)
+
+    @contextmanager
+    def evaluating_as_in_training(self) -> Iterator[nn.Module]:
+        """The model as it trains: wrapped, on its device, and in the precision of a step."""
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            yield self.model_wrapped
+
+    def share_of(self, count: int) -> list[int]:
+        """The positions of `count` things that this process takes.
+
+        Processes must run their models equally often, so they all take equally many: where
+        positions run out, they begin again.
+        """
+        world = self.accelerator.num_processes
+        start = self.accelerator.process_index
+        return [(start + world * turn) % count for turn in range(-(-count // world))]
+
+    def begin(self) -> None:
+        """Called at the start of each `train`, once the model is as it will train."""
+        self._losses, self._to_log = None, {}
+        self._logged_step = self.state.global_step
+        if self._method.needs_reference and not self._has_reference and self.state.global_step > 0:
+            raise ValueError(
+                f"method {self._method.name!r} needs the starting model, but the checkpoint was "
+                "loaded into it first (as DeepSpeed does): start the run anew"
+            )
+        self._add_reference()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._add_reference()
+        super()._load_from_checkpoint(*args, **kwargs)
+
+    def _add_reference(self) -> None:
+        """Have each batch hold `log p` of its labels under the model as it is now.
+
+        The rows go through the model in the batches of the first epoch, so that its first step
+        compares the model with itself to the last bit.
+        """
+        if self._has_reference or not self._method.needs_reference:
+            return
+        order, size = list(self._get_train_sampler()), self._train_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        found: dict[int, tuple[Tensor, ...]] = {}
+        with self.evaluating_as_in_training() as model:
+            for position in self.share_of(len(batches)):
+                batch = batches[position]
+                rows = rows_of_pairs([self._pairs[pair] for pair in batch])
+                log_p = token_log_probabilities(
+                    model, rows, pad_id=self._pad_id, batch_size=len(rows)
+                )
+                members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
+                of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
+                found.update(zip([forget for forget, _ in batch], of_rows, strict=True))
+        found = dict(gather_object(list(found.items())))
+        self._pairs.add_column(_REFERENCE, [found[row] for row in range(len(self._pairs))])
+        self._has_reference = True
 
     def _forget_rows(self, labels: Tensor) -> int:
         """How many rows of a batch are forget rows, or refusals; they come first."""
@@ -237,15 +264,17 @@ class UnlearningTrainer(Trainer):
                 return self._apart(head, teacher, labels, reference, num_items_in_batch)
             return self._together(head, labels, reference, num_items_in_batch)
 
-        if self._teacher is None:
-            losses = run_head(model, compute, **inputs)
-        else:
-            losses = run_two_heads(model, self._teacher, compute, **inputs)
+        # The model's own forward has the Trainer's autocast already; the teacher's has not.
+        with self.accelerator.autocast():
+            if self._teacher is None:
+                losses = run_head(model, compute, **inputs)
+            else:
+                losses = run_two_heads(model, self._teacher, compute, **inputs)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The counts are of all devices, whose gradients are then averaged.
             losses = losses * self.accelerator.num_processes
-        self._add("forget_loss", losses[1])
-        self._add("retain_loss", losses[2])
+        parts = losses[1:].detach()
+        self._losses = parts if self._losses is None else self._losses + parts
         return losses[0]
 
     def _together(
@@ -280,9 +309,12 @@ class UnlearningTrainer(Trainer):
             slice(self._forget_rows(labels), None),
         )
         items = (None, None) if counts is None else counts.unbind()
+        vocab_size = self.args.vocab_size
         if teacher is not None and self._method.needs_teacher:
             options = {"num_items_in_batch": items[0], **self._method.divergence()}
-            dropped = heads_kl_loss(head, teacher, labels[forget], rows=forget, **options)
+            dropped = heads_kl_loss(
+                head, teacher, labels[forget], rows=forget, vocab_size=vocab_size, **options
+            )
         else:
             objective = self._method.objective(None if reference is None else reference[forget])
             dropped = head.objective_loss(
@@ -290,7 +322,12 @@ class UnlearningTrainer(Trainer):
             )
         if teacher is not None and self.args.retain_loss == "kl":
             kept = heads_kl_loss(
-                head, teacher, labels[retain], rows=retain, num_items_in_batch=items[1]
+                head,
+                teacher,
+                labels[retain],
+                rows=retain,
+                vocab_size=vocab_size,
+                num_items_in_batch=items[1],
             )
         else:
             kept = head.objective_loss(
@@ -299,71 +336,37 @@ class UnlearningTrainer(Trainer):
         loss = self.args.forget_weight * dropped + self.args.retain_weight * kept
         return torch.stack([loss, dropped, kept])
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + value.detach()
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Every process is here after each step, so here the losses are averaged over them."""
+        steps = self.state.global_step - self._logged_step
+        if self.control.should_log and steps > 0 and self._losses is not None:
+            means = self.accelerator.reduce(self._losses / steps, reduction="mean").tolist()
+            self._to_log = dict(zip(("forget_loss", "retain_loss"), means, strict=True))
+            self._losses, self._logged_step = None, self.state.global_step
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the two losses, as means over the steps since they were last logged."""
-        steps = self.state.global_step - self._logged_step
-        if "loss" in logs and steps > 0:
-            logs.update({name: float(total) / steps for name, total in self._sums.items()})
-            self._sums.clear()
-            self._logged_step = self.state.global_step
+        if "loss" in logs:
+            logs.update(self._to_log)
+            self._to_log = {}
         super().log(logs, start_time)
 
 
-def _with_reference(
-    model: nn.Module, pairs: PairedDataset, pad_id: int, batch_size: int
-) -> PairedDataset:
-    """The same examples, with `log p` of each label under the model as it is now."""
+class _Begin(TrainerCallback):
+    """Tells the Trainer when a training begins: also one that is resumed, or is its second."""
 
-    def scored(examples: Sequence[Features]) -> list[Features]:
-        found = token_log_probabilities(model, examples, pad_id=pad_id, batch_size=batch_size)
-        return [
-            {**example, _REFERENCE: log_p} for example, log_p in zip(examples, found, strict=True)
-        ]
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self.trainer = trainer
 
-    # Retain rows are collated with the others; nobody reads theirs.
-    retain = [
-        {**example, _REFERENCE: torch.zeros(len(example["labels"]), dtype=torch.float64)}
-        for example in pairs.retain
-    ]
-    return PairedDataset(scored(pairs.forget), retain, scored(pairs.refusals))
-
-
-def _collate_pairs(pairs: Sequence[tuple[list[Features], list[Features]]], pad_id: int) -> Features:
-    """Refusals first, if there are any, then forget rows, then retain rows."""
-    rows = [example for members in zip(*(f for f, _ in pairs), strict=True) for example in members]
-    rows += [example for _, retain in pairs for example in retain]
-    return collate(rows, pad_id)
-
-
-class _StopAtProbability(TrainerCallback):
-    """Ends the training once the forget set is forgotten far enough."""
-
-    def __init__(self, trainer: UnlearningTrainer, forget: Sequence[Features], pad_id: int) -> None:
-        self.trainer, self.forget, self.pad_id = trainer, forget, pad_id
-
-    def on_step_end(  # type: ignore[override]  # only ever called with this class's arguments
+    def on_train_begin(
         self,
-        args: UnlearningArguments,
+        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if state.global_step % args.probability_steps or args.stop_at_probability is None:
-            return
-        probability = float(
-            token_probabilities(
-                self.trainer.model_wrapped,
-                self.forget,
-                pad_id=self.pad_id,
-                batch_size=args.per_device_train_batch_size,
-            ).mean()
-        )
-        self.trainer.log({"forget_probability": probability})
-        if probability <= args.stop_at_probability:
-            control.should_training_stop = True
+        self.trainer.begin()
 
 
 def train_only_top_layers(model: PreTrainedModel, layers: int) -> list[str]:

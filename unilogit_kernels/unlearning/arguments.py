@@ -1,0 +1,222 @@
+"""The Trainer's arguments: what unlearning adds, and which of Hugging Face's it has no use for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
+
+_EVALUATION = (
+    "nothing is evaluated inside training: call evaluation.evaluate_rows from a TrainerCallback, "
+    "or run `unilogit evaluate` on the saved model"
+)
+_ORDER = (
+    "forget rows are shuffled each epoch and retain rows go round on their own: choose the order "
+    "by data_seed"
+)
+_LOSS = "the loss is that of the method: choose it by method, method_parameters and retain_loss"
+_LABELS = "the labels are the column `labels`: name it so in the examples"
+
+REFUSED_ARGUMENTS: Mapping[str, str] = {
+    "label_smoothing_factor": _LOSS,
+    "train_sampling_strategy": _ORDER,
+    "group_by_length": _ORDER,
+    "length_column_name": _ORDER,
+    "label_names": _LABELS,
+    "use_cache": "no step of training reads a key-value cache: leave it False",
+    **dict.fromkeys(
+        (
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "eval_accumulation_steps",
+            "include_for_metrics",
+            "batch_eval_metrics",
+            "prediction_loss_only",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+        ),
+        _EVALUATION,
+    ),
+}
+"""Arguments of `TrainingArguments` that would be without effect, and what to do instead."""
+
+REFUSED_OPTIONS: Mapping[str, str] = {
+    "eval_dataset": _EVALUATION,
+    "compute_metrics": _EVALUATION,
+    "preprocess_logits_for_metrics": _EVALUATION,
+    "compute_loss_func": _LOSS,
+    "model_init": "the starting model is the one that is given: pass it as model",
+    "data_collator": "rows are padded by data.collate: pass examples that it takes",
+    "train_dataset": "pass the rows as forget and retain",
+    "processing_class": "pass it as tokenizer",
+}
+"""Options of `Trainer` that would be without effect, and what to do instead."""
+
+ACCEPTED_OPTIONS = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
+"""Options that are handed on to `Trainer`."""
+
+
+@dataclass
+class UnlearningArguments(TrainingArguments):
+    """`TrainingArguments`, and what unlearning adds.
+
+    `per_device_train_batch_size` counts forget rows; the retain rows come on top.
+    `per_device_eval_batch_size` counts the rows in a forward of the early stop. `data_seed`, or
+    `seed` without one, decides the order of the rows. `remove_unused_columns` is always False.
+
+    Attributes:
+        method: loss of the forget rows, a name from `methods.method_names()`.
+        method_parameters: the method's float parameters, where they differ from its defaults.
+        forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
+            cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
+            of 1.
+        retain_loss: loss of the retain rows: `"cross_entropy"`, or `"kl"` for the divergence
+            KL(starting model || model), as in KL minimisation and NPO-KL.
+        retain_weight: factor of that loss.
+        retain_per_forget: retain rows for each forget row.
+        stop_at_probability: stop once the mean probability of a forget token has fallen to this.
+        probability_steps: check that every so many steps.
+        vocab_size: number of real tokens, for a teacher whose vocabulary is padded to another size
+            than the model's.
+
+    Raises:
+        MethodError: there is no such method, or it has no such parameters.
+        ValueError: a value makes no sense, or an argument of `TrainingArguments` would be without
+            effect; the message says what to do instead.
+    """
+
+    method: str = field(default="unilogit")
+    method_parameters: dict[str, float] = field(default_factory=dict)
+    forget_weight: float = field(default=0.1)
+    retain_loss: str = field(default="cross_entropy")
+    retain_weight: float = field(default=1.0)
+    retain_per_forget: int = field(default=1)
+    stop_at_probability: float | None = field(default=None)
+    probability_steps: int = field(default=5)
+    vocab_size: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self._refuse_what_has_no_effect()
+        # The columns of a batch are for compute_loss, which knows them all.
+        self.remove_unused_columns = False
+        super().__post_init__()
+        self.resolved_method()
+        if self.retain_loss not in RETAIN_LOSSES:
+            known = ", ".join(RETAIN_LOSSES)
+            raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
+        for name in ("retain_per_forget", "probability_steps", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("forget_weight", "retain_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if self.stop_at_probability is not None and not 0 < self.stop_at_probability < 1:
+            raise ValueError(
+                f"stop_at_probability must be between 0 and 1, got {self.stop_at_probability}"
+            )
+
+    def resolved_method(self) -> Method:
+        """The method with its parameters.
+
+        Raises:
+            MethodError: there is none of that name, or with such parameters.
+        """
+        return Method(self.method, self.method_parameters)
+
+    @property
+    def rows_seed(self) -> int:
+        """Seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for known in dataclasses.fields(TrainingArguments):
+            given = getattr(self, known.name)
+            if known.name in REFUSED_ARGUMENTS and given != _default(known):
+                raise ValueError(
+                    f"{known.name} would have no effect here, got {given!r}; "
+                    f"{REFUSED_ARGUMENTS[known.name]}"
+                )
+        if self.save_strategy == "best":
+            raise ValueError(f"save_strategy must not be 'best', since {_EVALUATION}")
+        if _setting(self.accelerator_config, "dispatch_batches"):
+            raise ValueError(
+                "accelerator_config's dispatch_batches must not be True: it cuts a batch between "
+                "its forget and its retain rows. Leave it None: each process reads its own batches"
+            )
+        for name in ("cp_size", "sp_size"):
+            if (_setting(self.parallelism_config, name) or 1) > 1:
+                raise ValueError(
+                    f"parallelism_config's {name} must be 1, got "
+                    f"{_setting(self.parallelism_config, name)}: the losses need whole sequences. "
+                    "Use FSDP, or activation_checkpointing, to save memory"
+                )
+
+    def check_run(self, forget_rows: int) -> None:
+        """Check that a run with these arguments, which may have been set since, does what they say.
+
+        Args:
+            forget_rows: how many there are.
+
+        Raises:
+            ValueError: an argument would be without effect, one process has several GPUs, FSDP is
+                to run on CPUs, or `dataloader_drop_last` would leave no batch.
+        """
+        self._refuse_what_has_no_effect()
+        if self.n_gpu > 1:
+            raise ValueError(
+                "one process with several GPUs would copy the model at every step (DataParallel), "
+                "and the copies have no lm_head to replace: start with `accelerate launch` or "
+                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if self.fsdp and self.device.type == "cpu":
+            raise ValueError(
+                f"fsdp would have no effect here, got {self.fsdp!r}: accelerate shards models on "
+                "accelerators only, and would copy the whole one to each process"
+            )
+        needed = self.per_device_train_batch_size * self.world_size
+        if self.dataloader_drop_last and forget_rows < needed:
+            raise ValueError(
+                f"dataloader_drop_last would drop all of the {forget_rows} forget rows, since a "
+                f"batch of all processes has {needed}: leave it False, or take smaller batches"
+            )
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Check what `Trainer` is to be given beside the arguments.
+
+    Raises:
+        ValueError: an option would be without effect; the message says what to do instead.
+        TypeError: `Trainer` has no such option.
+    """
+    for name, value in options.items():
+        if name in REFUSED_OPTIONS and value is not None:
+            raise ValueError(f"{name} has no place here; {REFUSED_OPTIONS[name]}")
+        if name not in ACCEPTED_OPTIONS and name not in REFUSED_OPTIONS:
+            known = ", ".join(ACCEPTED_OPTIONS)
+            raise TypeError(f"UnlearningTrainer has no option {name!r}; it hands on {known}")
+
+
+def _default(known: dataclasses.Field[Any]) -> Any:
+    if known.default_factory is not dataclasses.MISSING:
+        return known.default_factory()
+    return known.default
+
+
+def _setting(config: Any, name: str) -> Any:
+    """One setting of a config that is a dict or an object; None where there is none."""
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

@@ -1,0 +1,63 @@
+"""Ends a training once the forget set is forgotten far enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from unilogit_kernels.unlearning.data import Features, count_labels
+from unilogit_kernels.unlearning.evaluation import token_probabilities
+
+if TYPE_CHECKING:
+    from unilogit_kernels.unlearning.arguments import UnlearningArguments
+    from unilogit_kernels.unlearning.trainer import UnlearningTrainer
+
+
+class StopAtProbability(TrainerCallback):
+    """Asks every few steps how probable a forget token is, and stops all processes at once.
+
+    Args:
+        trainer: whose model is asked.
+        forget: examples; those without a label have no probability and do not count.
+        pad_id: the token to pad with.
+    """
+
+    def __init__(self, trainer: UnlearningTrainer, forget: Sequence[Features], pad_id: int) -> None:
+        self.trainer, self.pad_id = trainer, pad_id
+        self.forget = [example for example in forget if count_labels(example) > 0]
+
+    def on_step_end(  # type: ignore[override]  # only ever called with this class's arguments
+        self,
+        args: UnlearningArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Ask, log what came out, and stop if it is low enough."""
+        if state.global_step % args.probability_steps or args.stop_at_probability is None:
+            return
+        probability = self._mean_probability(args.per_device_eval_batch_size)
+        # A log ends the step's turn to log, which the losses still need.
+        turn = control.should_log
+        self.trainer.log({"forget_probability": probability})
+        control.should_log = turn
+        if probability <= args.stop_at_probability:
+            control.should_training_stop = True
+
+    def _mean_probability(self, batch_size: int) -> float:
+        """Over all rows, each read by one process; the same number in each."""
+        share = self.trainer.share_of(len(self.forget))
+        with self.trainer.evaluating_as_in_training() as model:
+            found = token_probabilities(
+                model,
+                [self.forget[position] for position in share],
+                pad_id=self.pad_id,
+                batch_size=batch_size,
+            )
+        by_row: dict[int, float] = dict(
+            gather_object(list(zip(share, found.tolist(), strict=True)))
+        )
+        return sum(by_row[position] for position in range(len(self.forget))) / len(self.forget)
