@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     Features,
@@ -28,6 +29,7 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities, token_probabilities
 from unilogit_kernels.unlearning.head import HeadCall, run_head
+from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
 from unilogit_kernels.unlearning.reference_model import (
     frozen_copy,
@@ -37,6 +39,15 @@ from unilogit_kernels.unlearning.reference_model import (
 
 _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
+
+_CHECKED = (
+    "forget_weight",
+    "retain_weight",
+    "retain_per_forget",
+    "stop_at_probability",
+    "probability_steps",
+)
+"""What this class adds to the Trainer's numbers, and must lie in its range."""
 
 
 @dataclass
@@ -77,12 +88,9 @@ class UnlearningArguments(TrainingArguments):
         if self.retain_loss not in RETAIN_LOSSES:
             known = ", ".join(RETAIN_LOSSES)
             raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
-        if self.retain_per_forget < 1:
-            raise ValueError(f"retain_per_forget must be at least 1, got {self.retain_per_forget}")
-        if self.stop_at_probability is not None and not 0 < self.stop_at_probability < 1:
-            raise ValueError(
-                f"stop_at_probability must be between 0 and 1, got {self.stop_at_probability}"
-            )
+        check_numbers(vars(self), _CHECKED)
+        if self.learning_rate != 0:  # Which trains nothing, and may be meant.
+            check_numbers(vars(self), ["learning_rate"])
 
     def resolved_method(self) -> Method:
         """The method with its parameters.
@@ -122,7 +130,8 @@ class UnlearningTrainer(Trainer):
     Raises:
         DataError: a set is empty, or there is not one refusal for each forget example.
         MethodError: the method needs refusals or a teacher, or has no use for them.
-        ValueError: several GPUs in one process.
+        ValueError: several GPUs in one process; or a model with adapters that trains other weights,
+            too, which saving it would lose.
 
     Example:
         A complete script is in docs/unlearning.md.
@@ -151,6 +160,7 @@ class UnlearningTrainer(Trainer):
                 "and the copies have no lm_head to replace: start with `accelerate launch` or "
                 "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
+        check_saves_what_it_trains(model)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
             takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"
