@@ -332,7 +332,8 @@ def _number(value: float | None) -> str:
 
 def _quiet() -> None:
     """Leave standard output and error to this command's own lines and its progress bar."""
-    transformers_logging.set_verbosity_error()
+    if not is_first():
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 

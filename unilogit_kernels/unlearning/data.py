@@ -110,7 +110,7 @@ def _read_text(path: Path) -> str:
 def _parse(line: str, source: str) -> Row:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # Numbers and nesting have limits, too.
         raise DataError(f"{source}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise DataError(f"{source}: expected a JSON object, got {type(record).__name__}")
@@ -126,6 +126,8 @@ def _parse(line: str, source: str) -> Row:
         if not isinstance(record[field], str):
             kind = type(record[field]).__name__
             raise DataError(f'{source}: field "{field}" must be a string, got {kind}')
+        if any("\ud800" <= character <= "\udfff" for character in record[field]):
+            raise DataError(f'{source}: field "{field}" holds half a surrogate pair, not text')
         if field != "prompt" and not record[field].strip():
             raise DataError(f'{source}: field "{field}" is empty')
     return Row(record.get("prompt", ""), record[fields[-1]], record.get("key"), source)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,9 +81,10 @@ def load_model(
     with reading(f"no causal LM could be loaded from {model!r}"), torch.random.fork_rng():
         torch.manual_seed(0)
         load: Any = AutoModelForCausalLM.from_pretrained
-        loaded, found = load(
-            model, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with _without_load_report():
+            loaded, found = load(
+                model, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True
+            )
         _check_weights(model, loaded, found, allow_missing, note)
         if device is None:
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -91,6 +94,21 @@ def load_model(
             raise RunError(f"weights of {model!r} are NaN or infinite: {listed(not_finite)}")
     result: PreTrainedModel = loaded
     return result
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """What transformers prints as a table of many lines, `_check_weights` says in one."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -121,7 +139,7 @@ def _check_weights(
     if found["error_msgs"]:
         raise RunError(f"weights of {model!r} cannot be read: {listed(found['error_msgs'])}")
     for kind, meaning in (
-        ("missing", "would be random"),
+        ("missing", "are random then"),
         ("unexpected", "its config.json has no use for"),
     ):
         names = found[f"{kind}_keys"]

@@ -188,11 +188,15 @@ def _prepare(
 ) -> Prepared:
     record = _unfinished(settings, resume)
     date = datetime.now().replace(microsecond=0) if record is None else record.date
-    rows = read_rows(settings.forget), read_rows(settings.retain)
-    refusals = [] if settings.refusals is None else read_refusals(settings.refusals, rows[0])
+    with reading("--forget"):
+        forget = read_rows(settings.forget)
+    with reading("--retain"):
+        retain = read_rows(settings.retain)
+    with reading("--refusals"):
+        refusals = [] if settings.refusals is None else read_refusals(settings.refusals, forget)
     check_no_adapter(settings.model)
     encoding = load_encoding(settings.model, settings.max_length, settings.chat_template)
-    sets = _encode(encoding, date, (*rows, refusals))
+    sets = _encode(encoding, date, (forget, retain, refusals))
     model = load_model(
         settings.model,
         settings.dtype,
