@@ -69,6 +69,7 @@ TEMPLATES = (
     *("{{ messages | nofilter }}", "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}", "x"),
     *("{{ messages[0].content * 99 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"),
 )
+WRONG_SETS = ("a", "=forget.jsonl", "a=", "a=model", "a=nowhere")
 BYTES = (
     *(b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b"{", b"}", b"\\", b"\n", b"\r\n", b"\xe2\x80\xa8"),
     *(b"\\ud800", b"[" * 3000, b"9" * 5000, b"NaN", b"null", b","),
@@ -189,7 +190,7 @@ def in_evaluation(case: Case, rng: random.Random) -> None:
     """What only `evaluate` takes."""
     case.command = "evaluate"
     data = rng.choice(
-        ("a=forget.jsonl", "a", "=forget.jsonl", "[/b]=forget.jsonl", "a=", "a=model")
+        ("a=forget.jsonl", "[/b]=forget.jsonl", "a=retain.jsonl", rng.choice(WRONG_SETS))
     )
     case.options = {"--model": "model", "--data": data}
     name = rng.choice(("--batch-size", "--max-length", "--json", "--dtype"))
@@ -242,7 +243,7 @@ def in_template(case: Case, rng: random.Random) -> None:
     path.write_text(rng.choice(TEMPLATES))
     if rng.random() < 0.3 and path.stat().st_size:
         bend_bytes(path, rng)
-    case.about = ("template", "tokenizer")
+    case.about = ("template", "tokenizer", "max_length")
 
 
 def in_checkpoint(case: Case, rng: random.Random) -> None:

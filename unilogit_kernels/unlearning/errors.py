@@ -73,6 +73,8 @@ def check_writable(path: Path, *, folder: bool, option: str) -> None:
             raise RunError(f"{option} {path}: is {'not ' if folder else ''}a directory")
         above = path if folder else path.parent
         while not above.exists() and above != above.parent:
+            if above.is_symlink():
+                raise RunError(f"{option} {path}: {above} is a link to nothing")
             above = above.parent
         if not above.is_dir():
             raise RunError(f"{option} {path}: cannot be made, since {above} is a file")
