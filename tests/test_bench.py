@@ -595,9 +595,22 @@ def test_the_command_takes_a_size_and_modes(run: Callable[[str], Result], tmp_pa
         ("--shape nothing", "no shape is left"),
         ("--size 5", "must be N,V or N,H,V"),
         ("--redraw", "needs an existing --json"),
+        ("--redraw --json broken.json", "broken.json is no report"),
+        ("--resume --json broken.json", "broken.json is no report"),
+        ("--json broken.json/new.json", "is a file"),
+        ("--seconds nan", "must be positive, got nan"),
     ],
 )
-def test_the_command_refuses(run: Callable[[str], Result], line: str, message: str) -> None:
+def test_the_command_refuses(
+    run: Callable[[str], Result],
+    line: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("broken.json").write_text('{"results": ')
     result = run(line)
     assert result.exit_code == 2
     assert message in result.output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,8 @@ from unilogit_kernels.bench.measure import ROUNDS, SHAPE_SECONDS, Options
 from unilogit_kernels.bench.problems import DTYPES, Shape
 from unilogit_kernels.bench.provider import MODES
 from unilogit_kernels.bench.suites import SUITES
+from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
+from unilogit_kernels.unlearning.processes import check_alone
 
 _ENTRIES = ("logits", "linear", "all")
 _HEADS = ("trained", "frozen", "all")
@@ -70,8 +74,19 @@ def bench(
     if redraw:
         if json is None or not json.exists():
             raise typer.BadParameter("needs an existing --json file", param_hint="--redraw")
-        _write(report.read(json), json, console)
+        with _errors_of("--json"), reading(f"{json} is no report"):
+            written = report.read(json)
+        _write(written, json, console)
         return
+    with _errors_of("--json"):
+        check_alone("bench")
+        if json is not None:
+            check_writable(json, folder=False, option="--json")
+        if resume and json is not None and json.exists():
+            with reading(f"{json} is no report"):
+                report.read(json)
+    if not seconds > 0:
+        raise typer.BadParameter(f"must be positive, got {seconds}", param_hint="--seconds")
     _one_of(entry, _ENTRIES, "--entry")
     _one_of(head, _HEADS, "--head")
     _one_of(dtype, (*DTYPES, "all"), "--dtype")
@@ -113,6 +128,15 @@ def bench(
     )
     if json is not None:
         _write(measured, json, console)
+
+
+@contextmanager
+def _errors_of(option: str) -> Iterator[None]:
+    """Tell an error in what was given as typer tells its own."""
+    try:
+        yield
+    except RunError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _one_of(value: str, allowed: tuple[str, ...], option: str) -> None:

@@ -18,13 +18,18 @@ def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
         from unilogit_kernels.cli.bench import bench
-        from unilogit_kernels.cli.unlearn import app
+        from unilogit_kernels.cli.unlearn import app, reporting_errors
+        from unilogit_kernels.unlearning.processes import leave
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(_missing(error.name))
-    app.command()(bench)
-    app()
+    app.command()(reporting_errors()(bench))
+    try:
+        app()
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
 
 
 def _missing(module: str) -> int:

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from unilogit_kernels.cli.doctor import diagnose
-from unilogit_kernels.huggingface.head import UnsupportedHeadError
-from unilogit_kernels.unlearning.data import DataError, Encoding, Row, read_rows
+from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
-from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
-from unilogit_kernels.unlearning.run import (
+from unilogit_kernels.unlearning.errors import (
+    INPUT_ERRORS,
     RunError,
-    Settings,
-    execute,
-    load_model,
-    load_tokenizer,
-    prepare,
+    TrainingError,
+    check_writable,
+    one_line,
+    reading,
 )
+from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
+from unilogit_kernels.unlearning.limits import check_numbers
+from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.processes import check_alone, is_first
+from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
 app = typer.Typer(
     name="unilogit",
@@ -37,18 +45,60 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_WRONG_INPUT, _INTERRUPTED = 2, 130
+_FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
+_DEBUG = "UNILOGIT_DEBUG"
+"""The environment variable that asks for tracebacks."""
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+"""What typer reports itself: click's ClickException, or typer's own copy of it."""
 _METHOD_PARAMETERS = ("alpha", "beta", "beta1", "beta2", "gamma", "delta")
 
 
 @contextmanager
-def _input_errors() -> Iterator[None]:
-    """Turn errors in what the user gave into a message and exit code 2."""
+def reporting_errors() -> Iterator[None]:
+    """Turn every error of a command into one line and an exit code.
+
+    What is wrong with what the user gave exits with 2; what went wrong on the way, or in this
+    package, with 1. `UNILOGIT_DEBUG=1` adds the traceback.
+    """
     try:
         yield
-    except (DataError, RunError, UnsupportedHeadError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(_WRONG_INPUT) from error
+    except (typer.Exit, typer.Abort, _USAGE_ERROR, KeyboardInterrupt):
+        raise
+    except INPUT_ERRORS as error:
+        _report(error, str(error), _WRONG_INPUT)
+    except (TrainingError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        _report(error, one_line(error), _FAILED)
+    except Exception as error:
+        hint = f"this should not happen; {_DEBUG}=1 shows the traceback"
+        _report(error, f"{type(error).__name__}: {one_line(error)} ({hint})", _FAILED)
+
+
+def _report(error: Exception, message: str, code: int) -> None:
+    if is_first():
+        _say(f"error: {' '.join(message.splitlines())}", err=True)
+    if os.environ.get(_DEBUG, "0") != "0":
+        traceback.print_exception(error)
+    raise typer.Exit(code) from error
+
+
+def _say(message: str, err: bool = False) -> None:
+    """Print a line in the first process; what the terminal's encoding lacks is escaped."""
+    if is_first():
+        encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+        typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def _note(message: str) -> None:
+    _say(f"note: {message}", err=True)
+
+
+_AllowMissing = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing-weights",
+        help="Take a model whose files lack weights, which are then random, or have others.",
+    ),
+]
 
 
 @app.command()
@@ -127,6 +177,7 @@ def unlearn(
         int, typer.Option(help="Steps between checkpoints.")
     ] = Settings.checkpoint_steps,
     seed: Annotated[int, typer.Option(help="Of the order of the rows.")] = Settings.seed,
+    allow_missing_weights: _AllowMissing = Settings.allow_missing_weights,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
     ] = False,
@@ -134,7 +185,7 @@ def unlearn(
     """Make a model forget some rows and keep the others."""
     given = dict(locals())
     numbers = {name: given.pop(name) for name in _METHOD_PARAMETERS}
-    with _input_errors():
+    with reporting_errors():
         arguments = parse_template_arguments(given.pop("template_arg") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
@@ -142,26 +193,32 @@ def unlearn(
         template_arguments=arguments,
         method_parameters={name: value for name, value in numbers.items() if value is not None},
     )
+    with reporting_errors():
+        _unlearn(settings, resume)
+
+
+def _unlearn(settings: Settings, resume: bool) -> None:
     _quiet()
-    with _input_errors():
-        prepared = prepare(settings, resume=resume)
+    prepared = prepare(settings, resume=resume, note=_note)
     for name, count in prepared.truncated().items():
         if count:
-            typer.echo(f"note: {count} {name} rows are cut to {max_length} tokens", err=True)
+            _note(f"{count} {name} rows are cut to {settings.max_length} tokens")
     template = "through the chat template" if prepared.encoding.uses_chat_template else "as it is"
-    typer.echo(
+    _say(
         f"{len(prepared.forget)} rows to forget, {len(prepared.retain)} to keep; each prompt goes "
         f"{template}"
     )
     if prepared.checkpoint is not None:
-        typer.echo(f"resuming from {prepared.checkpoint}")
+        _say(f"resuming from {prepared.checkpoint}")
+    elif resume:
+        _say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
         with _progress() as progress:
             done = execute(prepared, [_Bar(progress)])
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command with --resume goes on", err=True)
+        _say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    typer.echo(f"{done['steps']} steps; the model is in {output}")
+    _say(f"{done['steps']} steps; the model is in {settings.output}")
 
 
 @app.command()
@@ -201,23 +258,27 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer. Default: a few more than expected.")
     ] = None,
+    allow_missing_weights: _AllowMissing = Settings.allow_missing_weights,
 ) -> None:
     """Measure how well a model knows sets of rows."""
-    _quiet()
-    with _input_errors():
+    with reporting_errors():
+        check_alone("evaluate")
+        with reading("evaluate"):
+            check_numbers({"batch_size": batch_size, "max_length": max_length})
+        if json_file is not None:
+            check_writable(json_file, folder=False, option="--json")
+        _quiet()
         sets = _read_sets(data)
         stops = [text.replace("\\n", "\n") for text in stop or []]
         if "" in stops:
             raise RunError("--stop takes a text that ends an answer, got an empty one")
-        encoding = Encoding(
-            load_tokenizer(model),
-            max_length,
-            chat_template,
-            template_arguments=parse_template_arguments(template_arg or []),
-        )
-        for rows in sets.values():
-            encoding.encode(rows)
-        loaded = load_model(model, dtype)
+        arguments = parse_template_arguments(template_arg or [])
+        encoding = load_encoding(model, max_length, chat_template, arguments)
+        examples = [encode(encoding, rows) for rows in sets.values()]
+        loaded = load_model(model, dtype, allow_missing=allow_missing_weights, note=_note)
+        check_fits(loaded, encoding, examples)
+        with reading(f"the model of {model!r} fails on these rows"):
+            evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
         reports = {
             name: evaluate_rows(
                 loaded,
@@ -230,18 +291,18 @@ def evaluate(
             )
             for name, rows in sets.items()
         }
-    for name, report in reports.items():
-        if report.unfinished:
-            typer.echo(
-                f"note: {report.unfinished} of {len(report.answers)} answers to {name} did not end "
-                "in time; --max-new-tokens gives them more, --stop ends them",
-                err=True,
-            )
-    Console().print(report_table("What the model knows", {Path(model).name: reports}))
-    if json_file is not None:
-        figures = {name: report.as_dict() for name, report in reports.items()}
-        json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
-        typer.echo(f"figures and answers are in {json_file}")
+        for name, report in reports.items():
+            if report.unfinished:
+                _note(
+                    f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
+                    "in time; --max-new-tokens gives them more, --stop ends them"
+                )
+        Console().print(report_table("What the model knows", {Path(model).name: reports}))
+        if json_file is not None:
+            figures = {name: report.as_dict() for name, report in reports.items()}
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
+            _say(f"figures and answers are in {json_file}")
 
 
 def _read_sets(data: list[str]) -> dict[str, list[Row]]:
@@ -252,7 +313,8 @@ def _read_sets(data: list[str]) -> dict[str, list[Row]]:
             raise RunError(f"--data takes NAME=FILE, got {item!r}")
         if name in sets:
             raise RunError(f"--data names the set {name!r} twice")
-        sets[name] = read_rows(path)
+        with reading(f"--data {item}"):
+            sets[name] = read_rows(path)
     return sets
 
 
@@ -261,7 +323,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show versions, devices, and which backends can run here."""
-    found = diagnose()
+    with reporting_errors():
+        check_alone("doctor")
+        found = diagnose()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -275,14 +339,15 @@ def doctor(
         devices.add_row(device["device"], device["name"], ", ".join(details))
     backends = Table("backend", "can run here", title="Backends")
     for name, reason in found["backends"].items():
-        backends.add_row(name, "yes" if reason is None else f"no: {reason}")
+        backends.add_row(name, "yes" if reason is None else f"no: {escape(reason)}")
     for table in (versions, devices, backends):
         console.print(table)
 
 
 def _quiet() -> None:
     """Leave standard output and error to this command's own lines and its progress bar."""
-    transformers_logging.set_verbosity_error()
+    if not is_first():
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
@@ -294,6 +359,7 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[figures]}"),
         console=Console(stderr=True),
+        disable=not is_first(),
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
 
 _EVALUATION = (
@@ -69,6 +69,17 @@ ACCEPTED_OPTIONS = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 """Options that are handed on to `Trainer`."""
 
 
+_CHECKED = (
+    "forget_weight",
+    "retain_weight",
+    "retain_per_forget",
+    "stop_at_probability",
+    "probability_steps",
+    "vocab_size",
+)
+"""What this class adds to the Trainer's numbers, and must lie in its range."""
+
+
 @dataclass
 class UnlearningArguments(TrainingArguments):
     """`TrainingArguments`, and what unlearning adds.
@@ -118,17 +129,9 @@ class UnlearningArguments(TrainingArguments):
         if self.retain_loss not in RETAIN_LOSSES:
             known = ", ".join(RETAIN_LOSSES)
             raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
-        for name in ("retain_per_forget", "probability_steps", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("forget_weight", "retain_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
-        if self.stop_at_probability is not None and not 0 < self.stop_at_probability < 1:
-            raise ValueError(
-                f"stop_at_probability must be between 0 and 1, got {self.stop_at_probability}"
-            )
+        check_numbers(vars(self), _CHECKED)
+        if self.learning_rate != 0:  # Which trains nothing, and may be meant.
+            check_numbers(vars(self), ["learning_rate"])
 
     def resolved_method(self) -> Method:
         """The method with its parameters.

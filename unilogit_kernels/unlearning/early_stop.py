@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from unilogit_kernels.unlearning.arguments import UnlearningArguments
 from unilogit_kernels.unlearning.data import Features, count_labels
 from unilogit_kernels.unlearning.evaluation import token_probabilities
 
-if TYPE_CHECKING:
-    from unilogit_kernels.unlearning.arguments import UnlearningArguments
-    from unilogit_kernels.unlearning.trainer import UnlearningTrainer
+
+class Training(Protocol):
+    """What is asked of the Trainer."""
+
+    def share_of(self, count: int) -> list[int]:
+        """The positions of `count` things that this process takes."""
+
+    def evaluating_as_in_training(self) -> AbstractContextManager[nn.Module]:
+        """The model as it trains."""
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Log figures."""
 
 
 class StopAtProbability(TrainerCallback):
@@ -25,7 +37,7 @@ class StopAtProbability(TrainerCallback):
         pad_id: the token to pad with.
     """
 
-    def __init__(self, trainer: UnlearningTrainer, forget: Sequence[Features], pad_id: int) -> None:
+    def __init__(self, trainer: Training, forget: Sequence[Features], pad_id: int) -> None:
         self.trainer, self.pad_id = trainer, pad_id
         self.forget = [example for example in forget if count_labels(example) > 0]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -245,7 +246,8 @@ def report_table(title: str, reports: dict[str, dict[str, SetReport]]) -> Table:
         for model, sets in reports.items():
             report = sets[name]
             measures = (report.probability, report.rouge_l, report.key_recall)
-            table.add_row(name, str(report.rows), model, *map(_number, measures))
+            names = escape(name), str(report.rows), escape(model)
+            table.add_row(*names, *map(_number, measures))
     return table
 
 

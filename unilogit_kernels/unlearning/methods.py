@@ -12,6 +12,7 @@ from torch import Tensor
 from unilogit_kernels import objectives
 from unilogit_kernels.maths.rewrites import Rewrite, Shift, Uniform
 from unilogit_kernels.objectives import Objective, SequenceObjective
+from unilogit_kernels.unlearning.limits import check_parameters
 
 _REFERENCE = "reference"
 
@@ -77,6 +78,10 @@ class Method:
                     f"method {self.name!r} has no parameter {parameter!r}; "
                     f"it has {', '.join(known_parameters) or 'none'}"
                 )
+        try:
+            check_parameters(self.name, self.parameters)
+        except ValueError as error:
+            raise MethodError(str(error)) from error
 
     @property
     def _class(self) -> type[Objective]:

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
+from unilogit_kernels.unlearning.adapters import check_no_adapter
 from unilogit_kernels.unlearning.data import (
     Encoding,
     Example,
+    Row,
     padding_id,
     read_refusals,
     read_rows,
 )
-from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
+from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
+from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
+from unilogit_kernels.unlearning.limits import check_numbers
+from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
+from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
+from unilogit_kernels.unlearning.record import (
+    CHECKPOINTS,
+    Record,
+    digests,
+    newest_checkpoint,
+    printing_date,
+    read_record,
+)
 from unilogit_kernels.unlearning.trainer import (
     UnlearningArguments,
     UnlearningTrainer,
     train_only_top_layers,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes the weights may be trained in."""
-
-_SETTINGS_FILE = "unlearning.json"
-_CHECKPOINTS = "checkpoints"
-
-
-class RunError(ValueError):
-    """A run cannot start as it was asked for."""
+__all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Settings:
         gradient_checkpointing: recompute activations in the backward to save memory.
         checkpoint_steps: steps between checkpoints.
         seed: of the order of the rows, and of dropout.
+        allow_missing_weights: see `load_model`.
     """
 
     model: str
@@ -106,6 +107,7 @@ class Settings:
     gradient_checkpointing: bool = False
     checkpoint_steps: int = 50
     seed: int = 0
+    allow_missing_weights: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, for JSON."""
@@ -119,20 +121,26 @@ class Prepared:
 
     Attributes:
         settings: of the run.
+        arguments: the Trainer's.
         model: loaded, with frozen layers frozen.
         encoding: of the rows.
         forget: encoded rows to forget.
         retain: encoded rows to keep.
         refusals: encoded answers to give instead, one for each row to forget, or none.
+        record: of the run, as it is or will be in the output directory.
+        resumed: whether it is there already.
         checkpoint: to resume from, or None.
     """
 
     settings: Settings
+    arguments: UnlearningArguments
     model: PreTrainedModel
     encoding: Encoding
     forget: list[Example]
     retain: list[Example]
     refusals: list[Example]
+    record: Record
+    resumed: bool
     checkpoint: Path | None
 
     def truncated(self) -> dict[str, int]:
@@ -143,45 +151,17 @@ class Prepared:
         }
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
-
-    Raises:
-        RunError: there is none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"no tokenizer could be loaded from {model!r}: {error}") from error
-    return tokenizer
-
-
-def load_model(model: str, dtype: str) -> PreTrainedModel:
-    """A causal LM, on the accelerator where there is one.
-
-    Args:
-        model: directory or Hub id.
-        dtype: a key of `DTYPES`.
-
-    Raises:
-        RunError: it cannot be loaded, or the dtype is unknown.
-    """
-    if dtype not in DTYPES:
-        raise RunError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"no causal LM could be loaded from {model!r}: {error}") from error
-    accelerator = torch.accelerator.current_accelerator()
-    return loaded if accelerator is None else loaded.to(accelerator)  # type: ignore[arg-type]
-
-
-def prepare(settings: Settings, *, resume: bool = False) -> Prepared:
+def prepare(
+    settings: Settings, *, resume: bool = False, note: Callable[[str], None] = print
+) -> Prepared:
     """Read and check everything a run needs; nothing is written.
+
+    Where several processes were launched, each calls this, and all fail if one does.
 
     Args:
         settings: of the run.
         resume: go on from the newest checkpoint in the output directory.
+        note: is told what the user should know, such as weights that are missing.
 
     Raises:
         RunError: settings, model or output directory do not fit.
@@ -189,36 +169,91 @@ def prepare(settings: Settings, *, resume: bool = False) -> Prepared:
         UnsupportedHeadError: the model's lm_head does not.
     """
     _check(settings)
-    checkpoint = _find_checkpoint(settings, resume)
-    rows = read_rows(settings.forget), read_rows(settings.retain)
-    refusals = [] if settings.refusals is None else read_refusals(settings.refusals, rows[0])
-    encoding = Encoding(
-        load_tokenizer(settings.model),
+    check_launch()
+    with reading("the Trainer does not take these settings"):
+        arguments = training_arguments(settings, settings.output / CHECKPOINTS)
+        device = arguments.device
+    check_world(arguments.world_size)
+
+    def work() -> Prepared:
+        return _prepare(settings, arguments, device, resume, note)
+
+    return together(work)
+
+
+def _prepare(
+    settings: Settings,
+    arguments: UnlearningArguments,
+    device: torch.device,
+    resume: bool,
+    note: Callable[[str], None],
+) -> Prepared:
+    record = _unfinished(settings, resume)
+    date = datetime.now().replace(microsecond=0) if record is None else record.date
+    with reading("--forget"):
+        forget = read_rows(settings.forget)
+    with reading("--retain"):
+        retain = read_rows(settings.retain)
+    with reading("--refusals"):
+        refusals = [] if settings.refusals is None else read_refusals(settings.refusals, forget)
+    check_no_adapter(settings.model)
+    encoding = load_encoding(
+        settings.model,
         settings.max_length,
         settings.chat_template,
-        template_arguments=settings.template_arguments,
+        settings.template_arguments,
     )
-    if settings.chat_template and encoding.tokenizer.chat_template is None:
-        raise RunError(f"the tokenizer of {settings.model!r} has no chat template")
-    # That an answer ends is no knowledge to forget; unlearning it makes the model run on.
-    forget = dataclasses.replace(encoding, append_eos=False).encode(rows[0])
-    retain = encoding.encode(rows[1])
-    # A refusal is to be learned, its end included.
-    instead = encoding.encode(refusals)
-    model = load_model(settings.model, settings.dtype)
-    observe_logit_transform(model)
+    sets = _encode(encoding, date, (forget, retain, refusals))
+    model = load_model(
+        settings.model,
+        settings.dtype,
+        device=device,
+        allow_missing=settings.allow_missing_weights,
+        note=note,
+    )
+    with reading(f"the model of {settings.model!r} cannot be run"):
+        observe_logit_transform(model)
+    check_fits(model, encoding, list(sets.values()))
+    inputs = digests(model, encoding, sets, arguments.world_size)
+    if record is not None:
+        record.check(settings.output, "inputs", inputs)
     if settings.train_layers is not None:
-        try:
+        with reading("train_layers"):
             train_only_top_layers(model, settings.train_layers)
-        except ValueError as error:
-            raise RunError(str(error)) from error
-    return Prepared(settings, model, encoding, forget, retain, instead, checkpoint)
+    return Prepared(
+        settings,
+        arguments,
+        model,
+        encoding,
+        forget=sets["forget"],
+        retain=sets["retain"],
+        refusals=sets["refusal"],
+        record=record or Record(settings.recorded(), inputs, date),
+        resumed=record is not None,
+        checkpoint=newest_checkpoint(settings.output) if record is not None else None,
+    )
+
+
+def _encode(
+    encoding: Encoding, date: datetime, rows: Sequence[Sequence[Row]]
+) -> dict[str, list[Example]]:
+    forget, retain, refusals = rows
+    # That an answer ends is no knowledge to forget; unlearning it makes the model run on. A
+    # refusal is to be learned, its end included.
+    endless = dataclasses.replace(encoding, append_eos=False)
+    with printing_date(date, encoding):
+        return {
+            "forget": encode(endless, forget),
+            "retain": encode(encoding, retain),
+            "refusal": encode(encoding, refusals),
+        }
 
 
 def _check(settings: Settings) -> None:
     try:
         method = Method(settings.method, settings.method_parameters)
-    except MethodError as error:
+        check_numbers(vars(settings))
+    except ValueError as error:
         raise RunError(str(error)) from error
     if settings.retain_loss not in RETAIN_LOSSES:
         known = ", ".join(RETAIN_LOSSES)
@@ -227,45 +262,21 @@ def _check(settings: Settings) -> None:
         raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
     if settings.refusals is not None and not method.needs_refusals:
         raise RunError(f"method {method.name!r} takes no refusals")
-    for name in (
-        "epochs",
-        "batch_size",
-        "gradient_accumulation",
-        "retain_per_forget",
-        "checkpoint_steps",
-    ):
-        if getattr(settings, name) < 1:
-            raise RunError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if settings.learning_rate <= 0:
-        raise RunError(f"learning_rate must be positive, got {settings.learning_rate}")
-    probability = settings.stop_at_probability
-    if probability is not None and not 0 < probability < 1:
-        raise RunError(f"stop_at_probability must be between 0 and 1, got {probability}")
 
 
-def _find_checkpoint(settings: Settings, resume: bool) -> Path | None:
+def _unfinished(settings: Settings, resume: bool) -> Record | None:
+    """The record of the run that is to go on, or None for a new one."""
     output = settings.output
-    if output.exists() and not output.is_dir():
-        raise RunError(f"{output} is not a directory")
-    if (output / "config.json").exists():
-        raise RunError(f"{output} already holds a model; choose another output directory")
-    record = output / _SETTINGS_FILE
-    if not record.exists():
+    check_writable(output, folder=True, option="the output")
+    record = read_record(output)
+    if record is None:
         return None
     if not resume:
         raise RunError(
             f"{output} holds an unfinished run: resume it (--resume), or choose another directory"
         )
-    before, now = json.loads(record.read_text()), settings.recorded()
-    changed = [name for name in now if now[name] != before.get(name)]
-    if changed:
-        details = ", ".join(f"{name} ({before.get(name)} -> {now[name]})" for name in changed)
-        raise RunError(f"the run in {output} was started with other settings: {details}")
-    # The Trainer writes its state last, so a checkpoint without it was cut short.
-    finished = [
-        path.parent for path in (output / _CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-    ]
-    return max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    record.check(output, "settings", settings.recorded())
+    return record
 
 
 def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -277,28 +288,40 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     Returns:
         `steps`, and `log`: what was logged at each step.
+
+    Raises:
+        TrainingError: a loss or gradient became NaN or infinite; the newest checkpoint stays.
+        RunError: the output cannot be written, or the checkpoint not read.
     """
     settings = prepared.settings
-    settings.output.mkdir(parents=True, exist_ok=True)
-    (settings.output / _SETTINGS_FILE).write_text(json.dumps(settings.recorded(), indent=2))
-    checkpoints = settings.output / _CHECKPOINTS
+    started = Started()
     trainer = UnlearningTrainer(
         prepared.model,
-        training_arguments(settings, checkpoints),
+        prepared.arguments,
         forget=[example.features() for example in prepared.forget],
         retain=[example.features() for example in prepared.retain],
         refusals=[example.features() for example in prepared.refusals],
         pad_id=padding_id(prepared.encoding.tokenizer),
         tokenizer=prepared.encoding.tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[started, StopAtNonFinite(settings.output), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(
-        resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint)
-    )
+
+    def claim() -> None:
+        if trainer.is_world_process_zero() and not prepared.resumed:
+            with reading(f"{settings.output} cannot be written to"):
+                prepared.record.write(settings.output)
+
+    together(claim)
+    if prepared.checkpoint is None:
+        trainer.train()
+    else:
+        with started.reading(prepared.checkpoint):
+            trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
     trainer.save_model(str(settings.output))
     if trainer.is_world_process_zero():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
 
@@ -313,16 +336,19 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         weight_decay=0.0,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        **_recomputation(settings.gradient_checkpointing),
         bf16=settings.autocast,
+        use_cpu=on_cpu(),
         save_strategy="steps",
         save_steps=settings.checkpoint_steps,
         save_total_limit=2,
         logging_steps=1,
         logging_first_step=True,
+        # `StopAtNonFinite` is to see them.
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        dataloader_pin_memory=not on_cpu(),
         seed=settings.seed,
         method=settings.method,
         method_parameters=dict(settings.method_parameters),
@@ -332,3 +358,12 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         retain_per_forget=settings.retain_per_forget,
         stop_at_probability=settings.stop_at_probability,
     )
+
+
+def _recomputation(wanted: bool) -> dict[str, Any]:
+    """To recompute activations in the backward; transformers 5.20 gave it another name."""
+    if not wanted:
+        return {}
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -23,6 +23,7 @@ from transformers import (
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head
 from unilogit_kernels.huggingface.two_heads import frozen_copy, heads_kl_loss, run_two_heads
+from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
 from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
@@ -102,6 +103,7 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         refuse_options(options)
         args.check_run(len(forget))
+        check_saves_what_it_trains(model)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
             takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"

@@ -1,0 +1,124 @@
+"""The values that each numeric setting may have, whoever takes it: one definition of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_FACTOR = 1e6
+"""A loss times more than this leaves float32 soon; no method has use for a tenth of it."""
+
+
+class Range(NamedTuple):
+    """An interval of finite numbers.
+
+    Attributes:
+        low: the smallest number in it.
+        high: the largest one.
+        open_low: whether `low` itself is left out.
+        open_high: whether `high` itself is.
+        whole: whether only integers belong to it.
+        optional: whether None is a value, too.
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+    whole: bool = False
+    optional: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What a value must be and is not, or None where it lies in the interval.
+
+        NaN, infinities, booleans and text do not.
+        """
+        if value is None and self.optional:
+            return None
+        if self.whole and (isinstance(value, bool) or not isinstance(value, int)):
+            return "an integer"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return "a number"
+        if not math.isfinite(value):
+            return "finite"
+        if self.low < value < self.high:
+            return None
+        if self.open_low and self.open_high:
+            return f"between {self.low:g} and {self.high:g}"
+        if value < self.low or (value == self.low and self.open_low):
+            least = "positive" if self.low == 0 else f"more than {self.low:g}"
+            return least if self.open_low else f"at least {self.low:.10g}"
+        return f"at most {self.high:.10g}" if value > self.high else None
+
+
+def _count(low: int = 1, high: int = _LARGEST_COUNT, *, optional: bool = False) -> Range:
+    return Range(low, high, whole=True, optional=optional)
+
+
+_FACTOR = Range(0.0, _LARGEST_FACTOR)
+
+RANGES: Mapping[str, Range] = {
+    "forget_weight": _FACTOR,
+    "retain_weight": _FACTOR,
+    "retain_per_forget": _count(),
+    "stop_at_probability": Range(0.0, 1.0, open_low=True, open_high=True, optional=True),
+    "probability_steps": _count(),
+    # numpy's generator takes no other seed.
+    "seed": _count(0, 2**32 - 1),
+    "epochs": _count(),
+    "learning_rate": Range(0.0, _LARGEST_FACTOR, open_low=True),
+    "warmup_steps": _count(0),
+    "batch_size": _count(),
+    "gradient_accumulation": _count(),
+    "checkpoint_steps": _count(),
+    "train_layers": _count(optional=True),
+    "max_length": _count(),
+    "vocab_size": _count(optional=True),
+}
+"""Of the settings of a run, and of what an evaluation takes."""
+
+PARAMETER_RANGES: Mapping[str, Range] = {
+    "alpha": _FACTOR,
+    "beta": Range(1e-6, _LARGEST_FACTOR),
+    "beta1": _FACTOR,
+    "beta2": _FACTOR,
+    "gamma": _FACTOR,
+    "delta": Range(-_LARGEST_FACTOR, _LARGEST_FACTOR),
+}
+"""Of the methods' parameters."""
+
+_ANY_PARAMETER = Range(-_LARGEST_FACTOR, _LARGEST_FACTOR)
+
+
+def check_numbers(values: Mapping[str, Any], names: Iterable[str] = RANGES) -> None:
+    """See that settings lie in their ranges.
+
+    Args:
+        values: settings by name; those without a range are passed over.
+        names: the settings to check.
+
+    Raises:
+        ValueError: one does not; the message names it, its value and its range.
+    """
+    for name in names:
+        problem = RANGES[name].problem(values[name]) if name in values else None
+        if problem is not None:
+            raise ValueError(f"{name} must be {problem}, got {values[name]}")
+
+
+def check_parameters(method: str, values: Mapping[str, Any]) -> None:
+    """See that a method's parameters lie in their ranges.
+
+    Args:
+        method: the method's name, for the message.
+        values: its parameters by name.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name, value in values.items():
+        problem = PARAMETER_RANGES.get(name, _ANY_PARAMETER).problem(value)
+        if problem is not None:
+            raise ValueError(f"{name} of method {method!r} must be {problem}, got {value}")
