@@ -27,12 +27,12 @@ from unilogit_kernels.unlearning.data import (
     collate,
 )
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities, token_probabilities
-from unilogit_kernels.unlearning.head import HeadCall, run_head
+from unilogit_kernels.unlearning.head import HeadCall, run_head_with_auxiliary_loss
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method, MethodError
 from unilogit_kernels.unlearning.reference_model import (
     frozen_copy,
     heads_kl_loss,
-    run_two_heads,
+    run_two_heads_with_auxiliary_loss,
 )
 
 _REFERENCE = "reference_log_probs"
@@ -225,7 +225,8 @@ class UnlearningTrainer(Trainer):
                 the batch if None.
 
         Returns:
-            The loss of the batch as a share of its step's.
+            The loss of the batch as a share of its step's, with the model's own auxiliary loss,
+            where it computes one (`output_router_logits`).
 
         Raises:
             ValueError: `return_outputs` is set.
@@ -242,15 +243,22 @@ class UnlearningTrainer(Trainer):
             return self._together(head, labels, reference, num_items_in_batch)
 
         if self._teacher is None:
-            losses = run_head(model, compute, **inputs)
+            losses, auxiliary = run_head_with_auxiliary_loss(model, compute, **inputs)
         else:
-            losses = run_two_heads(model, self._teacher, compute, **inputs)
+            losses, auxiliary = run_two_heads_with_auxiliary_loss(
+                model, self._teacher, compute, **inputs
+            )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The counts are of all devices, whose gradients are then averaged.
             losses = losses * self.accelerator.num_processes
         self._add("forget_loss", losses[1])
         self._add("retain_loss", losses[2])
-        return losses[0]
+        if auxiliary is None:
+            return losses[0]
+        # Of all tokens of this batch: a mean over the batches of the step.
+        auxiliary = auxiliary / self.current_gradient_accumulation_steps
+        self._add("auxiliary_loss", auxiliary)
+        return losses[0] + auxiliary
 
     def _together(
         self, head: HeadCall, labels: Tensor, reference: Tensor | None, counts: Tensor | None
