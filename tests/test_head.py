@@ -377,7 +377,8 @@ def test_logits_to_keep_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cast", [False, True], ids=["", "float32 logits"])
 def test_verify_head_passes(name: str, size: float, dtype: torch.dtype, cast: bool) -> None:
-    model = make_model(name).to(dtype)
+    model = make_model(name)
+    nn.Module.to(model, dtype)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(size)
     if cast:

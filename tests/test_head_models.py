@@ -44,10 +44,12 @@ def make_moe(name: str, coefficient: float = 0.5, **options: Any) -> transformer
     config, sizes = MOE[name]
     named = "aux_loss_coef" if name == "jetmoe" else "router_aux_loss_coef"
     sizes = {**SMALL, **sizes, "num_key_value_heads": 2, named: coefficient, **options}
+    model: transformers.PreTrainedModel
     model = transformers.AutoModelForCausalLM.from_config(
         config(**sizes), experts_implementation="eager"
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def own_loss(model: nn.Module, batch: dict[str, Any], first: int, coefficient: float) -> Tensor:
@@ -55,9 +57,9 @@ def own_loss(model: nn.Module, batch: dict[str, Any], first: int, coefficient: f
     output = model(**batch)
     length = batch["labels"].shape[1]
     logits, labels = output.logits[:, -length - first : -1], batch["labels"][:, 1 - first :]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss: Tensor = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     if coefficient:
-        loss = loss + coefficient * output.aux_loss
+        loss += coefficient * output.aux_loss
     torch.testing.assert_close(loss.float(), output.loss.float())
     return loss
 
@@ -95,7 +97,7 @@ def test_a_routers_loss_apart_and_left_out() -> None:
     options = {"labels": batch["labels"], "objective": "cross_entropy", **routed}
     assert torch.equal(fused_loss(model, auxiliary_loss=False, **options), loss)
     assert run_head_with_auxiliary_loss(model, compute, **inputs)[1] is None
-    assert model.loss_function is transformers.loss.loss_utils.ForCausalLMLoss
+    assert "_loss_function" not in vars(model)
     fused_log_odds(model, labels=batch["labels"], **routed)
     with pytest.raises(UnsupportedHeadError, match="which would be lost"):
         run_head(model, compute, **routed)
@@ -146,8 +148,10 @@ PROMPTS = {
 }
 
 
-def with_prompt(kind: str) -> nn.Module:
-    model = peft.get_peft_model(make_model("llama"), copy.deepcopy(PROMPTS[kind])).eval()
+def with_prompt(kind: str) -> peft.PeftModel:
+    model = peft.get_peft_model(make_model("llama"), copy.deepcopy(PROMPTS[kind]))
+    assert isinstance(model, peft.PeftModel)
+    model.eval()
     with torch.no_grad():
         for parameter in model.prompt_encoder.parameters():
             parameter.normal_()

@@ -132,6 +132,6 @@ def _other_values(found: Tensor, expected: Tensor, wrong: Tensor) -> str:
 def failed_after_head(error: Exception) -> str:
     """What to say of a model that cannot go on from the probe."""
     return (
-        "the model does to its logits what the fused losses cannot: given one row in their place "
-        f"it fails with {type(error).__name__}: {error}; {_INSTEAD}"
+        "given one row in the place of its logits, the model fails after its head with "
+        f"{type(error).__name__}: {error}; if it does not fail with its own logits, {_INSTEAD}"
     )

@@ -52,9 +52,8 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
     if names & {"logits_to_keep", "num_logits_to_keep"}:
         raise ValueError("logits_to_keep cannot be used here: tokens without a label cost nothing")
     inner = extract_model_from_parallel(model)
-    classes = {type(inner)} | {
-        type(module) for module in inner.modules() if isinstance(module, PreTrainedModel)
-    }
+    models = [inner, *(m for m in inner.modules() if isinstance(m, PreTrainedModel))]
+    classes: set[Any] = {type(module) for module in models}
     # Only these are known to do nothing with what they do not name.
     if any(_names(c).others and not c.__module__.startswith(_KNOWN) for c in classes):
         return
@@ -98,7 +97,7 @@ class VirtualTokens:
         Raises:
             UnsupportedHeadError: the adapter weights the loss of its own prompt.
         """
-        config = getattr(extract_model_from_parallel(model), "active_peft_config", None)
+        config: Any = getattr(extract_model_from_parallel(model), "active_peft_config", None)
         if not getattr(config, "is_prompt_learning", False):
             return VirtualTokens()
         kind = str(getattr(config.peft_type, "value", config.peft_type))
