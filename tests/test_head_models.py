@@ -59,7 +59,7 @@ def own_loss(model: nn.Module, batch: dict[str, Any], first: int, coefficient: f
     logits, labels = output.logits[:, -length - first : -1], batch["labels"][:, 1 - first :]
     loss: Tensor = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     if coefficient:
-        loss += coefficient * output.aux_loss
+        loss = loss + coefficient * output.aux_loss
     torch.testing.assert_close(loss.float(), output.loss.float())
     return loss
 
@@ -85,7 +85,8 @@ def test_a_routers_loss_apart_and_left_out() -> None:
     routed = {**inputs, "output_router_logits": True}
 
     def compute(head: Any) -> Tensor:
-        return head.objective_loss(batch["labels"], "cross_entropy")
+        loss: Tensor = head.objective_loss(batch["labels"], "cross_entropy")
+        return loss
 
     loss, auxiliary = run_head_with_auxiliary_loss(model, compute, **routed)
     assert auxiliary is not None

@@ -87,18 +87,17 @@ def transform_of(seen: Tensor, probe: Tensor) -> HeadTransform:
         softcap=cap if 0 < cap < _LARGEST * min(abs(scale), 1) / 2 else None,
         vocab_size=kept,
     )
-    difference = difference_from(transform, found, probe)
+    difference = difference_from(transform(probe), found, probe)
     if difference is not None:
         raise UnsupportedHeadError(difference)
     return transform
 
 
-def difference_from(transform: HeadTransform, seen: Tensor, probe: Tensor) -> str | None:
-    """How `seen` differs from the transformed probe, in any column, or None if it does not."""
-    if seen.shape != (*probe.shape[:-1], transform.vocab_size):
+def difference_from(expected: Tensor, seen: Tensor, probe: Tensor) -> str | None:
+    """How `seen` of a probe differs from what is expected, in any column, or None."""
+    if seen.shape != expected.shape:
         return _other_shape(seen, probe)
     found = seen.detach().cpu().double()
-    expected = transform(probe)
     # A comparison that NaN fails.
     wrong = ~((found - expected).abs() <= _TOLERANCE * expected.abs())
     return _other_values(found, expected, wrong) if bool(wrong.any()) else None
@@ -118,7 +117,7 @@ def _other_shape(seen: Tensor, probe: Tensor) -> str:
 
 def _other_values(found: Tensor, expected: Tensor, wrong: Tensor) -> str:
     columns = wrong.flatten(0, -2).any(0).nonzero().flatten().tolist()
-    where = tuple(wrong.nonzero()[0].tolist()) if columns else (0,) * found.dim()
+    where = tuple(wrong.nonzero()[0].tolist())
     named = ", ".join(map(str, columns[:4])) + (", ..." if len(columns) > 4 else "")
     return (
         "the model does to its logits what the fused losses cannot: beside a factor, a tanh cap "

@@ -40,6 +40,10 @@ class Observation:
     def _probe(self) -> Tensor:
         return logit_transform.row_probe(self.rows, self.transform.vocab_size)
 
+    @cached_property
+    def _expected(self) -> Tensor:
+        return self.transform(self._probe)
+
     def probe_of(self, rows: int) -> Tensor:
         """What the head returns in each call: float64 `[1, 1, rows]`."""
         if rows != self.rows:
@@ -48,7 +52,7 @@ class Observation:
 
     def difference(self, seen: Tensor) -> str | None:
         """How a call's probe differs from what it should be, or None."""
-        return logit_transform.difference_from(self.transform, seen, self._probe)
+        return logit_transform.difference_from(self._expected, seen, self._probe)
 
 
 _observations: weakref.WeakKeyDictionary[nn.Module, Observation] = weakref.WeakKeyDictionary()
@@ -154,5 +158,5 @@ def input_device(model: nn.Module) -> torch.device:
 
 def head_device(model: nn.Module) -> torch.device:
     """Where the head's weight is."""
-    device = next(stand_in.plain_head(model).parameters()).device
-    return input_device(model) if device.type == "meta" else device
+    weight = next(stand_in.plain_head(model).parameters(), None)
+    return input_device(model) if weight is None or weight.is_meta else weight.device

@@ -255,8 +255,9 @@ class UnlearningTrainer(Trainer):
         self._add("retain_loss", losses[2])
         if auxiliary is None:
             return losses[0]
-        # Of all tokens of this batch: a mean over the batches of the step.
-        auxiliary = auxiliary / self.current_gradient_accumulation_steps
+        if num_items_in_batch is not None:
+            # It is of all tokens of this batch: a mean over the batches of the step.
+            auxiliary = auxiliary / self.current_gradient_accumulation_steps
         self._add("auxiliary_loss", auxiliary)
         return losses[0] + auxiliary
 
