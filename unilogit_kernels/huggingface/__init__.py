@@ -8,6 +8,7 @@ from unilogit_kernels.huggingface.head import (
     fused_loss,
     observe_logit_transform,
     run_head,
+    run_head_with_auxiliary_loss,
     verify_head,
 )
 from unilogit_kernels.huggingface.two_heads import (
@@ -15,6 +16,7 @@ from unilogit_kernels.huggingface.two_heads import (
     fused_kl_loss,
     heads_kl_loss,
     run_two_heads,
+    run_two_heads_with_auxiliary_loss,
 )
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "heads_kl_loss",
     "observe_logit_transform",
     "run_head",
+    "run_head_with_auxiliary_loss",
     "run_two_heads",
+    "run_two_heads_with_auxiliary_loss",
     "verify_head",
 ]

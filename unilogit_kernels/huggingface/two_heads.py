@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from unilogit_kernels.functional import shift_labels
 from unilogit_kernels.functional.kl import linear_kl_loss
-from unilogit_kernels.huggingface.head import HeadCall, evaluating, run_head
+from unilogit_kernels.huggingface.head import (
+    HeadCall,
+    add_auxiliary_loss,
+    evaluating,
+    replace_head,
+    run_head_with_auxiliary_loss,
+    without_auxiliary_loss,
+)
+from unilogit_kernels.huggingface.stand_in import plain_head
 from unilogit_kernels.maths.rewrites import Rewrite
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -53,19 +61,53 @@ def run_two_heads(
 
     Raises:
         UnsupportedHeadError: see `fused_loss`, for either model.
-        ValueError: `logits_to_keep` among the inputs.
+        ValueError: see `run_head`; or the two share an lm_head.
     """
-    results: list[Tensor] = []
+    result, auxiliary = run_two_heads_with_auxiliary_loss(model, reference, compute, **inputs)
+    return without_auxiliary_loss(result, auxiliary)
+
+
+def run_two_heads_with_auxiliary_loss(
+    model: nn.Module,
+    reference: nn.Module,
+    compute: Callable[[HeadCall, HeadCall], Tensor],
+    **inputs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`run_two_heads`, and what the student adds to the loss of its logits by itself.
+
+    Args:
+        model: see `run_two_heads`.
+        reference: see `run_two_heads`.
+        compute: see `run_two_heads`.
+        inputs: see `run_two_heads`.
+
+    Returns:
+        What `compute` returned, and the student's auxiliary loss: see
+        `run_head_with_auxiliary_loss`.
+
+    Raises:
+        UnsupportedHeadError, TypeError, ValueError: see `run_two_heads`.
+    """
+    if plain_head(model) is plain_head(reference):
+        raise ValueError(
+            "model and reference share one lm_head, which cannot be in two forwards at once: pass "
+            "a copy as the reference, such as frozen_copy(...) makes"
+        )
+    results: list[tuple[Tensor, Tensor | None]] = []
     with_gradient = torch.is_grad_enabled()
 
     def run_student(teacher: HeadCall) -> Tensor:
         with torch.set_grad_enabled(with_gradient):
-            results.append(run_head(model, lambda student: compute(student, teacher), **inputs))
-        return results[-1]
+            results.append(
+                run_head_with_auxiliary_loss(
+                    model, lambda student: compute(student, teacher), **inputs
+                )
+            )
+        return results[-1][0]
 
     with torch.no_grad(), evaluating(reference):
-        run_head(reference, run_student, **inputs)
-    return results[0]
+        replace_head(reference, run_student, inputs)
+    return results[-1]
 
 
 def heads_kl_loss(
@@ -88,14 +130,16 @@ def heads_kl_loss(
             tokens that are real, if the two models pad their vocabularies differently.
 
     Returns:
-        A scalar, or `[B', T]` for `reduction="none"`: position t is about token t + 1.
+        A scalar, or `[B', T]` for `reduction="none"`: position t is about token t + 1. No first
+        token counts, also after virtual ones, which the other model does not have.
 
     Raises:
+        UnsupportedHeadError: the labels do not belong to a model's positions.
         ValueError: the models' vocabularies differ in size and no `vocab_size` is given.
     """
     if options.get("token_weights") is not None:
         # A weight belongs to the token, as its label does, so it moves with it.
-        options["token_weights"] = nn.functional.pad(options["token_weights"][..., 1:], (0, 1))
+        options["token_weights"] = shift_labels(options["token_weights"], 0)
     sizes = student.transform.vocab_size, teacher.transform.vocab_size
     vocab_size = options.pop("vocab_size", None)
     if vocab_size is None and sizes[0] != sizes[1]:
@@ -105,9 +149,9 @@ def heads_kl_loss(
             "vocab_size, with the Trainer as UnlearningArguments(vocab_size=...)"
         )
     return linear_kl_loss(
-        student.hidden[rows],
+        student.hidden_of(labels, rows),
         student.weight,
-        teacher.hidden[rows],
+        teacher.hidden_of(labels, rows),
         teacher.weight,
         shift_labels(labels, options.get("ignore_index", -100)),
         bias=student.bias,
@@ -134,6 +178,7 @@ def fused_kl_loss(
     token_weights: Tensor | None = None,
     num_items_in_batch: int | Tensor | None = None,
     vocab_size: int | None = None,
+    auxiliary_loss: bool = True,
     backend: str | None = None,
     **inputs: Any,
 ) -> Tensor:
@@ -153,6 +198,7 @@ def fused_kl_loss(
         token_weights: `[B, T]`, weight of each token's loss, aligned with `labels`.
         num_items_in_batch: denominator of the mean, where it covers several batches.
         vocab_size: number of real tokens, if the models pad their vocabularies differently.
+        auxiliary_loss: add the model's own auxiliary loss, see `fused_loss`.
         backend: name of a backend, or None for the best available.
         inputs: what the models' forwards take: `input_ids`, `attention_mask`...
 
@@ -160,8 +206,8 @@ def fused_kl_loss(
         A scalar, or `[B, T]` for `reduction="none"`, where position t is the loss of token t + 1.
 
     Raises:
-        UnsupportedHeadError: see `fused_loss`.
-        ValueError: see `heads_kl_loss`.
+        UnsupportedHeadError, TypeError: see `fused_loss`.
+        ValueError: see `heads_kl_loss` and `fused_loss`.
 
     Example:
         >>> import torch, transformers
@@ -192,4 +238,5 @@ def fused_kl_loss(
             backend=backend,
         )
 
-    return run_two_heads(model, reference, compute, **inputs)
+    loss, added = run_two_heads_with_auxiliary_loss(model, reference, compute, **inputs)
+    return add_auxiliary_loss(loss, added) if auxiliary_loss else loss

@@ -21,8 +21,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from unilogit_kernels.huggingface.head import HeadCall, run_head
-from unilogit_kernels.huggingface.two_heads import frozen_copy, heads_kl_loss, run_two_heads
+from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
+from unilogit_kernels.huggingface.two_heads import (
+    frozen_copy,
+    heads_kl_loss,
+    run_two_heads_with_auxiliary_loss,
+)
 from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
 from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
@@ -39,6 +43,9 @@ from unilogit_kernels.unlearning.evaluation import token_log_probabilities
 from unilogit_kernels.unlearning.methods import MethodError
 
 __all__ = ["UnlearningArguments", "UnlearningTrainer", "train_only_top_layers"]
+
+_LOGGED = ("forget_loss", "retain_loss", "auxiliary_loss")
+"""What is logged beside the loss; the last one where the model has such a loss of its own."""
 
 _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
@@ -119,7 +126,7 @@ class UnlearningTrainer(Trainer):
                 )
         self._teacher = teacher
         self._has_reference = False
-        self._losses: Tensor | None = None  # of forget and retain rows, summed since last logged
+        self._losses: Tensor | None = None  # by `_LOGGED`, summed since they were last logged
         self._logged_step = 0
         self._to_log: dict[str, float] = {}
         super().__init__(
@@ -250,7 +257,8 @@ class UnlearningTrainer(Trainer):
                 the batch if None.
 
         Returns:
-            The loss of the batch as a share of its step's.
+            The loss of the batch as a share of its step's, with the model's own auxiliary loss,
+            where it computes one (`output_router_logits`).
 
         Raises:
             ValueError: `return_outputs` is set.
@@ -269,15 +277,22 @@ class UnlearningTrainer(Trainer):
         # The model's own forward has the Trainer's autocast already; the teacher's has not.
         with self.accelerator.autocast():
             if self._teacher is None:
-                losses = run_head(model, compute, **inputs)
+                losses, auxiliary = run_head_with_auxiliary_loss(model, compute, **inputs)
             else:
-                losses = run_two_heads(model, self._teacher, compute, **inputs)
+                losses, auxiliary = run_two_heads_with_auxiliary_loss(
+                    model, self._teacher, compute, **inputs
+                )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The counts are of all devices, whose gradients are then averaged.
             losses = losses * self.accelerator.num_processes
-        parts = losses[1:].detach()
+        loss, parts = losses[0], losses[1:].detach()
+        if auxiliary is not None:
+            if num_items_in_batch is not None:
+                # It is of all tokens of this batch: a mean over the batches of the step.
+                auxiliary = auxiliary / self.current_gradient_accumulation_steps
+            loss, parts = loss + auxiliary, torch.cat([parts, auxiliary.detach()[None]])
         self._losses = parts if self._losses is None else self._losses + parts
-        return losses[0]
+        return loss
 
     def _together(
         self, head: HeadCall, labels: Tensor, reference: Tensor | None, counts: Tensor | None
@@ -343,7 +358,7 @@ class UnlearningTrainer(Trainer):
         steps = self.state.global_step - self._logged_step
         if self.control.should_log and steps > 0 and self._losses is not None:
             means = self.accelerator.reduce(self._losses / steps, reduction="mean").tolist()
-            self._to_log = dict(zip(("forget_loss", "retain_loss"), means, strict=True))
+            self._to_log = dict(zip(_LOGGED, means, strict=False))
             self._losses, self._logged_step = None, self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

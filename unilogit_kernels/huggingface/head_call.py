@@ -1,0 +1,163 @@
+"""What the lm_head was given in one forward, and the losses that can be computed from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from unilogit_kernels.functional import (
+    ObjectiveLike,
+    linear_objective_loss,
+    linear_target_log_odds,
+    shift_labels,
+)
+from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss
+from unilogit_kernels.huggingface.logit_transform import HeadTransform
+from unilogit_kernels.huggingface.model_inputs import VirtualTokens
+from unilogit_kernels.objectives import Objective
+
+
+class _Positions(NamedTuple):
+    """The hidden states that predict the tokens of some labels.
+
+    Attributes:
+        hidden: `[B, T, H]`; with virtual tokens `[B, T + 1, H]`, since the last of them predicts
+            the first token.
+        virtual: whether that is so.
+    """
+
+    hidden: Tensor
+    virtual: bool
+
+    def of_tokens(self, values: Tensor, fill: int = 0) -> Tensor:
+        """What belongs to each token, `[..., T]`, at the position that predicts it."""
+        return F.pad(values, (0, 1), value=fill) if self.virtual else shift_labels(values, fill)
+
+    def of_part(self, part: str | Objective) -> str | Objective:
+        return part.map_tokens(self.of_tokens) if isinstance(part, Objective) else part
+
+    def by_token(self, result: Tensor) -> Tensor:
+        """A result `[B, positions]` as `[B, T]`, where position t is about token t + 1."""
+        return result[:, 1:] if self.virtual and result.dim() == 2 else result
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadCall:
+    """The inputs of the lm_head during one forward, from which a loss can be computed.
+
+    Labels, and whatever else belongs to a token, are `[B', T]` as Hugging Face takes them: not
+    shifted. Virtual tokens that peft puts in front (prompt tuning, p-tuning) have none; the last of
+    them predicts the first token, whose label counts there as in peft's own loss.
+
+    Attributes:
+        hidden: `[B, T, H]`, the last hidden states, those of virtual tokens included.
+        weight: `[rows, H]`.
+        bias: `[rows]` or None.
+        transform: what happens to the logits after the head.
+        virtual_tokens: what peft puts in front of each sequence.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: HeadTransform
+    virtual_tokens: VirtualTokens = dataclasses.field(default_factory=VirtualTokens)
+
+    def objective_loss(
+        self,
+        labels: Tensor,
+        objective: ObjectiveLike,
+        *,
+        rows: slice = slice(None),
+        **options: Any,
+    ) -> Tensor:
+        """`linear_objective_loss` of the sequences `rows`.
+
+        Args:
+            labels: int64 `[B', T]`, as Hugging Face takes them: not shifted; -100 does not count.
+            objective: see `linear_objective_loss`; its per-token tensors are aligned with `labels`.
+            rows: which of the B sequences the labels belong to.
+            options: `reduction`, `token_weights`, `num_items_in_batch`, `ignore_index`, `backend`.
+
+        Returns:
+            A scalar, or `[B', T]` for `reduction="none"`: position t is about token t + 1.
+
+        Raises:
+            UnsupportedHeadError: the labels do not belong to the model's positions.
+        """
+        at = self._positions(labels, rows)
+        if options.get("token_weights") is not None:
+            # A weight belongs to the token, as its label does, so it moves with it.
+            options["token_weights"] = at.of_tokens(options["token_weights"])
+        if isinstance(objective, Objective):
+            objective = objective.map_tokens(at.of_tokens)
+        losses = linear_objective_loss(
+            at.hidden,
+            self.weight,
+            at.of_tokens(labels, options.get("ignore_index", -100)),
+            objective,
+            bias=self.bias,
+            **dataclasses.asdict(self.transform),
+            **options,
+        )
+        return at.by_token(losses)
+
+    def mixed_loss(
+        self, labels: Tensor, parts: Sequence[str | Objective], rows: Tensor, **options: Any
+    ) -> MixedLoss:
+        """`linear_mixed_loss`: several objectives in one call, each for its own sequences.
+
+        Args:
+            labels: int64 `[B, T]`, as Hugging Face takes them: not shifted; -100 does not count.
+            parts: see `mixed_loss`; what they hold per token is aligned with `labels`.
+            rows: int64 `[B]`: which of the parts each sequence takes.
+            options: `weights`, `reduction`, `num_items_in_batch`, `backend`.
+
+        Returns:
+            The loss and its parts.
+
+        Raises:
+            UnsupportedHeadError: the labels do not belong to the model's positions.
+        """
+        at = self._positions(labels)
+        return linear_mixed_loss(
+            at.hidden,
+            self.weight,
+            at.of_tokens(labels, -100),
+            [at.of_part(part) for part in parts],
+            rows[:, None].expand(at.hidden.shape[:2]),
+            bias=self.bias,
+            **dataclasses.asdict(self.transform),
+            **options,
+        )
+
+    def log_odds(self, labels: Tensor, *, backend: str | None = None) -> Tensor:
+        """`linear_target_log_odds`: float32 `[B, T]`, position t is about token t + 1."""
+        at = self._positions(labels)
+        found = linear_target_log_odds(
+            at.hidden,
+            self.weight,
+            at.of_tokens(labels, -100),
+            bias=self.bias,
+            backend=backend,
+            **dataclasses.asdict(self.transform),
+        )
+        return at.by_token(found)
+
+    def hidden_of(self, labels: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The hidden states of the labels' own positions, `[B', T, H]`.
+
+        Raises:
+            UnsupportedHeadError: the labels do not belong to the model's positions.
+        """
+        hidden = self.hidden[rows]
+        return hidden[:, self.virtual_tokens.before(labels, hidden) :]
+
+    def _positions(self, labels: Tensor, rows: slice = slice(None)) -> _Positions:
+        hidden = self.hidden[rows]
+        virtual = self.virtual_tokens.before(labels, hidden)
+        return _Positions(hidden[:, max(virtual - 1, 0) :], virtual > 0)

@@ -1,0 +1,245 @@
+"""One forward of a causal LM in which something else is computed in the place of its lm_head.
+
+The model's own forward runs, and so does its lm_head's own `__call__`, so that the hooks of FSDP,
+accelerate and others fire and the weight is there when it is used. For the length of one call the
+head's forward is replaced: it computes a small result from its input and its weight, and returns a
+few numbers, the probe, where the logits would have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
+from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
+
+Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Forward(NamedTuple):
+    """What one forward gave.
+
+    Attributes:
+        result: what was computed in the head's place.
+        logits: the probe, as it came out of the model.
+        auxiliary_loss: the model's own term beside the loss of the logits, or None.
+    """
+
+    result: Tensor
+    logits: Tensor
+    auxiliary_loss: Tensor | None
+
+
+def forward_with(
+    model: nn.Module,
+    compute: Compute,
+    make_probe: Callable[[int], Tensor],
+    inputs: dict[str, Any],
+    *,
+    auxiliary: bool = False,
+) -> Forward:
+    """Run the model with `compute` in the head's place.
+
+    Args:
+        model: a Hugging Face causal LM, wrapped or not.
+        compute: from the head's input `[B, T, H]`, weight and bias to a tensor.
+        make_probe: from the rows of the weight to what the head returns, on its device.
+        inputs: what the model's forward takes.
+        auxiliary: also compute the model's own auxiliary loss, where it has one.
+
+    Raises:
+        UnsupportedHeadError: the head is no plain linear layer, or the model cannot go on from the
+            probe.
+    """
+    head = plain_head(model)
+    results: list[Tensor] = []
+    returned = False
+
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal returned
+        if results:
+            raise UnsupportedHeadError("the lm_head was called more than once in one forward")
+        # Read once, as the layer itself does: a parametrisation computes it anew each time.
+        weight, bias = head.weight, head.bias
+        for name, tensor in (("input", hidden), ("weight", weight), ("bias", bias)):
+            _require_plain(name, tensor)
+        if hidden.dim() != 3:
+            raise UnsupportedHeadError(
+                f"the lm_head was called on hidden states of shape {list(hidden.shape)}, where "
+                "[batch, time, hidden size] was expected; use objective_loss on model(...).logits"
+            )
+        results.append(compute(hidden, weight, bias))
+        output = _StandIn.apply(results[-1], make_probe(weight.shape[0]))
+        returned = True
+        return cast(Tensor, output)
+
+    own_loss = OwnLoss(containers_of_head(model, head), inputs) if auxiliary else None
+    try:
+        with _replaced_forward(head, forward):
+            if own_loss is None:
+                output = model(**{"use_cache": False, **inputs})
+            else:
+                output = own_loss.run(model, {"use_cache": False, **inputs})
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if returned and not isinstance(e, (UnsupportedHeadError, torch.OutOfMemoryError)):
+            raise UnsupportedHeadError(failed_after_head(e)) from e
+        raise
+    if not results:
+        raise UnsupportedHeadError(
+            "the lm_head was not called in the model's forward: what it returns was computed "
+            "elsewhere; use objective_loss on model(...).logits"
+        )
+    logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedHeadError(
+            f"the model returned a {type(output).__name__} without a tensor of logits"
+        )
+    return Forward(results[0], logits, None if own_loss is None else own_loss.value(output))
+
+
+@contextmanager
+def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    # accelerate's hooks have replaced `forward` already and call what it was from within.
+    attribute = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    previous = vars(head).get(attribute)
+    setattr(head, attribute, forward)
+    try:
+        yield
+    finally:
+        if previous is None:
+            delattr(head, attribute)
+        else:
+            setattr(head, attribute, previous)
+
+
+def containers_of_head(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules that the head is inside of, outermost first: what can touch its output."""
+    inner = extract_model_from_parallel(model)
+    path = next((name for name, module in inner.named_modules() if module is head), "")
+    names = path.split(".")
+    return [inner, *(inner.get_submodule(".".join(names[:i])) for i in range(1, len(names)))]
+
+
+def plain_head(model: nn.Module) -> nn.Linear:
+    """The lm_head, if its forward is `hidden @ weight.T + bias` and nothing else.
+
+    Raises:
+        UnsupportedHeadError: it is not.
+    """
+    inner = extract_model_from_parallel(model)
+    find = getattr(inner, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except NotImplementedError:
+        head = None
+    if head is None:
+        raise UnsupportedHeadError(
+            f"{type(inner).__name__} has no output embeddings; expected a causal LM"
+        )
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedHeadError(f"{type(inner).__name__} is an encoder-decoder, not a causal LM")
+    kind = f"{type(head).__module__}.{type(head).__qualname__}"
+    if kind.startswith("peft."):
+        raise UnsupportedHeadError(
+            f"the lm_head is wrapped by peft ({kind}): its adapter would be lost. Leave lm_head "
+            "out of target_modules and modules_to_save, or call merge_and_unload() first"
+        )
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise UnsupportedHeadError(
+            f"the lm_head is a {kind}, not a plain torch.nn.Linear{_DEQUANTISE}"
+        )
+    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+        raise UnsupportedHeadError(
+            "the forward of the lm_head has been replaced on the module, so its effect on the "
+            "logits is unknown: undo that first"
+        )
+    if head._backward_hooks or head._backward_pre_hooks:
+        raise UnsupportedHeadError(
+            "the lm_head has backward hooks, which would see no gradient of the logits, since "
+            "there are none: remove them first"
+        )
+    for name, tensor in head.named_parameters():
+        # A DTensor may be whole inside the forward, where it is looked at again.
+        if not isinstance(tensor, DTensor):
+            _require_plain(name, tensor)
+    return head
+
+
+_DEQUANTISE = (
+    ". If it is quantised, load the model with the lm_head left out of the quantisation "
+    "(llm_int8_skip_modules, modules_to_not_convert), or dequantise it"
+)
+
+
+def _require_plain(name: str, tensor: Tensor | None) -> None:
+    """Refuse a tensor that is not just its numbers, whatever class the module has."""
+    if tensor is None:
+        return
+    if isinstance(tensor, DTensor):
+        raise UnsupportedHeadError(
+            f"the lm_head's {name} is a DTensor inside its own forward, so it is sharded over the "
+            "vocabulary: leave lm_head out of the tensor-parallel plan"
+        )
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
+        raise UnsupportedHeadError(
+            f"the lm_head's {name} is a {type(tensor).__module__}.{type(tensor).__qualname__} of "
+            f"dtype {tensor.dtype}, where a plain tensor of float16, bfloat16, float32 or float64 "
+            f"was expected{_DEQUANTISE}"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, so that an extra forward draws no random numbers."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class _StandIn(torch.autograd.Function):
+    """Returns the probe, as a function of the result.
+
+    The result thereby depends on the head's output and on the model's, so that hooks which wait
+    for their gradients (FSDP gathers weights there) fire before the result's own backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, probe: Tensor) -> Tensor:
+        ctx.like = (result.shape, result.dtype, result.device)
+        return probe.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shape, dtype, device = ctx.like
+        return torch.zeros(shape, dtype=dtype, device=device), None
+
+
+class _Attach(torch.autograd.Function):
+    """Returns the result, as a function of the model's output too; the other half of `_StandIn`."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, output: Tensor) -> Tensor:
+        ctx.like = (output.shape, output.dtype, output.device)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like
+        return grad, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def attach(result: Tensor, output: Tensor) -> Tensor:
+    """The result, also as a function of the model's output."""
+    return cast(Tensor, _Attach.apply(result, output))
