@@ -212,7 +212,7 @@ def assert_sum_within_budget(
     lost = (plain.detach().double() - exact).abs().nan_to_num(math.inf).minimum(size / 2)
     roundings = (1 + FLOAT32_ROUNDINGS) * eps * size.sum()
     allowed = float(TYPICAL_FACTOR * lost.sum() + roundings)
-    error = abs(float(actual) - float(exact.sum()))
+    error = abs(float(actual.detach()) - float(exact.sum()))
     assert error <= allowed, f"{what or 'sum'}: error {error:.3e} exceeds {allowed:.3e}"
 
 
