@@ -12,7 +12,9 @@ from torch import Tensor
 
 from unilogit_kernels import explain_plan, linear_kl_loss, linear_unilogit_loss
 from unilogit_kernels.functional.explain import ACCELERATORS, PlanReport
+from unilogit_kernels.fused_linear import compaction
 from unilogit_kernels.fused_linear.budget import MEMORY_BUDGET
+from unilogit_kernels.fused_linear.plan import Plan, plan_keeping, plan_linear
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "kept whole": (96, 128, {}),
@@ -152,9 +154,22 @@ def test_default_plan_is_near_the_bare_gemms_on_an_h100(train_weight: bool) -> N
     assert 1.0 <= ratio <= 1.25
 
 
-def test_same_arguments_same_plan() -> None:
-    reports = [explain_plan(777, 96, 32_000, device="cpu") for _ in range(2)]
-    assert reports[0] == reports[1]
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_the_one_that_a_call_follows(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations and bytes could agree by chance; the cut of the call is the cut explained."""
+    n, h, options = CASES[case]
+    followed: list[Plan] = []
+    for function in (plan_linear, plan_keeping):
+
+        def spy(*args: Any, function: Callable[..., Plan] = function, **kwargs: Any) -> Plan:
+            followed.append(function(*args, **kwargs))
+            return followed[-1]
+
+        monkeypatch.setattr(compaction, function.__name__, spy)
+    measured(n, h, torch.float32, **options)
+    assert predicted(n, h, torch.float32, **options).plan == followed[-1]
 
 
 @pytest.mark.parametrize("train_weight", [False, True])

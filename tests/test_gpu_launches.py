@@ -7,7 +7,12 @@ import torch
 
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, ScaleKernels
-from unilogit_kernels.backends.cuda.geometry import Shares
+from unilogit_kernels.backends.cuda.geometry import (
+    RESIDENT_THREADS,
+    ROW_THREADS,
+    SPLIT_THREADS,
+    Shares,
+)
 from unilogit_kernels.backends.registry import load
 
 H100_MULTIPROCESSORS = 132
@@ -27,14 +32,22 @@ class H100:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(
-    ("n", "shares"),
-    [(1, Shares(62, 64)), (1055, Shares(9, 64)), (4223, Shares(3, 64)), (4224, Shares(1, 128))],
-)
-def test_rows_in_few_waves_are_split(n: int, shares: Shares) -> None:
-    """8 blocks of 128 threads, or 16 of 64, live on a multiprocessor at once."""
-    logits = torch.empty(1, dtype=torch.bfloat16).expand(n, 128_256)
-    assert Shares.of(logits, 32, H100()) == shares
+THREAD_COLUMNS = 32
+
+
+def test_rows_in_few_waves_are_split() -> None:
+    """Blocks fill the waves that keep a device busy, or there is nothing left to split."""
+    most_parts = 128_256 // (THREAD_COLUMNS * SPLIT_THREADS)
+    for n in (*range(1, 1000, 7), 4223, 4224, 50_000):
+        logits = torch.empty(1, dtype=torch.bfloat16).expand(n, 128_256)
+        shares = Shares.of(logits, THREAD_COLUMNS, H100())
+        waves = gpu.WAVES * H100_MULTIPROCESSORS * RESIDENT_THREADS // shares.threads
+        busy = n * shares.parts >= waves
+        assert busy or shares == (most_parts, SPLIT_THREADS)
+        # Nor is a row in more parts than that takes: each of them costs a merge.
+        assert shares.parts == 1 or n * (shares.parts - 1) <= 2 * waves
+        whole = n >= gpu.WAVES * H100_MULTIPROCESSORS * RESIDENT_THREADS // ROW_THREADS
+        assert whole == (shares == (1, ROW_THREADS))
 
 
 def test_parts_fill_waves() -> None:
@@ -47,23 +60,26 @@ def test_parts_fill_waves() -> None:
 
 @pytest.mark.parametrize(("smallest", "resident"), [(4, 32), (128, 1024)], ids=["warps", "threads"])
 def test_rows_in_flight_fit_into_the_cache(smallest: int, resident: int) -> None:
-    """A program's size in a unit of any kind, as a share of what a multiprocessor runs."""
+    """Programs, in a unit of any kind, are the smallest that do, or the largest that there are."""
 
-    def share(v: int) -> float:
-        sizes = {"smallest": smallest, "resident": resident}
-        return gpu.sweep_size(2 * v, H100_MULTIPROCESSORS, H100_CACHE, **sizes) / resident
+    def fits(size: int, row_bytes: int) -> bool:
+        in_flight = H100_MULTIPROCESSORS * resident // size
+        return in_flight * row_bytes <= 0.75 * H100_CACHE
 
-    assert share(128_256) == 1  # 34 MB of 50
-    assert share(10**6) == 1  # no size would do
-    assert share(32_000) == 1 / 4
-    assert share(4_000) == smallest / resident
+    for v in range(1000, 1_000_000, 997):
+        size = gpu.sweep_size(
+            2 * v, H100_MULTIPROCESSORS, H100_CACHE, smallest=smallest, resident=resident
+        )
+        assert smallest <= size <= resident
+        assert fits(size, 2 * v) or size == resident
+        assert size == smallest or not fits(size // 2, 2 * v)
 
 
-@pytest.mark.parametrize(
-    ("n", "pays"), [(1, False), (87, False), (88, True), (132, True), (133, False), (265, True)]
-)
-def test_a_sweep_leaves_little_of_the_device_idle(n: int, pays: bool) -> None:
-    assert gpu.sweep_pays(n, H100_MULTIPROCESSORS) == pays
+def test_a_sweep_leaves_little_of_the_device_idle() -> None:
+    """It reads and writes once, with the idle part of its last wave; two visits read once more."""
+    for n in range(1, 1000):
+        slots = H100_MULTIPROCESSORS * -(-n // H100_MULTIPROCESSORS)
+        assert gpu.sweep_pays(n, H100_MULTIPROCESSORS) == (2 * slots <= 3 * n)
 
 
 def test_a_cap_goes_into_the_scale() -> None:

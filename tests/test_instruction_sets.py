@@ -1,0 +1,91 @@
+"""The numerical tests with each instruction set forced, on torch and its libraries as on ours.
+
+An error budget that holds on one processor only is no budget: sums are added up in another order
+on each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unilogit_kernels.backends.cpu import library
+
+TESTS = Path(__file__).resolve().parent
+FORCED = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        library.INSTRUCTION_SET_VARIABLE: "avx2",
+    },
+    # MKL_CBWR: MKL obeys nothing else on processors of other makers than Intel's.
+    "baseline": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MKL_CBWR": "COMPATIBLE",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        library.INSTRUCTION_SET_VARIABLE: "baseline",
+    },
+}
+"""Environments by what the C++ kernels are forced to; the suite itself runs with the best set."""
+
+CAPABILITIES = {"avx2": "AVX2", "baseline": "DEFAULT"}
+"""What torch calls these."""
+
+JUDGED = re.compile(r"within_budget|\bproblems import|\bdivergence_pairs import")
+ELSEWHERE = {"cuda_kernels", "gpu", "ptxsim", "triton_kernels"}
+"""Folders of tests that launch kernels for GPUs, whose results depend on no processor."""
+
+
+def numerical_tests() -> list[Path]:
+    """Files whose tests go through the error budget."""
+    return [
+        file
+        for file in sorted(TESTS.rglob("test_*.py"))
+        if not ELSEWHERE & set(file.parts)
+        and file.name != Path(__file__).name
+        and JUDGED.search(file.read_text(encoding="utf-8"))
+    ]
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=TESTS.parent,
+        env={**os.environ, **FORCED[name]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(params=FORCED)
+def forced(request: pytest.FixtureRequest) -> str:
+    """An instruction set that this processor has."""
+    name = str(request.param)
+    best = library.INSTRUCTION_SETS.index(library.instruction_set())
+    if library.INSTRUCTION_SETS.index(name) < best:
+        pytest.skip(f"this processor has no {name}")
+    return name
+
+
+def test_an_instruction_set_is_forced(forced: str) -> None:
+    code = (
+        "import torch; from unilogit_kernels.backends import cpu; "
+        "print(torch.backends.cpu.get_cpu_capability(), library.instruction_set())"
+    )
+    assert run(forced, "-c", code).stdout.split() == [CAPABILITIES[forced], forced]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_numerical_tests_pass(forced: str) -> None:
+    files = map(str, numerical_tests())
+    result = run(forced, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", *files)
+    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr
