@@ -176,4 +176,4 @@ def test_public_calls_reach_the_kernels() -> None:
         names = {launch.name for launch in launches}
     assert {"log_odds_sweep_kernel", "scale_kernel"} <= names
     for name, *values in zip(("logits", "hidden"), found, exact, plain, strict=True):
-        assert_within_budget(*values, name)
+        assert_within_budget(values[0], values[1], values[2], name)
