@@ -194,7 +194,7 @@ def in_evaluation(case: Case, rng: random.Random) -> None:
     )
     case.options = {"--model": "model", "--data": data}
     name = rng.choice(("--batch-size", "--max-length", "--json", "--dtype"))
-    values = NUMBERS
+    values: tuple[str, ...] = NUMBERS
     if name == "--json":
         values = ("new/folder/x.json", "model", "forget.jsonl/x.json", "n" * 300, "out/x.json")
     case.options[name] = rng.choice(values)

@@ -28,13 +28,16 @@ _NAMED = 3
 """Weights that a message names; it counts the others."""
 
 
-def load_encoding(model: str, max_length: int, chat_template: bool | None) -> Encoding:
+def load_encoding(
+    model: str, max_length: int, chat_template: bool | None, **options: Any
+) -> Encoding:
     """A model's tokenizer, and how it is to encode rows.
 
     Args:
         model: directory or Hub id.
         max_length: see `Encoding`.
         chat_template: see `Encoding`.
+        options: see `Encoding`.
 
     Raises:
         RunError: there is no tokenizer, it cannot be read, or it has no chat template to use.
@@ -42,7 +45,7 @@ def load_encoding(model: str, max_length: int, chat_template: bool | None) -> En
     with reading(f"no tokenizer could be loaded from {model!r}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
         tokenizer("a")
-    encoding = Encoding(tokenizer, max_length, chat_template)
+    encoding = Encoding(tokenizer, max_length, chat_template, **options)
     if encoding.uses_chat_template:
         if tokenizer.chat_template is None:
             raise RunError(
