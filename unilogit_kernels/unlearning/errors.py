@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unilogit_kernels.huggingface.head import UnsupportedHeadError
@@ -83,4 +83,5 @@ def check_writable(path: Path, *, folder: bool, option: str) -> None:
             raise RunError(f"{option} {path}: {existing} may not be written to")
         # A name that is too long, or holds what no name may, is told by the file system alone.
         for name in path.absolute().parts[1:]:
-            (above / name).exists()
+            with suppress(FileNotFoundError):
+                (above / name).lstat()

@@ -42,7 +42,7 @@ class Range(NamedTuple):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return "a number"
         if not math.isfinite(value):
-            return "finite"
+            return "a finite number"
         if self.low < value < self.high:
             return None
         if self.open_low and self.open_high:
