@@ -335,6 +335,7 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         **_recomputation(settings.gradient_checkpointing),
         bf16=settings.autocast,
