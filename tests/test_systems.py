@@ -197,8 +197,9 @@ class TestRegistry:
             registry, "unavailable_reason", lambda name: "broken" if name == "cpu" else None
         )
         logits, labels = torch.randn(2, 5), torch.tensor([0, 1])
-        with pytest.warns(UserWarning, match="eager backend, since .*'cpu'.* broken"):
+        with pytest.warns(UserWarning, match="eager backend, since .*'cpu'.* broken") as warned:
             loss = unilogit_loss(logits, labels)
+        assert warned[0].filename == __file__
         assert torch.equal(loss, unilogit_loss(logits, labels, backend="eager"))
         registry._warn_once.cache_clear()
 

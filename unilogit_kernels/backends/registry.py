@@ -7,6 +7,7 @@ run on a device is decided here.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from unilogit_kernels.backends.contract import (
     SweepKernels,
 )
 from unilogit_kernels.backends.ids import DTYPE_IDS
+
+_PACKAGE = __name__.partition(".")[0]
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 """Every backend there is, whether it can run here or not."""
@@ -188,5 +191,13 @@ def _warn_once(name: str, what: str) -> None:
     warnings.warn(
         f"unilogit_kernels runs its {slower}{name} backend, since {what}. "
         f"Pass backend={name!r} to choose it knowingly.",
-        stacklevel=4,
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel`, for the function that asks, of the first frame outside this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
