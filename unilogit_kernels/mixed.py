@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import calls, objectives
-from unilogit_kernels.calls import Operands
+from unilogit_kernels.ops.arguments import Operands
 from unilogit_kernels.inputs import LossCall
 from unilogit_kernels.objectives import Objective
 
@@ -197,7 +197,7 @@ def _mixed(
     weights: list[float],
     items: Tensor | None,
 ) -> MixedLoss:
-    items = None if items is None else items.to(call.labels.device)
+    items = None if items is None else items.to(call.row_weight.device)
     return MixedLoss(*calls.mixture_of(operands, call, parts, segments, weights, items))
 
 

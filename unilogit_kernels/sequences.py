@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import calls
-from unilogit_kernels.calls import Operands
+from unilogit_kernels.ops.arguments import Operands
 from unilogit_kernels.inputs import LossCall
 from unilogit_kernels.objectives.token import log_sigmoid
 

@@ -157,6 +157,8 @@ def _declared(cls: type[Objective]) -> _Declared:
 class _ValueWithSlope(torch.autograd.Function):
     """Pairs a value with its own slope formula, since differentiating the value loses digits."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         log_odds: Tensor, runner_up: Tensor | None, objective: Objective, vocab_size: int
@@ -167,12 +169,21 @@ class _ValueWithSlope(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *seen, ctx.objective, ctx.vocab_size = inputs
         ctx.save_for_backward(*seen)
+        ctx.save_for_forward(*seen)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
         runner_up = None if slope.runner_up is None else grad * slope.runner_up
         return grad * slope.log_odds, runner_up, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, log_odds: Tensor, runner_up: Tensor | None, *_: None) -> Tensor:
+        slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
+        tangent: Tensor = log_odds * slope.log_odds
+        if runner_up is None or slope.runner_up is None:
+            return tangent
+        return tangent + runner_up * slope.runner_up
 
 
 REGISTRY: dict[str, type[Objective]] = {}

@@ -1,0 +1,144 @@
+"""The operators on two models' rows: what describes these, for the families of operators.
+
+No operator has a gradient for the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import backends
+from unilogit_kernels.backends import LogitTransform
+from unilogit_kernels.divergence.closed_form import REWRITES, Direction, Divergence
+from unilogit_kernels.divergence.pairs import PairLoss, PairProblem
+from unilogit_kernels.ops import literal
+from unilogit_kernels.ops.arguments import Values, check_label_range, exact_dtype
+from unilogit_kernels.ops.linear import linear_loss_operator, linear_values_operator
+from unilogit_kernels.ops.logits import values_operator
+from unilogit_kernels.rows import Rows, weigh
+
+
+class LogitsPair(NamedTuple):
+    """`[n, V]`, of the student and of the teacher."""
+
+    logits: Tensor
+    ref_logits: Tensor
+
+
+class HeadPair(NamedTuple):
+    """The operands of the student's lm_head and of the teacher's; see `arguments.Head`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    ref_bias: Tensor | None
+
+
+class PairRows(NamedTuple):
+    """Rows of two models' logits. Temperature is part of the scales and caps.
+
+    Attributes:
+        labels: int64 `[n]`, or None.
+        ignore_index: Label of rows that do not count.
+        scale: See `LogitTransform`: the student's.
+        softcap: The student's.
+        ref_scale: The teacher's.
+        ref_softcap: The teacher's.
+        vocab_size: Size of the whole vocabulary.
+        direction: See `Divergence`.
+        rewrite: Name of the teacher's rewrite.
+        parameters: Its fields.
+        backend: Name of the one that runs the row kernels.
+    """
+
+    labels: Tensor | None
+    ignore_index: int
+    scale: float
+    softcap: float
+    ref_scale: float
+    ref_softcap: float
+    vocab_size: int
+    direction: str
+    rewrite: str
+    parameters: list[float]
+    backend: str
+
+    def check_labels(self) -> None:
+        """See `RowArguments`."""
+        if self.labels is not None:
+            check_label_range(self.labels, self.ignore_index, self.vocab_size)
+
+    def problem(self, like: Tensor) -> PairProblem:
+        """See `RowArguments`."""
+        labels = self.labels
+        if labels is None:
+            labels = like.new_full((like.shape[0],), -1, dtype=torch.int64)
+        return PairProblem(
+            labels,
+            self.labels is not None,
+            *self._transforms(),
+            self.vocab_size,
+            self._divergence(),
+            backends.load_divergence(self.backend),
+        )
+
+    def values(self, problem: Rows, state: Tensor) -> Values:
+        """See `RowArguments`."""
+        return Values(problem.values(state), state.new_empty(0, dtype=torch.int64), state)
+
+    def values_like(self, like: Tensor) -> Values:
+        """See `RowArguments`."""
+        n, dtype = like.shape[0], exact_dtype(like)
+        return Values(
+            like.new_empty(n, dtype=dtype),
+            like.new_empty(0, dtype=torch.int64),
+            like.new_empty(7, n, dtype=dtype),
+        )
+
+    def literal(self, logits: Sequence[Tensor]) -> Tensor:
+        """See `RowArguments`."""
+        return literal.divergences(
+            logits, self.labels, self._transforms(), self.vocab_size, self._divergence()
+        )
+
+    def _transforms(self) -> tuple[LogitTransform, LogitTransform]:
+        """The student's and the teacher's."""
+        return (
+            LogitTransform(self.scale, self.softcap),
+            LogitTransform(self.ref_scale, self.ref_softcap),
+        )
+
+    def _divergence(self) -> Divergence:
+        rewrite = REWRITES[self.rewrite](*self.parameters)
+        return Divergence(cast(Direction, self.direction), rewrite)
+
+
+class Weights(NamedTuple):
+    """How the divergences of rows make a loss.
+
+    Attributes:
+        row_weight: `[n]`; 0 drops a row, whatever it holds.
+        factor: 0-d; what the weighted sum is multiplied by.
+    """
+
+    row_weight: Tensor
+    factor: Tensor
+
+    def loss(self, problem: PairProblem) -> PairLoss:
+        """See `LossArguments`."""
+        return PairLoss(problem, *self)
+
+    def literal(self, values: Tensor, vocab_size: int) -> Tensor:
+        """See `LossArguments`."""
+        return self.factor * weigh(self.row_weight, values).sum()
+
+
+divergence = values_operator("divergence", LogitsPair, PairRows)
+linear_divergence = linear_values_operator("linear_divergence", HeadPair, PairRows)
+linear_divergence_loss = linear_loss_operator("linear_divergence_loss", HeadPair, PairRows, Weights)
