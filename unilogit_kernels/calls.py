@@ -208,7 +208,7 @@ def _place_sequences(
 def _losses(
     operands: Operands, call: LossCall, objective: Objective | Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The weighted losses `[n]`, differentiable; of sequences one each, as these have no weights."""
+    """The weighted losses `[n]`, differentiable; of sequences one each (they take no weights)."""
     if not isinstance(objective, Objective):
         values = objective(log_odds(operands, call))
         if values.shape != call.row_weight.shape:

@@ -191,6 +191,7 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
     if (
         not isinstance(operand, Tensor)
         or operand.dtype not in FLOAT_DTYPES[:3]
+        or not torch.amp.is_autocast_available(operand.device.type)
         or not torch.is_autocast_enabled(operand.device.type)
     ):
         return operand
@@ -247,7 +248,7 @@ def _describe(
     )
 
 
-def _check_ignore_index(ignore_index: int) -> None:
+def _check_ignore_index(ignore_index: object) -> None:
     if not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
             "ignore_index must be an int, the label of positions that do not count (-100 by "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import calls, objectives
-from unilogit_kernels.ops.arguments import Operands
 from unilogit_kernels.inputs import LossCall
 from unilogit_kernels.objectives import Objective
+from unilogit_kernels.ops.arguments import Operands
 
 
 class MixedLoss(NamedTuple):

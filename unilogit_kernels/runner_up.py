@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import calls
-from unilogit_kernels.ops.arguments import Operands
 from unilogit_kernels.inputs import LossCall
+from unilogit_kernels.ops.arguments import Operands
 
 
 class TargetAndRunnerUp(NamedTuple):

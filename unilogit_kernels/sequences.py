@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import calls
-from unilogit_kernels.ops.arguments import Operands
 from unilogit_kernels.inputs import LossCall
 from unilogit_kernels.objectives.token import log_sigmoid
+from unilogit_kernels.ops.arguments import Operands
 
 
 def sequence_log_probs(

@@ -90,7 +90,9 @@ class Objective:
 
     def of_rows(self, seen: Statistics, vocab_size: int) -> Tensor:
         """The losses of rows, with `differentiate` as their derivative."""
-        result: Tensor = _ValueWithSlope.apply(*seen, self, vocab_size)
+        compiled = torch.compiler.is_compiling()
+        function = _ValueWithSlope if compiled else _ValueWithSlopeAndTangent
+        result: Tensor = function.apply(*seen, self, vocab_size)
         return result
 
     def parameters(self) -> list[float]:
@@ -169,7 +171,6 @@ class _ValueWithSlope(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *seen, ctx.objective, ctx.vocab_size = inputs
         ctx.save_for_backward(*seen)
-        ctx.save_for_forward(*seen)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -177,13 +178,23 @@ class _ValueWithSlope(torch.autograd.Function):
         runner_up = None if slope.runner_up is None else grad * slope.runner_up
         return grad * slope.log_odds, runner_up, None, None
 
+
+class _ValueWithSlopeAndTangent(_ValueWithSlope):
+    """The same with forward-mode AD, which torch.compile does not follow."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _ValueWithSlope.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
     @staticmethod
     def jvp(ctx: Any, log_odds: Tensor, runner_up: Tensor | None, *_: None) -> Tensor:
         slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
         tangent: Tensor = log_odds * slope.log_odds
         if runner_up is None or slope.runner_up is None:
             return tangent
-        return tangent + runner_up * slope.runner_up
+        of_runner_up: Tensor = runner_up * slope.runner_up
+        return tangent + of_runner_up
 
 
 REGISTRY: dict[str, type[Objective]] = {}

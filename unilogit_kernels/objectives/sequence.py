@@ -149,9 +149,7 @@ class SequenceObjective(Objective):
         first = counted.int().argmax(1)
         member, offset = first // length, first % length
         group = torch.arange(groups, device=first.device)
-        places = torch.where(
-            counted.any(1), (member * groups + group) * length + offset, nowhere
-        )
+        places = torch.where(counted.any(1), (member * groups + group) * length + offset, nowhere)
         grid = log_odds.new_zeros(nowhere + 1)
         return grid.scatter(0, places, self.per_sequence(log_odds))[self.positions]
 

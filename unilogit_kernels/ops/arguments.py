@@ -14,6 +14,7 @@ from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.compaction import HeadInputs, LinearInputs
 from unilogit_kernels.loops import Gradients
 from unilogit_kernels.ops import literal
+from unilogit_kernels.ops.registration import Fragment
 from unilogit_kernels.plan import LinearOptions
 from unilogit_kernels.projection import GemmDtypes, Needs
 from unilogit_kernels.row_state import Statistics
@@ -57,8 +58,8 @@ def linear_inputs(heads: Sequence[Tensor | None], options: Options) -> LinearInp
     (hidden, weight, bias), reference = heads[:3], heads[3:]
     assert hidden is not None
     assert weight is not None
-    *how, logits_dtype = options
-    inputs = LinearInputs(hidden, weight, bias, logits_dtype, LinearOptions(*how))
+    how = LinearOptions(options.memory_budget, options.skip_below, options.compact)
+    inputs = LinearInputs(hidden, weight, bias, options.logits_dtype, how)
     if not reference:
         return inputs
     ref_hidden, ref_weight, ref_bias = reference
@@ -70,7 +71,7 @@ def linear_inputs(heads: Sequence[Tensor | None], options: Options) -> LinearInp
 # ---- rows --------------------------------------------------------------------------------------
 
 
-class RowArguments(Protocol):
+class RowArguments(Fragment, Protocol):
     """What describes the rows of one model, or of two: a fragment."""
 
     @property
@@ -87,8 +88,8 @@ class RowArguments(Protocol):
     def problem(self, like: Tensor) -> Rows:
         """The rows as the layers below take them; `like` has as many."""
 
-    def values(self, problem: Rows, state: Tensor) -> Values:
-        """What complete states say."""
+    def column(self, state: Tensor) -> Tensor:
+        """The runner-up's of complete states, int64 `[n]`; empty where nobody asked for it."""
 
     def values_like(self, like: Tensor) -> Values:
         """What that looks like to a fake kernel."""
@@ -128,12 +129,9 @@ class TokenRows(NamedTuple):
         kernels = backends.load(self.backend)
         return RowProblem(self.labels, transform, self.vocab_size, kernels, self.runner_up)
 
-    def values(self, problem: Rows, state: Tensor) -> Values:
+    def column(self, state: Tensor) -> Tensor:
         """See `RowArguments`."""
-        column = self.labels.new_empty(0)
-        if self.runner_up:
-            column = row_state.runner_up(state, self.labels)
-        return Values(problem.values(state), column, state)
+        return row_state.runner_up(state, self.labels) if self.runner_up else no_column(state)
 
     def values_like(self, like: Tensor) -> Values:
         """See `RowArguments`."""
@@ -150,6 +148,11 @@ class TokenRows(NamedTuple):
         return literal.values(
             logits[0], self.labels, transform, self.vocab_size, runner_up=self.runner_up
         )
+
+
+def no_column(like: Tensor) -> Tensor:
+    """Of rows whose runner-up nobody asked for."""
+    return like.new_empty(0, dtype=torch.int64)
 
 
 def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
@@ -200,7 +203,7 @@ class Upstream(NamedTuple):
 _RowsT = TypeVar("_RowsT", bound=Rows, contravariant=True)
 
 
-class LossArguments(Protocol[_RowsT]):
+class LossArguments(Fragment, Protocol[_RowsT]):
     """What makes a loss of rows: a fragment."""
 
     @property

@@ -16,10 +16,10 @@ from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.divergence.closed_form import REWRITES, Direction, Divergence
 from unilogit_kernels.divergence.pairs import PairLoss, PairProblem
 from unilogit_kernels.ops import literal
-from unilogit_kernels.ops.arguments import Values, check_label_range, exact_dtype
+from unilogit_kernels.ops.arguments import Values, check_label_range, exact_dtype, no_column
 from unilogit_kernels.ops.linear import linear_loss_operator, linear_values_operator
 from unilogit_kernels.ops.logits import values_operator
-from unilogit_kernels.rows import Rows, weigh
+from unilogit_kernels.rows import weigh
 
 
 class LogitsPair(NamedTuple):
@@ -88,16 +88,16 @@ class PairRows(NamedTuple):
             backends.load_divergence(self.backend),
         )
 
-    def values(self, problem: Rows, state: Tensor) -> Values:
+    def column(self, state: Tensor) -> Tensor:
         """See `RowArguments`."""
-        return Values(problem.values(state), state.new_empty(0, dtype=torch.int64), state)
+        return no_column(state)
 
     def values_like(self, like: Tensor) -> Values:
         """See `RowArguments`."""
         n, dtype = like.shape[0], exact_dtype(like)
         return Values(
             like.new_empty(n, dtype=dtype),
-            like.new_empty(0, dtype=torch.int64),
+            no_column(like),
             like.new_empty(7, n, dtype=dtype),
         )
 

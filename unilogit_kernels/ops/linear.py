@@ -19,7 +19,6 @@ from unilogit_kernels.ops.arguments import (
     RowArguments,
     Saved,
     TokenRows,
-    Values,
     WeightedObjective,
     exact_dtype,
     linear_inputs,
@@ -28,7 +27,7 @@ from unilogit_kernels.ops.arguments import (
 )
 from unilogit_kernels.ops.literal import gradients_of, wants_literal
 from unilogit_kernels.ops.logits import of_unit_slopes
-from unilogit_kernels.ops.registration import Fragment, Operator, operator
+from unilogit_kernels.ops.registration import Fragment, Operator, operator, rebuilt
 from unilogit_kernels.ops.scaling import scaled_gradients
 from unilogit_kernels.projection import GemmDtypes
 
@@ -133,8 +132,7 @@ def linear_values_operator(
         problem = rows.problem(inputs.hidden)
         kept = inputs.new_kept(rows.vocab_size, needs_grad=needs.needs_grad)
         found, state = compacted_values(inputs, active.active, problem, kept)
-        column = rows.values(problem, state).column if found.dim() > 1 else found.new_empty(0)
-        return LinearValues(found, column, state, *_pair(kept))
+        return LinearValues(found, rows.column(state), state, *_pair(kept))
 
     @values.fake
     def _(
@@ -190,12 +188,13 @@ def linear_values_operator(
             needs: NeedsGradient,
         ) -> Tensor | None:
             wider = _Wider(heads, tangents)
+            wide = rebuilt(type(heads), wider.heads)
             nothing = result.kept.new_empty(0)
 
             def along(slope: Tensor) -> Tensor:
                 upstream = LinearUpstream(result.state, slope, nothing, nothing)
                 only_hidden = NeedsGradients.of_needs((True, False, False))
-                found = backward(wider.heads, active, rows, options, upstream, only_hidden)
+                found = backward(wide, active, rows, options, upstream, only_hidden)
                 return wider.tangent(found.hidden_grad)
 
             return of_unit_slopes(along, result.values)
@@ -223,7 +222,7 @@ class _Wider:
             width = weight.shape[1] - hidden.shape[1]
             hidden = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], width)], 1)
         self._of_weight = t_weight is not None
-        self.heads: Any = type(heads)(hidden, weight, *others)
+        self.heads: list[Any] = [hidden, weight, *others]
 
     def tangent(self, gradient: Tensor) -> Tensor:
         """The tangent of what `gradient`, `[n, h']`, belongs to, `[n]`."""
@@ -288,9 +287,7 @@ def linear_loss_operator(
     """Define the operator of a reduced loss of rows, which finishes its gradients at once."""
 
     @operator(name, heads, rows, loss, Options, NeedsGradients, gives=LossOfHead)
-    def reduced(
-        heads: H, rows: R, loss: L, options: Options, needs: NeedsGradients
-    ) -> LossOfHead:
+    def reduced(heads: H, rows: R, loss: L, options: Options, needs: NeedsGradients) -> LossOfHead:
         rows.check_labels()
         models = list(heads)
         inputs = linear_inputs(models, options)

@@ -70,10 +70,12 @@ def gradients_of(
 
     def of_wanted(*some: Tensor) -> Tensor:
         given = iter(some)
-        return function(*(next(given) if need else x for x, need in zip(operands, needs, strict=True)))
+        return function(
+            *(next(given) if need else x for x, need in zip(operands, needs, strict=True))
+        )
 
     # Not autograd.grad: inside a transform of torch.func the operands may be of a level that ended.
-    _, pull_back = torch.func.vjp(of_wanted, *wanted)
+    pull_back = torch.func.vjp(of_wanted, *wanted)[1]
     found = iter(pull_back(upstream))
     return [next(found) if need else None for need in needs]
 

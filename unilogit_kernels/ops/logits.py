@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from unilogit_kernels.ops.arguments import (
     losses_like,
 )
 from unilogit_kernels.ops.literal import gradients_of, wants_literal
-from unilogit_kernels.ops.registration import Fragment, Operator, operator
+from unilogit_kernels.ops.registration import Fragment, Operator, operator, rebuilt
 from unilogit_kernels.ops.scaling import scaled_gradients
 from unilogit_kernels.rows import logits_gradient, logits_objective, logits_state
 
@@ -58,7 +58,8 @@ def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M,
         rows.check_labels()
         models = list(logits)
         problem = rows.problem(models[0])
-        return rows.values(problem, logits_state(models, problem))
+        state = logits_state(models, problem)
+        return Values(problem.values(state), rows.column(state), state)
 
     @values.fake
     def _(logits: M, rows: R) -> Values:
@@ -77,9 +78,7 @@ def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M,
         ) -> Sequence[Tensor | None]:
             if wants_literal(rows.backend):
                 student, *others = logits
-                return gradients_of(
-                    lambda z: rows.literal([z, *others]), [student], needs, slope
-                )
+                return gradients_of(lambda z: rows.literal([z, *others]), [student], needs, slope)
             return backward(logits, rows, Upstream(saved.state, slope))
 
         @staticmethod
@@ -89,7 +88,7 @@ def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M,
             (tangent,) = tangents
             assert tangent is not None
             student, *others = logits
-            wide = type(logits)(student.to(exact_dtype(student)), *others)
+            wide = rebuilt(matrices, [student.to(exact_dtype(student)), *others])
 
             def along(slope: Tensor) -> Tensor:
                 gradient = backward(wide, rows, Upstream(result.state, slope)).logits_grad
@@ -105,7 +104,7 @@ class _State(NamedTuple):
     state: Tensor
 
 
-def of_unit_slopes(along: Any, values: Tensor) -> Tensor:
+def of_unit_slopes(along: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """The tangent of values, `[n]` or `[2, n]`, one value of a row at a time.
 
     Args:

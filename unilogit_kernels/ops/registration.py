@@ -7,6 +7,7 @@ many arguments that is, and access to them by name, so that nobody counts positi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import EllipsisType
 from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast, get_type_hints
@@ -38,14 +39,24 @@ _SCHEMA_TYPES: tuple[tuple[object, str], ...] = (
 class Fragment(Protocol):
     """What an operator takes or returns, in part: a `NamedTuple` of what a schema can say."""
 
-    _fields: ClassVar[tuple[str, ...]]
-
     def __iter__(self) -> Iterator[Any]:
         """The arguments in order."""
 
 
-P = ParamSpec("P")
 F = TypeVar("F", bound=Fragment)
+
+
+def _names(fragment: type[Fragment]) -> tuple[str, ...]:
+    fields: tuple[str, ...] = fragment._fields  # type: ignore[attr-defined]  # of a NamedTuple
+    return fields
+
+
+def rebuilt(fragment: type[F], values: Iterable[Any]) -> F:
+    """A fragment of that class with these values."""
+    return cast(Callable[..., F], fragment)(*values)
+
+
+P = ParamSpec("P")
 R = TypeVar("R", bound=Fragment)
 
 
@@ -68,9 +79,9 @@ class Operator(Generic[P, R]):
         gives: type[R],
     ) -> None:
         self.name = name
-        self._gives = gives
+        self._gives, self._several = gives, len(_names(gives)) > 1
         self._takes = takes
-        stops = [sum(len(part._fields) for part in takes[: i + 1]) for i in range(len(takes))]
+        stops = list(itertools.accumulate(len(_names(part)) for part in takes))
         self._slices = list(zip(takes, [0, *stops], stops, strict=False))
         LIBRARY.define(f"{name}({_schema(takes)}) -> ({_schema([gives])})")
         self._overload = getattr(torch.ops.unilogit_kernels, name).default
@@ -86,9 +97,10 @@ class Operator(Generic[P, R]):
 
     def fake(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorator of what the operator returns for tensors without data."""
+        of_fragments: Callable[..., R] = function
 
         def run(*args: Any) -> Any:
-            return self._output(function(*self._split(args)))
+            return self._output(of_fragments(*self._split(args)))
 
         torch.library.register_fake(f"unilogit_kernels::{self.name}", run, lib=LIBRARY)
         return function
@@ -124,7 +136,7 @@ class Operator(Generic[P, R]):
 
         LIBRARY.impl(self.name, run, "Autograd")
 
-    def _real(self, function: Callable[P, R]) -> Callable[..., Any]:
+    def _real(self, function: Callable[..., R]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             device_type = args[0].device.type
             if not torch.is_autocast_enabled(device_type):
@@ -143,25 +155,25 @@ class Operator(Generic[P, R]):
                 return [at(i, *each) for each in zip(arg, dim or [None] * len(arg), strict=True)]
             return arg if dim is None else arg.select(dim, i)
 
-        results = [
-            tuple(self(*self._split([at(i, *each) for each in zip(args, in_dims, strict=True)])))
-            for i in range(info.batch_size)
-        ]
+        results: list[tuple[Tensor, ...]] = []
+        for i in range(info.batch_size):
+            output = self._overload(*(at(i, *each) for each in zip(args, in_dims, strict=True)))
+            results.append(output if self._several else (output,))
         stacked = tuple(map(torch.stack, zip(*results, strict=True)))
         return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
     def _split(self, args: Sequence[Any]) -> list[Any]:
         """The fragments of a flat list of arguments."""
-        return [part(*args[start:stop]) for part, start, stop in self._slices]
+        return [rebuilt(part, args[start:stop]) for part, start, stop in self._slices]
 
     def _output(self, result: R) -> Any:
         """What torch expects of an operator that returns `result`."""
         values = tuple(result)
-        return values if len(values) > 1 else values[0]
+        return values if self._several else values[0]
 
     def _result(self, output: Any) -> R:
         """The inverse."""
-        return self._gives(*output) if len(self._gives._fields) > 1 else self._gives(output)
+        return rebuilt(self._gives, output if self._several else (output,))
 
     def _below_autograd(self, args: Sequence[Any]) -> Any:
         """Call it at the next level: below this one's autograd.
@@ -184,7 +196,7 @@ class Operator(Generic[P, R]):
         of_needs = getattr(last, "of_needs", None)
         if of_needs is None:
             return args
-        arity = len(last._fields)
+        arity = len(_names(last))
         wanted = [a or b for a, b in zip(args[-arity:], of_needs(needs), strict=True)]
         return *args[:-arity], *wanted
 
@@ -201,7 +213,7 @@ def _schema(fragments: Sequence[type[Fragment]]) -> str:
         f"{_schema_type(hint)} {name}"
         for fragment in fragments
         for name, hint in get_type_hints(fragment).items()
-        if name in fragment._fields
+        if name in _names(fragment)
     )
 
 
@@ -326,10 +338,11 @@ def first_derivatives_only(
 
 
 def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+    apply: Callable[..., Any] = function.apply  # type: ignore[attr-defined]  # of a base in C++
     if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return apply(*args)
     with enable_single_level_autograd_function():
-        return function.apply(*args)
+        return apply(*args)
 
 
 def has_tangent(tensor: Tensor | None) -> bool:
@@ -383,4 +396,4 @@ def _saved(ctx: Any) -> list[Fragment]:
             return [next(tensors) for _ in value]
         return value
 
-    return [part(*map(restored, rest)) for part, rest in ctx.layout]
+    return [rebuilt(part, map(restored, rest)) for part, rest in ctx.layout]
