@@ -20,8 +20,10 @@ from torch.library import opcheck
 from unilogit_kernels import (
     available_backends,
     backends,
+    linear_objective_loss,
     linear_unilogit_loss,
     objective_loss,
+    objectives,
     unilogit_loss,
 )
 from unilogit_kernels.testing import force_backend
@@ -89,6 +91,32 @@ def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> 
         assert_equal_steps(values, inputs)
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[-1]
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("entry", ["logits", "linear"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_sequences_of_any_size(entry: str, reduction: str) -> None:
+    """At most two graphs for any number and length of sequences, as for tokens."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight = torch.randn(40, 8, requires_grad=True)
+
+    def loss(x: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        objective = objectives.DPO(reference=reference)
+        if entry == "logits":
+            return objective_loss(x, labels, objective, reduction=reduction).sum()
+        return linear_objective_loss(x, weight, labels, objective, reduction=reduction).sum()
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    for sequences, length in ((2, 5), (4, 6), (6, 9), (8, 3), (2, 12)):
+        labels = torch.randint(0, 40, (sequences, length))
+        labels[0, 1] = -100
+        width = 40 if entry == "logits" else 8
+        x = torch.randn(sequences, length, width, requires_grad=True)
+        trained = (x,) if entry == "logits" else (x, weight)
+        reference = torch.randn(sequences)
+        assert_equal_steps([f(x, labels, reference) for f in (compiled, loss)], trained)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.usefixtures("_compiler")

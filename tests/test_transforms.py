@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_functional_call() -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
-def test_traces_without_dynamo(entry: str, mode: str) -> None:
+def test_traces_without_dynamo(entry: str, mode: Literal["real", "symbolic"]) -> None:
     """Forward and backward become one graph, which computes the same."""
     ours, _, x = _pairs("cpu")[entry]
 

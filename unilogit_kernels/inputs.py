@@ -163,7 +163,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
     fits = weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1]
     if not fits or weight.shape[1] == 0:
         raise ValueError(
-            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] with the same H >= 1, "
+            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] of one H >= 1, the same H, "
             f"got {names[0]} {list(hidden.shape)} and {names[1]} {list(weight.shape)}"
         )
     operands = [(names[1], weight)]
