@@ -56,9 +56,11 @@ def test_guard_sees_inside_the_operators() -> None:
         torch.ops.unilogit_kernels.objective_loss(
             logits,
             labels,
+            -100,
             1.0,
             0.0,
             300,
+            False,
             "eager",
             torch.ones(20),
             torch.ones(()),

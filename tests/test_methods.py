@@ -454,3 +454,20 @@ def test_mixed_calls_that_do_not_fit(
     }
     with pytest.raises(error, match=message):
         mixed_loss(torch.randn(4, 50), torch.arange(4), **arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_tokens_at_all(shape: tuple[int, int], reduction: str) -> None:
+    """Sequences of length 0, and no sequences: loss 0, attached to the graph."""
+    labels = torch.zeros(shape, dtype=torch.int64)
+    logits, weight = torch.zeros(*shape, 9, requires_grad=True), torch.randn(9, 4)
+    hidden = torch.zeros(*shape, 4, requires_grad=True)
+    npo = objectives.NPO(reference=torch.zeros(shape[0]))
+    of_logits = objective_loss(logits, labels, npo, reduction=reduction)
+    of_hidden = linear_objective_loss(hidden, weight, labels, npo, reduction=reduction)
+    for loss, x in ((of_logits, logits), (of_hidden, hidden)):
+        assert loss.shape == (shape[:1] if reduction == "none" else ())
+        assert (loss == 0).all()
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert gradient.shape == x.shape

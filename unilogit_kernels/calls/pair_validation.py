@@ -15,6 +15,7 @@ from unilogit_kernels.calls import validation
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.maths.divergence import DIRECTIONS, Direction, Divergence
 from unilogit_kernels.maths.rewrites import Mask, Rewrite
+from unilogit_kernels.ops.divergence import PairRows
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,20 @@ class PairCall:
 
     Attributes:
         call: The student's side, with weights and reduction; the temperature in its transform.
-        labels: int64 `[n]`, or None.
         teacher_transform: What the teacher does to its raw logits, the temperature included.
         divergence: Which divergence, at that temperature.
     """
 
     call: LossCall
-    labels: Tensor | None
     teacher_transform: LogitTransform
     divergence: Divergence
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The operators' arguments `PAIR`."""
+    def rows(self) -> PairRows:
+        """What describes the rows to an operator."""
         rewrite = self.divergence.rewrite
-        return (
-            self.labels,
+        return PairRows(
+            self.call.labels,
+            self.call.ignore_index,
             *self.call.transform,
             *self.teacher_transform,
             self.call.vocab_size,
@@ -46,10 +46,6 @@ class PairCall:
             rewrite.parameters(),
             self.call.backend,
         )
-
-    def options(self) -> tuple[Any, ...]:
-        """The operators' arguments `OPTIONS`."""
-        return *self.call.options, self.call.logits_dtype
 
 
 def describe_logits(
@@ -69,10 +65,9 @@ def describe_logits(
     Raises:
         TypeError: A dtype is wrong.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
-    call = validation.describe_logits(logits, _labels(labels, logits), **options)
+    call = validation.describe_logits(logits, labels, **options)
     _check_teacher("ref_logits", ref_logits, "logits", logits)
     _check_leading_shape("ref_logits", ref_logits, "logits", logits)
     _check_vocabularies(
@@ -100,11 +95,10 @@ def describe_linear(
     Raises:
         TypeError: A dtype is wrong, or one model's dtypes are mixed outside autocast.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
     hidden, weight, bias = student
-    call = validation.describe_linear(hidden, weight, bias, _labels(labels, hidden), **options)
+    call = validation.describe_linear(hidden, weight, bias, labels, **options)
     ref_hidden, ref_weight, ref_bias = teacher
     _check_teacher("ref_hidden", ref_hidden, "hidden", hidden)
     validation.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
@@ -116,13 +110,6 @@ def describe_linear(
     _check_columns("ref_weight's rows", ref_weight.shape[0], call.vocab_size)
     transform = validation.check_transform(ref_softcap, ref_logit_scale, prefix="ref_")
     return _pair_call(call, labels, transform, rewrite, direction, temperature)
-
-
-def _labels(labels: Tensor | None, operand: Tensor) -> Tensor:
-    """Labels for the single-model validation: without any, all positions count."""
-    if labels is not None or not isinstance(operand, Tensor):
-        return labels  # an operand that is no tensor is refused below
-    return torch.zeros(operand.shape[:-1], dtype=torch.int64, device=operand.device)
 
 
 def _pair_call(
@@ -152,7 +139,6 @@ def _pair_call(
         )
     return PairCall(
         dataclasses.replace(call, transform=call.transform.at_temperature(temperature)),
-        None if labels is None else call.labels,
         teacher_transform.at_temperature(temperature),
         Divergence(cast(Direction, direction), rewrite.at_temperature(temperature)),
     )

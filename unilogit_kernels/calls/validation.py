@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,14 +17,12 @@ from torch import Tensor
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.ops.registration import has_tangent
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 MIN_MEMORY_BUDGET = 1 << 20
 """Bytes: with less, a chunk is a few rows or columns of any real lm_head."""
-
-CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
-"""Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,9 @@ class LossCall:
 
     Attributes:
         shape: Leading shape `[...]` of logits, hidden states and labels.
-        labels: int64 `[n]`, contiguous.
+        labels: int64 `[n]`, contiguous; None where every position counts and no label is seen. The
+            operators check their range: only they may look at numbers.
+        ignore_index: Label of positions that do not count.
         row_weight: `[n]`, the token weights with 0 at ignored positions, in `statistics_dtype`.
         factor: 0-d, what the weighted sum is multiplied by: 1 / denominator, or 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
@@ -47,7 +47,8 @@ class LossCall:
     """
 
     shape: torch.Size
-    labels: Tensor
+    labels: Tensor | None
+    ignore_index: int
     row_weight: Tensor
     factor: Tensor
     reduction: str
@@ -67,7 +68,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def describe_logits(
     logits: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     ignore_index: int,
     reduction: str,
@@ -78,12 +79,11 @@ def describe_logits(
     vocab_size: int | None,
     backend: str | None,
 ) -> LossCall:
-    """Validate a call on logits `[..., V]`.
+    """Validate a call on logits `[..., V]`; without labels every position counts.
 
     Raises:
         TypeError: A dtype is wrong.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
     check_float("logits", logits)
@@ -109,7 +109,7 @@ def describe_linear(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     ignore_index: int,
     reduction: str,
@@ -129,7 +129,6 @@ def describe_linear(
     Raises:
         TypeError: A dtype is wrong, or dtypes are mixed outside autocast.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
     check_head(hidden, weight, bias)
@@ -161,9 +160,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
     names = [f"{prefix}{name}" for name in ("hidden", "weight", "bias")]
     check_float(names[0], hidden)
     check_float(names[1], weight)
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+    fits = weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1]
+    if not fits or weight.shape[1] == 0:
         raise ValueError(
-            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] with the same H, "
+            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] of one H >= 1, the same H, "
             f"got {names[0]} {list(hidden.shape)} and {names[1]} {list(weight.shape)}"
         )
     operands = [(names[1], weight)]
@@ -191,6 +191,7 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
     if (
         not isinstance(operand, Tensor)
         or operand.dtype not in FLOAT_DTYPES[:3]
+        or not torch.amp.is_autocast_available(operand.device.type)
         or not torch.is_autocast_enabled(operand.device.type)
     ):
         return operand
@@ -199,7 +200,7 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
 
 def _describe(
     operand: tuple[str, Tensor],
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     columns: int,
     columns_of: str,
@@ -214,23 +215,19 @@ def _describe(
 ) -> LossCall:
     name, tensor = operand
     shape = tensor.shape[:-1]
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 or int32 tensor, got {given}")
-    if labels.shape != shape:
-        raise ValueError(
-            f"labels must have {name}'s leading shape {list(shape)}, got {list(labels.shape)} "
-            f"for {name} {list(tensor.shape)}"
-        )
-    check_device("labels", labels, name, tensor)
+    _check_ignore_index(ignore_index)
+    if labels is not None:
+        _check_labels(labels, name, tensor)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     vocab_size = _check_vocab_size(vocab_size, columns, columns_of)
     transform = check_transform(softcap, logit_scale)
     chosen = registry.choose(backend, tensor.device.type, tensor.dtype)
-    labels = labels.reshape(-1).to(torch.int64).contiguous()
-    valid = labels != ignore_index
-    _check_label_range(labels, valid, vocab_size)
+    if labels is None:
+        valid = torch.ones(math.prod(shape), dtype=torch.bool, device=tensor.device)
+    else:
+        labels = labels.reshape(-1).to(torch.int64).contiguous()
+        valid = labels != ignore_index
     dtype = statistics_dtype(tensor.dtype)
     row_weight = valid.to(dtype)
     if token_weights is not None:
@@ -239,6 +236,7 @@ def _describe(
     return LossCall(
         shape=shape,
         labels=labels,
+        ignore_index=int(ignore_index),
         row_weight=row_weight,
         factor=_factor(reduction, num_items_in_batch, valid, dtype),
         reduction=reduction,
@@ -248,6 +246,26 @@ def _describe(
         vocab_size=vocab_size,
         backend=chosen,
     )
+
+
+def _check_ignore_index(ignore_index: object) -> None:
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(
+            "ignore_index must be an int, the label of positions that do not count (-100 by "
+            f"default), got {ignore_index!r}"
+        )
+
+
+def _check_labels(labels: Tensor, name: str, tensor: Tensor) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 or int32 tensor, got {given}")
+    if labels.shape != tensor.shape[:-1]:
+        raise ValueError(
+            f"labels must have {name}'s leading shape {list(tensor.shape[:-1])}, "
+            f"got {list(labels.shape)} for {name} {list(tensor.shape)}"
+        )
+    check_device("labels", labels, name, tensor)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -341,27 +359,12 @@ def _check_token_weights(
             f"got {list(token_weights.shape)}"
         )
     check_device("token_weights", token_weights, name, tensor)
-    if token_weights.requires_grad:
+    if token_weights.requires_grad or has_tangent(token_weights):
         raise ValueError(
             "token_weights requires grad, but no gradient flows to it: pass "
             "token_weights.detach(), or use reduction='none' and weight the losses yourself"
         )
     return token_weights
-
-
-def _check_label_range(labels: Tensor, valid: Tensor, vocab_size: int) -> None:
-    """On CPU, where it costs nothing; on accelerators a bad label gives NaN for its row instead."""
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS_VARIABLE) != "1":
-        return
-    bad = valid & ((labels < 0) | (labels >= vocab_size))
-    if bad.any():
-        position = int(bad.nonzero()[0])
-        raise IndexError(
-            f"labels must be in [0, {vocab_size}) or ignore_index, "
-            f"got {int(labels[position])} at flat position {position}"
-        )
 
 
 def _factor(

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unilogit_kernels.calls import pair_validation
+from unilogit_kernels.calls import dispatch, pair_validation
 from unilogit_kernels.calls.validation import LossCall, cast_for_autocast
 from unilogit_kernels.maths.rewrites import Rewrite
 from unilogit_kernels.ops import divergence as _ops  # noqa: F401  (registers the operators)
+from unilogit_kernels.ops import divergence as ops
+from unilogit_kernels.ops.arguments import NO_GRADIENT, NO_GRADIENTS
+from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
+from unilogit_kernels.ops.linear import Active
+from unilogit_kernels.ops.registration import has_tangent
+from unilogit_kernels.rows.contract import weigh
 
 
 def kl_loss(
@@ -108,7 +114,7 @@ def kl_loss(
         backend=backend,
     )
     flat, ref_flat = (x.reshape(-1, x.shape[-1]) for x in (logits, ref_logits))
-    values = torch.ops.unilogit_kernels.divergence(flat, ref_flat, *pair.arguments())[0]
+    values = ops.divergence(LogitsPair(flat, ref_flat), pair.rows()).values
     return _reduce(values, pair.call)
 
 
@@ -220,18 +226,15 @@ def linear_kl_loss(
         compact=compact,
     )
     call = pair.call
-    heads = (_flat(hidden), weight, bias, _flat(teacher[0]), *teacher[1:])
-    needs = [
-        torch.is_grad_enabled() and operand is not None and operand.requires_grad
-        for operand in student
-    ]
-    if call.reduction == "none":
-        arguments = (*heads, call.row_weight != 0, *pair.arguments(), *pair.options(), any(needs))
-        return _reduce(torch.ops.unilogit_kernels.linear_divergence(*arguments)[0], call)
-    loss: Tensor = torch.ops.unilogit_kernels.linear_divergence_loss(
-        *heads, *pair.arguments(), call.row_weight, call.factor, *pair.options(), *needs
-    )[0]
-    return loss
+    heads = HeadPair(_flat(hidden), weight, bias, _flat(teacher[0]), *teacher[1:])
+    rows, options = pair.rows(), dispatch.options(call)
+    if call.reduction == "none" or any(map(has_tangent, student)):
+        # What is finished in one pass has no tangents; the values of rows do.
+        active = Active(call.row_weight != 0)
+        found = ops.linear_divergence(heads, active, rows, options, NO_GRADIENT)
+        return _reduce(found.values, call)
+    weights = Weights(call.row_weight, call.factor)
+    return ops.linear_divergence_loss(heads, rows, weights, options, NO_GRADIENTS).loss
 
 
 def count_ignored_positions(labels: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
@@ -280,7 +283,7 @@ def _flat(hidden: Tensor) -> Tensor:
 
 
 def _reduce(values: Tensor, call: LossCall) -> Tensor:
-    losses = torch.where(call.row_weight != 0, call.row_weight * values, 0.0)
+    losses = weigh(call.row_weight, values)
     if call.reduction == "none":
         return losses.reshape(call.shape)
     return call.factor * losses.sum()

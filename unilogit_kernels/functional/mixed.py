@@ -10,9 +10,9 @@ from torch import Tensor
 
 from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
-from unilogit_kernels.calls.dispatch import Operands
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.objectives import Objective
+from unilogit_kernels.ops.arguments import Operands
 
 
 class MixedLoss(NamedTuple):
@@ -198,7 +198,7 @@ def _mixed(
     weights: list[float],
     items: Tensor | None,
 ) -> MixedLoss:
-    items = None if items is None else items.to(call.labels.device)
+    items = None if items is None else items.to(call.row_weight.device)
     return MixedLoss(*dispatch.mixture_of(operands, call, parts, segments, weights, items))
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
-from unilogit_kernels.calls.dispatch import Operands
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.ops.arguments import Operands
 
 
 class TargetAndRunnerUp(NamedTuple):

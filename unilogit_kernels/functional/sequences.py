@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
-from unilogit_kernels.calls.dispatch import Operands
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.objectives.token import log_sigmoid
+from unilogit_kernels.ops.arguments import Operands
 
 
 def sequence_log_probs(

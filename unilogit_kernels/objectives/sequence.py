@@ -25,22 +25,24 @@ class SequenceObjective(Objective):
     sums (`losses`). Losses of `members` sequences each couple the first, second, ... part of the
     batch: chosen answers first, rejected ones after them.
 
-    The fields of this class are filled in by the call (`placed`).
+    The fields of this class are filled in by the call (`placed`). How many sequences there are, and
+    how long, are sizes of tensors: numbers would be constants to `torch.compile`.
 
     Attributes:
-        sequences: How many sequences there are.
-        length: Tokens in each, labelled or not.
         positions: int64 per token: its place in `[sequences, length]`, or the place after the last
             if it does not count.
+        counted: bool `[sequences, length]`: which tokens count.
     """
 
     members: ClassVar[int] = 1
     coupled: ClassVar[bool] = True
 
-    sequences: float = 0.0
-    length: float = 0.0
     positions: Tensor = dataclasses.field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64), metadata=per_token().metadata
+    )
+    counted: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool),
+        metadata=per_sequence().metadata,
     )
 
     def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -79,19 +81,20 @@ class SequenceObjective(Objective):
                 f"{self.name!r} takes {self.members} equally large parts of the batch, "
                 f"got {sequences} sequences"
             )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name != "positions":
-                self._check(field.name, value, counted)
-        place = torch.arange(counted.numel(), device=counted.device)
-        flat = {
-            field.name: getattr(self, field.name).detach().reshape(-1)
+        of_sequences = {
+            field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            if not field.kw_only and isinstance(getattr(self, field.name), Tensor)
         }
-        flat["positions"] = torch.where(counted.reshape(-1), place, counted.numel())
+        for name, value in of_sequences.items():
+            self._check(name, value, counted)
+        flat = counted.reshape(-1)
+        place = torch.arange(flat.shape[0], device=counted.device)
         return dataclasses.replace(
-            self, sequences=float(sequences), length=float(counted.shape[-1]), **flat
+            self,
+            positions=torch.where(flat, place, flat.shape[0]),
+            counted=counted.reshape(sequences, counted.shape[-1]),
+            **{name: value.detach().reshape(-1) for name, value in of_sequences.items()},
         )
 
     def _check(self, name: str, value: Tensor, counted: Tensor) -> None:
@@ -107,19 +110,22 @@ class SequenceObjective(Objective):
 
     def _grid(self, values: Tensor) -> Tensor:
         """Per-token values `[n]` in their places, `[sequences, length]`, and 0 elsewhere."""
-        sequences, length = int(self.sequences), int(self.length)
-        grid = values.new_zeros(sequences * length + 1).scatter(0, self.positions, values)
-        return grid[:-1].view(sequences, length)
+        grid = values.new_zeros(self.counted.numel() + 1).scatter(0, self.positions, values)
+        return grid[:-1].view(self.counted.shape)
 
-    def _counted(self) -> Tensor:
+    def _grouped(self) -> Tensor:
         """Which tokens of each group of sequences count, bool `[groups, members * length]`."""
-        counted = self._grid(torch.ones_like(self.positions, dtype=torch.bool))
-        return counted.view(self.members, -1, counted.shape[1]).transpose(0, 1).flatten(1)
+        if self.members == 1:
+            return self.counted
+        sequences, length = self.counted.shape
+        groups = sequences // self.members
+        grouped = self.counted.reshape(self.members, groups, length).transpose(0, 1)
+        return grouped.reshape(groups, self.members * length)
 
     def _sums(self, log_odds: Tensor) -> tuple[Tensor, Tensor]:
         """Sums and counts, `[sequences]` each; in a fixed order, without atomics."""
         sums = self._grid(self.tokens(log_odds.double())).sum(1)
-        return sums, self._grid(torch.ones_like(self.positions, dtype=torch.float64)).sum(1)
+        return sums, self.counted.sum(1).double()
 
     def per_sequence(self, log_odds: Tensor) -> Tensor:
         """The losses `[sequences / members]`, differentiable; 0 for one without a token.
@@ -128,30 +134,29 @@ class SequenceObjective(Objective):
         its exponential needs. These are a few numbers per token.
         """
         losses = self.losses(*self._sums(log_odds))
-        return torch.where(self._counted().any(1), losses, 0.0).to(log_odds.dtype)
+        return torch.where(self._grouped().any(1), losses, 0.0).to(log_odds.dtype)
 
     def groups(self) -> Tensor:
         """How many losses there are, 0-d: groups of sequences with a token that counts."""
-        return self._counted().any(1).sum()
+        return self._grouped().any(1).sum()
 
     def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """The loss of each sequence (or pair) at its first token that counts, 0 at the others."""
-        groups, length = int(self.sequences) // self.members, int(self.length)
-        counted = self._counted()
+        length, counted = self.counted.shape[1], self._grouped()
+        groups, nowhere = counted.shape[0], self.counted.numel()
+        if nowhere == 0:
+            return torch.zeros_like(log_odds)
         first = counted.int().argmax(1)
         member, offset = first // length, first % length
         group = torch.arange(groups, device=first.device)
-        places = torch.where(
-            counted.any(1),
-            (member * groups + group) * length + offset,
-            int(self.sequences) * length,
-        )
-        grid = log_odds.new_zeros(int(self.sequences) * length + 1)
+        places = torch.where(counted.any(1), (member * groups + group) * length + offset, nowhere)
+        grid = log_odds.new_zeros(nowhere + 1)
         return grid.scatter(0, places, self.per_sequence(log_odds))[self.positions]
 
     def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """The derivative of the sum of all losses by each token's log-odds."""
-        of_sums = self.derivatives(*self._sums(log_odds)).repeat_interleave(int(self.length))
+        of_sums = self.derivatives(*self._sums(log_odds))[:, None]
+        of_sums = of_sums.expand(self.counted.shape).reshape(-1)
         of_sums = torch.cat((of_sums, of_sums.new_zeros(1)))[self.positions]
         return (of_sums * self.token_slopes(log_odds.double())).to(log_odds.dtype)
 
