@@ -11,8 +11,9 @@ from problems import Problem, check, linear_problem
 
 from unilogit_kernels import linear_objective_loss, linear_target_log_odds, linear_unilogit_loss
 from unilogit_kernels.fused_linear import compaction, loops
-from unilogit_kernels.fused_linear.budget import MEMORY_BUDGET, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     CHUNK_BYTES,
     MIN_TILE_COLUMNS,

@@ -91,7 +91,7 @@ def test_gemms_of_float16_rows(
     reduction: str, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan of a GPU: gradient rows are operands in float16, whatever a weight's size is."""
-    dtypes = GemmDtypes(torch.float16, torch.float32, torch.float32)
+    dtypes = GemmDtypes(torch.float16, torch.float32, torch.float32, wider=False)
     monkeypatch.setattr(GemmDtypes, "of", lambda *_: dtypes)
     hidden, weight = torch.randn(9, 8), torch.randn(V, 8)
     labels, weights = torch.randint(0, V, (9,)), size * (torch.rand(9) + 0.5)

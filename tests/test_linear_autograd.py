@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss, reference, unilogit_loss
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.fused_linear import compaction
-from unilogit_kernels.fused_linear.budget import LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
 from unilogit_kernels.fused_linear.saved import KeptInGradient, KeptLogits
 from unilogit_kernels.fused_linear.tiles import Gradients
@@ -117,7 +118,11 @@ def test_tied_embedding(backend: str, reduction: str) -> None:
 def test_backward_twice_where_logits_are_kept(backend: str, memory_budget: int) -> None:
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     d = linear_target_log_odds(
-        hidden, weight, torch.arange(N), memory_budget=memory_budget, backend=backend
+        hidden,
+        weight,
+        torch.arange(N),
+        options=LinearOptions(memory_budget=memory_budget),
+        backend=backend,
     )
     upstream = torch.randn(N)
     first = torch.autograd.grad(d, (hidden, weight), upstream, retain_graph=True)
@@ -144,7 +149,11 @@ def test_every_way_of_keeping(monkeypatch: pytest.MonkeyPatch, backend: str, pla
     for plan in plans:
         plan = Plan(**{**plan.__dict__, "kept_tokens": min(plan.kept_tokens, m)})
         monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
-        check(problem, backend, logits_dtype=torch.float32 if plan_of != "tokens" else None)
+        check(
+            problem,
+            backend,
+            options=LinearOptions(logits_dtype=torch.float32 if plan_of != "tokens" else None),
+        )
 
 
 class TestGpuBranch:

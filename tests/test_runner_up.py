@@ -14,6 +14,7 @@ from problems import TRANSFORMS
 from torch import Tensor
 
 from unilogit_kernels import (
+    LinearOptions,
     linear_objective_loss,
     linear_target_and_runner_up,
     reference,
@@ -328,7 +329,7 @@ def test_ways_to_run_agree(backend: str, budget: int | None, compact: bool) -> N
     upstream = torch.randn(2, 40)
     upstream[:, 1::4] = 0
     results = []
-    ways: list[dict[str, Any]] = [{}, {"memory_budget": budget, "compact": compact}]
+    ways: list[dict[str, Any]] = [{}, {"options": LinearOptions(budget, compact=compact)}]
     for options in ways:
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
         found = linear_target_and_runner_up(
@@ -345,7 +346,7 @@ def test_ways_to_run_agree(backend: str, budget: int | None, compact: bool) -> N
 def test_skip_below(backend: str) -> None:
     hidden, weight = torch.randn(16, 8, requires_grad=True), torch.randn(100, 8)
     found = linear_target_and_runner_up(
-        hidden, weight, torch.arange(16), skip_below=0.1, backend=backend
+        hidden, weight, torch.arange(16), options=LinearOptions(skip_below=0.1), backend=backend
     )
     upstream = torch.full((16,), 1e-3)
     upstream[3], upstream[5] = 1.0, -2.0

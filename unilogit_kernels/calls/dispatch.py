@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels import objectives, ops
 from unilogit_kernels.calls import validation
+from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.objectives import Mixture, Objective, SequenceObjective
 from unilogit_kernels.ops.arguments import (
@@ -20,7 +21,6 @@ from unilogit_kernels.ops.arguments import (
     Head,
     Logits,
     Operands,
-    Options,
     TokenRows,
     WeightedObjective,
 )
@@ -29,19 +29,26 @@ from unilogit_kernels.ops.registration import has_tangent
 from unilogit_kernels.rows.contract import weigh
 
 
-def from_logits(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Operands, LossCall]:
+def from_logits(logits: Tensor, labels: Tensor, options: CallOptions) -> tuple[Operands, LossCall]:
     """Validate a call on logits `[..., V]`; see `validation.describe_logits`."""
-    call = validation.describe_logits(logits, labels, **options)
+    call = validation.describe_logits(logits, labels, options)
     return Logits(logits.reshape(-1, logits.shape[-1])), call
 
 
 def from_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    options: CallOptions,
+    linear: LinearOptions | None,
 ) -> tuple[Operands, LossCall]:
     """Validate a call on hidden states and an lm_head; see `validation.describe_linear`."""
     hidden, weight = validation.cast_for_autocast(hidden), validation.cast_for_autocast(weight)
     bias = None if bias is None else validation.cast_for_autocast(bias)
-    call = validation.describe_linear(hidden, weight, bias, labels, **options)
+    call = validation.describe_linear(
+        hidden, weight, bias, labels, options, linear or LinearOptions()
+    )
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias), call
 
 
@@ -78,7 +85,7 @@ def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Te
     if isinstance(operands, Logits):
         found = ops.logits.objective_loss(operands, rows, loss, NO_GRADIENT)
         return found.loss, found.losses
-    finished = ops.linear.linear_objective_loss(operands, rows, loss, options(call), NO_GRADIENTS)
+    finished = ops.linear.linear_objective_loss(operands, rows, loss, call.linear, NO_GRADIENTS)
     return finished.loss, finished.losses
 
 
@@ -103,7 +110,7 @@ def statistics(operands: Operands, call: LossCall, *, runner_up: bool) -> tuple[
         values, column, _ = ops.logits.log_odds(operands, rows)
     else:
         values, column, *_ = ops.linear.linear_log_odds(
-            operands, Active(active), rows, options(call), NO_GRADIENT
+            operands, Active(active), rows, call.linear, NO_GRADIENT
         )
     return Statistics.of(torch.where(active, values, 0.0)), column
 
@@ -164,11 +171,6 @@ def _rows(call: LossCall, *, runner_up: bool) -> TokenRows:
         runner_up,
         call.backend,
     )
-
-
-def options(call: LossCall) -> Options:
-    """What tells an operator how a fused linear call may run."""
-    return Options(*call.options, call.logits_dtype)
 
 
 def _token_tensor(name: str, tensor: Tensor, call: LossCall) -> Tensor:

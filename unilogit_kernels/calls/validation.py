@@ -9,20 +9,24 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.registration import has_tangent
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 MIN_MEMORY_BUDGET = 1 << 20
 """Bytes: with less, a chunk is a few rows or columns of any real lm_head."""
+
+
+_DEFAULT = LinearOptions()
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class LossCall:
         transform: What the model does to the raw logits.
         vocab_size: Number of tokens that carry probability.
         backend: Name of the backend that runs the row kernels.
-        options: How a fused linear call may run.
-        logits_dtype: What its logits are rounded to, or None.
+        linear: How a fused linear call may run.
     """
 
     shape: torch.Size
@@ -57,8 +60,7 @@ class LossCall:
     transform: LogitTransform
     vocab_size: int
     backend: str
-    options: LinearOptions = field(default_factory=LinearOptions)
-    logits_dtype: torch.dtype | None = None
+    linear: LinearOptions = _DEFAULT
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,15 +71,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def describe_logits(
     logits: Tensor,
     labels: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    vocab_size: int | None,
-    backend: str | None,
+    options: CallOptions,
 ) -> LossCall:
     """Validate a call on logits `[..., V]`; without labels every position counts.
 
@@ -94,14 +88,7 @@ def describe_logits(
         labels,
         columns=logits.shape[-1],
         columns_of="logits' last dimension",
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+        options=options,
     )
 
 
@@ -110,19 +97,8 @@ def describe_linear(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    vocab_size: int | None,
-    backend: str | None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: CallOptions,
+    linear: LinearOptions,
 ) -> LossCall:
     """Validate a call on hidden states `[..., H]` and an lm_head `[V, H]`.
 
@@ -132,22 +108,15 @@ def describe_linear(
         RuntimeError: The requested backend cannot run here.
     """
     check_head(hidden, weight, bias)
-    options = check_linear_options(memory_budget, logits_dtype, hidden.dtype, skip_below, compact)
+    check_linear_options(linear, hidden.dtype)
     call = _describe(
         ("hidden", hidden),
         labels,
         columns=weight.shape[0],
         columns_of="weight's rows",
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+        options=options,
     )
-    return dataclasses.replace(call, options=options, logits_dtype=logits_dtype)
+    return dataclasses.replace(call, linear=linear)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
@@ -204,44 +173,39 @@ def _describe(
     *,
     columns: int,
     columns_of: str,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    vocab_size: int | None,
-    backend: str | None,
+    options: CallOptions,
 ) -> LossCall:
     name, tensor = operand
     shape = tensor.shape[:-1]
-    _check_ignore_index(ignore_index)
+    _check_ignore_index(options.ignore_index)
     if labels is not None:
         _check_labels(labels, name, tensor)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    vocab_size = _check_vocab_size(vocab_size, columns, columns_of)
-    transform = check_transform(softcap, logit_scale)
-    chosen = registry.choose(backend, tensor.device.type, tensor.dtype)
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(
+            f"options.reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
+        )
+    vocab_size = _check_vocab_size(options.vocab_size, columns, columns_of)
+    transform = check_transform(options.softcap, options.logit_scale)
+    chosen = registry.choose(options.backend, tensor.device.type, tensor.dtype)
     if labels is None:
         valid = torch.ones(math.prod(shape), dtype=torch.bool, device=tensor.device)
     else:
         labels = labels.reshape(-1).to(torch.int64).contiguous()
-        valid = labels != ignore_index
+        valid = labels != options.ignore_index
     dtype = statistics_dtype(tensor.dtype)
     row_weight = valid.to(dtype)
-    if token_weights is not None:
-        weights = _check_token_weights(token_weights, shape, name, tensor)
+    if options.token_weights is not None:
+        weights = _check_token_weights(options.token_weights, shape, name, tensor)
         row_weight = torch.where(valid, weights.reshape(-1).to(dtype), 0.0)
     return LossCall(
         shape=shape,
         labels=labels,
-        ignore_index=int(ignore_index),
+        ignore_index=int(options.ignore_index),
         row_weight=row_weight,
-        factor=_factor(reduction, num_items_in_batch, valid, dtype),
-        reduction=reduction,
-        weighted=token_weights is not None,
-        items_given=num_items_in_batch is not None,
+        factor=_factor(options.reduction, options.num_items_in_batch, valid, dtype),
+        reduction=options.reduction,
+        weighted=options.token_weights is not None,
+        items_given=options.num_items_in_batch is not None,
         transform=transform,
         vocab_size=vocab_size,
         backend=chosen,
@@ -317,32 +281,28 @@ def check_transform(
     )
 
 
-def check_linear_options(
-    memory_budget: int | None,
-    logits_dtype: torch.dtype | None,
-    dtype: torch.dtype,
-    skip_below: float = 0.0,
-    compact: bool = True,
-) -> LinearOptions:
-    """Validate how a fused linear call of operands in `dtype` may run.
+def check_linear_options(options: LinearOptions, dtype: torch.dtype) -> None:
+    """Check how a fused linear call of operands in `dtype` may run.
 
     Raises:
         ValueError: A number is out of range.
-        TypeError: `logits_dtype` does not go with `dtype`.
+        TypeError: It is no `LinearOptions`, or `logits_dtype` does not go with `dtype`.
     """
-    if memory_budget is not None and memory_budget < MIN_MEMORY_BUDGET:
+    if not isinstance(options, LinearOptions):
+        raise TypeError(f"options must be LinearOptions or None, got {options!r}")
+    budget = options.memory_budget
+    if budget is not None and (not isinstance(budget, int) or budget < MIN_MEMORY_BUDGET):
         raise ValueError(
             f"memory_budget is in bytes, at least {MIN_MEMORY_BUDGET}, or None for the default of "
-            f"the device, got {memory_budget}"
+            f"the device, got {budget}"
         )
-    if not 0.0 <= skip_below < 1.0:
-        raise ValueError(f"skip_below must be in [0, 1), got {skip_below}")
-    if logits_dtype not in (None, dtype, statistics_dtype(dtype)):
+    if not 0.0 <= options.skip_below < 1.0:
+        raise ValueError(f"skip_below must be in [0, 1), got {options.skip_below}")
+    if options.logits_dtype not in (None, dtype, statistics_dtype(dtype)):
         raise TypeError(
             f"logits_dtype must be the operands' dtype {dtype}, {statistics_dtype(dtype)} or None, "
-            f"got {logits_dtype}"
+            f"got {options.logits_dtype}"
         )
-    return LinearOptions(memory_budget or 0, float(skip_below), bool(compact))
 
 
 def _check_token_weights(

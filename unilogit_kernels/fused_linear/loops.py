@@ -14,8 +14,8 @@ from unilogit_kernels.fused_linear.active_rows import (
     significant,
     worthwhile_index,
 )
-from unilogit_kernels.fused_linear.budget import LinearOptions
 from unilogit_kernels.fused_linear.online import gradient_in_one_visit
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads

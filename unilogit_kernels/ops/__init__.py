@@ -7,7 +7,7 @@ logits are at hand, so that its backward only scales them. `divergence` makes bo
 models' rows.
 """
 
-from unilogit_kernels.ops import linear, logits
+from unilogit_kernels.ops import divergence, linear, logits
 from unilogit_kernels.ops.registration import IMPLEMENTATIONS
 
-__all__ = ["IMPLEMENTATIONS", "linear", "logits"]
+__all__ = ["IMPLEMENTATIONS", "divergence", "linear", "logits"]

@@ -12,9 +12,9 @@ from torch import Tensor
 from unilogit_kernels import objectives
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear.budget import LinearOptions
 from unilogit_kernels.fused_linear.compaction import HeadInputs, LinearInputs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import Statistics
@@ -47,22 +47,12 @@ Operands = Logits | Head
 """What the logits of a call come from: themselves, or an lm_head."""
 
 
-class Options(NamedTuple):
-    """How a fused linear call may run: `plan.LinearOptions`, and the dtype of its logits."""
-
-    memory_budget: int
-    skip_below: float
-    compact: bool
-    logits_dtype: torch.dtype | None
-
-
-def linear_inputs(heads: Sequence[Tensor | None], options: Options) -> LinearInputs:
+def linear_inputs(heads: Sequence[Tensor | None], options: LinearOptions) -> LinearInputs:
     """The operands of one lm_head or of two as the layers below take them."""
     (hidden, weight, bias), reference = heads[:3], heads[3:]
     assert hidden is not None
     assert weight is not None
-    how = LinearOptions(options.memory_budget, options.skip_below, options.compact)
-    inputs = LinearInputs(hidden, weight, bias, options.logits_dtype, how)
+    inputs = LinearInputs(hidden, weight, bias, options)
     if not reference:
         return inputs
     ref_hidden, ref_weight, ref_bias = reference

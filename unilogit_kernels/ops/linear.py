@@ -14,13 +14,13 @@ from unilogit_kernels.fused_linear.compaction import (
     compacted_values,
 )
 from unilogit_kernels.fused_linear.gemm import GemmDtypes
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.arguments import (
     Head,
     HeadGradients,
     LossArguments,
     NeedsGradient,
     NeedsGradients,
-    Options,
     RowArguments,
     Saved,
     TokenRows,
@@ -78,7 +78,7 @@ class _Forward(NamedTuple):
 
 def linear_values_operator(
     name: str, heads: type[H], rows: type[R]
-) -> Operator[[H, Active, R, Options, NeedsGradient], LinearValues]:
+) -> Operator[[H, Active, R, LinearOptions, NeedsGradient], LinearValues]:
     """Define the operator of the values of rows, and the one of their gradients.
 
     Args:
@@ -89,14 +89,14 @@ def linear_values_operator(
 
     @operator(
         f"{name}_backward",
-        *(heads, Active, rows, Options, LinearUpstream, NeedsGradients),
+        *(heads, Active, rows, LinearOptions, LinearUpstream, NeedsGradients),
         gives=HeadGradients,
     )
     def backward(
         heads: H,
         active: Active,
         rows: R,
-        options: Options,
+        options: LinearOptions,
         upstream: LinearUpstream,
         needs: NeedsGradients,
     ) -> HeadGradients:
@@ -119,7 +119,7 @@ def linear_values_operator(
         heads: H,
         active: Active,
         rows: R,
-        options: Options,
+        options: LinearOptions,
         upstream: LinearUpstream,
         needs: NeedsGradients,
     ) -> HeadGradients:
@@ -127,9 +127,9 @@ def linear_values_operator(
 
     backward.differentiable_no_more()
 
-    @operator(name, heads, Active, rows, Options, NeedsGradient, gives=LinearValues)
+    @operator(name, heads, Active, rows, LinearOptions, NeedsGradient, gives=LinearValues)
     def values(
-        heads: H, active: Active, rows: R, options: Options, needs: NeedsGradient
+        heads: H, active: Active, rows: R, options: LinearOptions, needs: NeedsGradient
     ) -> LinearValues:
         rows.check_labels()
         inputs = linear_inputs(list(heads), options)
@@ -140,7 +140,7 @@ def linear_values_operator(
 
     @values.fake
     def _(
-        heads: H, active: Active, rows: R, options: Options, needs: NeedsGradient
+        heads: H, active: Active, rows: R, options: LinearOptions, needs: NeedsGradient
     ) -> LinearValues:
         inputs = linear_inputs(list(heads), options)
         kept = inputs.new_kept(rows.vocab_size, needs_grad=needs.needs_grad)
@@ -155,7 +155,7 @@ def linear_values_operator(
             heads: H,
             active: Active,
             rows: R,
-            options: Options,
+            options: LinearOptions,
             needs: NeedsGradient,
         ) -> Iterable[Fragment]:
             return heads, active, rows, options, _Forward(*result[2:])
@@ -167,7 +167,7 @@ def linear_values_operator(
             heads: H,
             active: Active,
             rows: R,
-            options: Options,
+            options: LinearOptions,
             saved: _Forward,
         ) -> Sequence[Tensor | None]:
             if wants_literal(rows.backend):
@@ -188,7 +188,7 @@ def linear_values_operator(
             heads: H,
             active: Active,
             rows: R,
-            options: Options,
+            options: LinearOptions,
             needs: NeedsGradient,
         ) -> Tensor | None:
             wider = _Wider(heads, tangents)
@@ -287,11 +287,13 @@ class LossOfHead(NamedTuple):
 
 def linear_loss_operator(
     name: str, heads: type[H], rows: type[R], loss: type[L]
-) -> Operator[[H, R, L, Options, NeedsGradients], LossOfHead]:
+) -> Operator[[H, R, L, LinearOptions, NeedsGradients], LossOfHead]:
     """Define the operator of a reduced loss of rows, which finishes its gradients at once."""
 
-    @operator(name, heads, rows, loss, Options, NeedsGradients, gives=LossOfHead)
-    def reduced(heads: H, rows: R, loss: L, options: Options, needs: NeedsGradients) -> LossOfHead:
+    @operator(name, heads, rows, loss, LinearOptions, NeedsGradients, gives=LossOfHead)
+    def reduced(
+        heads: H, rows: R, loss: L, options: LinearOptions, needs: NeedsGradients
+    ) -> LossOfHead:
         rows.check_labels()
         models = list(heads)
         inputs = linear_inputs(models, options)
@@ -301,7 +303,7 @@ def linear_loss_operator(
         return LossOfHead(total, losses, *HeadGradients.of(gradients, models))
 
     @reduced.fake
-    def _(heads: H, rows: R, loss: L, options: Options, needs: NeedsGradients) -> LossOfHead:
+    def _(heads: H, rows: R, loss: L, options: LinearOptions, needs: NeedsGradients) -> LossOfHead:
         models = list(heads)
         hidden = models[0]
         dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
@@ -317,7 +319,7 @@ def linear_loss_operator(
             heads: H,
             rows: R,
             loss: L,
-            options: Options,
+            options: LinearOptions,
             needs: NeedsGradients,
         ) -> Iterable[Fragment]:
             finished = HeadGradients(*result[2:])

@@ -30,6 +30,7 @@ _SCHEMA_TYPES: tuple[tuple[object, str], ...] = (
     (float, "float"),
     (list[float], "float[]"),
     (int, "int"),
+    (int | None, "int?"),
     (bool, "bool"),
     (str, "str"),
     (torch.dtype | None, "ScalarType?"),
