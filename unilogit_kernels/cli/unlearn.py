@@ -148,6 +148,15 @@ def unlearn(
     train_layers: Annotated[
         int | None, typer.Option(help="Train only so many of the top layers.")
     ] = Settings.train_layers,
+    memory_budget_mib: Annotated[
+        int | None, typer.Option(help="MiB that the losses' buffers may take.")
+    ] = Settings.memory_budget_mib,
+    logits_dtype: Annotated[
+        str | None, typer.Option(help="What logits are rounded to: float32, bfloat16 or float16.")
+    ] = Settings.logits_dtype,
+    skip_below: Annotated[
+        float, typer.Option(help="Tokens of a smaller share of the largest slope get no gradient.")
+    ] = Settings.skip_below,
     max_length: Annotated[
         int, typer.Option(help="Rows are cut after so many tokens.")
     ] = Settings.max_length,

@@ -305,6 +305,7 @@ class UnlearningTrainer(Trainer):
             retain.long(),
             weights=(self.args.forget_weight, self.args.retain_weight),
             num_items_in_batch=counts,
+            options=self.args.linear_options(),
         )
         return torch.cat([mixed.loss[None], mixed.parts])
 
@@ -326,16 +327,28 @@ class UnlearningTrainer(Trainer):
             slice(self._forget_rows(labels), None),
         )
         items = (None, None) if counts is None else counts.unbind()
-        vocab_size = self.args.vocab_size
+        vocab_size, options = self.args.vocab_size, self.args.linear_options()
+        # A divergence skips no rows.
+        of_divergence = options._replace(skip_below=0.0)
         if teacher is not None and self._method.needs_teacher:
-            options = {"num_items_in_batch": items[0], **self._method.divergence()}
             dropped = heads_kl_loss(
-                head, teacher, labels[forget], rows=forget, vocab_size=vocab_size, **options
+                head,
+                teacher,
+                labels[forget],
+                rows=forget,
+                vocab_size=vocab_size,
+                num_items_in_batch=items[0],
+                options=of_divergence,
+                **self._method.divergence(),
             )
         else:
             objective = self._method.objective(None if reference is None else reference[forget])
             dropped = head.objective_loss(
-                labels[forget], objective, rows=forget, num_items_in_batch=items[0]
+                labels[forget],
+                objective,
+                rows=forget,
+                num_items_in_batch=items[0],
+                options=options,
             )
         if teacher is not None and self.args.retain_loss == "kl":
             kept = heads_kl_loss(
@@ -345,10 +358,15 @@ class UnlearningTrainer(Trainer):
                 rows=retain,
                 vocab_size=vocab_size,
                 num_items_in_batch=items[1],
+                options=of_divergence,
             )
         else:
             kept = head.objective_loss(
-                labels[retain], "cross_entropy", rows=retain, num_items_in_batch=items[1]
+                labels[retain],
+                "cross_entropy",
+                rows=retain,
+                num_items_in_batch=items[1],
+                options=options,
             )
         loss = self.args.forget_weight * dropped + self.args.retain_weight * kept
         return torch.stack([loss, dropped, kept])
