@@ -72,8 +72,9 @@ def _worker(rank: int, kind: str, rendezvous: str) -> None:
             for part in (*model.children(), model):
                 fully_shard(part, mesh=mesh)
         generator = torch.Generator().manual_seed(rank)
-        x = torch.randn(N, H, generator=generator)
-        labels = torch.randint(0, V, (N,), generator=generator)
+        # Many tokens, so that no single slope decides the errors of all gradients.
+        x = torch.randn(8 * N, H, generator=generator)
+        labels = torch.randint(0, V, (8 * N,), generator=generator)
         labels[rank] = -100
         model(x.to(dtype), labels).backward()
         gradients.append({name: _whole(p.grad) for name, p in model.named_parameters()})
