@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unilogit_kernels import backends
 from unilogit_kernels.backends import LogitTransform
-from unilogit_kernels.ops.registration import has_tangent
+from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.plan import LinearOptions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -359,7 +359,7 @@ def _check_token_weights(
             f"got {list(token_weights.shape)}"
         )
     check_device("token_weights", token_weights, name, tensor)
-    if token_weights.requires_grad or has_tangent(token_weights):
+    if token_weights.requires_grad or any_tangent([token_weights]):
         raise ValueError(
             "token_weights requires grad, but no gradient flows to it: pass "
             "token_weights.detach(), or use reduction='none' and weight the losses yourself"

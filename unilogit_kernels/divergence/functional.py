@@ -15,7 +15,7 @@ from unilogit_kernels.ops import divergence as ops
 from unilogit_kernels.ops.arguments import NO_GRADIENT, NO_GRADIENTS
 from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
 from unilogit_kernels.ops.linear import Active
-from unilogit_kernels.ops.registration import has_tangent
+from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows import weigh
 
 
@@ -228,7 +228,7 @@ def linear_kl_loss(
     call = pair.call
     heads = HeadPair(_flat(hidden), weight, bias, _flat(teacher[0]), *teacher[1:])
     rows, options = pair.rows(), calls.options(call)
-    if call.reduction == "none" or any(map(has_tangent, student)):
+    if call.reduction == "none" or any_tangent(student):
         # What is finished in one pass has no tangents; the values of rows do.
         active = Active(call.row_weight != 0)
         found = ops.linear_divergence(heads, active, rows, options, NO_GRADIENT)
