@@ -250,7 +250,7 @@ class TestWithoutCompaction:
         labels = torch.randint(0, V, (30,))
         # These two look at numbers on CPU only, where they are at hand.
         monkeypatch.setattr("unilogit_kernels.ops.arguments.check_label_range", lambda *_: None)
-        monkeypatch.setattr("unilogit_kernels.ops.scaling._has_values", lambda _: False)
+        monkeypatch.setattr("unilogit_kernels.ops.scaling._has_values", lambda *_: False)
         for reduction in ("mean", "none"):
             for frozen in (False, True):
                 weight.requires_grad_(not frozen)

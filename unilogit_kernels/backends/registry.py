@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import cast
 
 import torch
 
@@ -66,20 +67,15 @@ def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
     return kernels if isinstance(kernels, ScaleKernels) else None
 
 
+@cache
 def load_divergence(name: str) -> DivergenceKernels:
-    """The two-row kernels of a backend; eager's, with one warning, where it has none yet.
+    """The two-row kernels of a backend; every one of them has some.
 
     Raises:
         ImportError: As `load`.
         RuntimeError: As `load`.
     """
-    kernels = load(name)
-    if isinstance(kernels, DivergenceKernels):
-        return kernels
-    _warn_once("eager", f"the {name!r} kernels do not compare two models' rows")
-    eager = load("eager")
-    assert isinstance(eager, DivergenceKernels)
-    return eager
+    return cast(DivergenceKernels, load(name))
 
 
 def unavailable_reason(name: str) -> str | None:

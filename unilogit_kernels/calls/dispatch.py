@@ -25,7 +25,7 @@ from unilogit_kernels.ops.arguments import (
     WeightedObjective,
 )
 from unilogit_kernels.ops.linear import Active
-from unilogit_kernels.ops.registration import has_tangent
+from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.contract import weigh
 
 
@@ -76,7 +76,7 @@ def objective_of(
 
 def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Tensor, Tensor]:
     """The loss (0-d) and the weighted losses `[n]` (detached); gradients are computed at once."""
-    if any(map(has_tangent, operands)):
+    if any_tangent(operands):
         # What is finished in one pass has no tangents; the values of rows do.
         losses = _losses(operands, call, objective)
         return call.factor * losses.sum(), losses.detach()

@@ -12,7 +12,7 @@ from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.arguments import NO_GRADIENT, NO_GRADIENTS
 from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
 from unilogit_kernels.ops.linear import Active
-from unilogit_kernels.ops.registration import has_tangent
+from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.contract import weigh
 
 Head = tuple[Tensor, Tensor, Tensor | None]
@@ -52,7 +52,7 @@ def of_heads(
     )
     call, rows = pair.call, pair.rows()
     heads = HeadPair(_flat(student[0]), *student[1:], _flat(teacher[0]), *teacher[1:])
-    if call.reduction == "none" or any(map(has_tangent, student)):
+    if call.reduction == "none" or any_tangent(student):
         # What is finished in one pass has no tangents; the values of rows do.
         active = Active(call.row_weight != 0)
         found = ops.divergence.linear_divergence(heads, active, rows, call.linear, NO_GRADIENT)

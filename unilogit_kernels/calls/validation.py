@@ -18,7 +18,7 @@ from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.ops.registration import has_tangent
+from unilogit_kernels.ops.registration import any_tangent
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -319,7 +319,7 @@ def _check_token_weights(
             f"got {list(token_weights.shape)}"
         )
     check_device("token_weights", token_weights, name, tensor)
-    if token_weights.requires_grad or has_tangent(token_weights):
+    if token_weights.requires_grad or any_tangent([token_weights]):
         raise ValueError(
             "token_weights requires grad, but no gradient flows to it: pass "
             "token_weights.detach(), or use reduction='none' and weight the losses yourself"

@@ -54,7 +54,8 @@ def _names(fragment: type[Fragment]) -> tuple[str, ...]:
 
 def rebuilt(fragment: type[F], values: Iterable[Any]) -> F:
     """A fragment of that class with these values."""
-    return cast(Callable[..., F], fragment)(*values)
+    make: Callable[..., F] = fragment
+    return make(*values)
 
 
 P = ParamSpec("P")
@@ -83,7 +84,9 @@ class Operator(Generic[P, R]):
         self._gives, self._several = gives, len(_names(gives)) > 1
         self._takes = takes
         stops = list(itertools.accumulate(len(_names(part)) for part in takes))
-        self._slices = list(zip(takes, [0, *stops], stops, strict=False))
+        self._slices: list[tuple[Any, int, int]] = list(
+            zip(takes, [0, *stops], stops, strict=False)
+        )
         LIBRARY.define(f"{name}({_schema(takes)}) -> ({_schema([gives])})")
         self._overload = getattr(torch.ops.unilogit_kernels, name).default
         run = self._real(function)
@@ -118,7 +121,7 @@ class Operator(Generic[P, R]):
 
         def run(*args: Any) -> Any:
             first = args[:operands]
-            tangents = any(map(has_tangent, first))
+            tangents = any_tangent(first)
             if tangents or _requires_grad(first):
                 return _apply(_Differentiable, call, tangents, args[operands:], *first)
             return self._below_autograd(args)
@@ -130,7 +133,7 @@ class Operator(Generic[P, R]):
 
         def run(*args: Any) -> Any:
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            if _requires_grad(tensors) or any(map(has_tangent, tensors)):
+            if _requires_grad(tensors) or any_tangent(tensors):
                 compute = functools.partial(self._below_autograd, args)
                 return first_derivatives_only(compute, self.name, tensors)
             return self._below_autograd(args)
@@ -165,7 +168,8 @@ class Operator(Generic[P, R]):
 
     def _split(self, args: Sequence[Any]) -> list[Any]:
         """The fragments of a flat list of arguments."""
-        return [rebuilt(part, args[start:stop]) for part, start, stop in self._slices]
+        # A class of NamedTuple takes its fields one by one, in Python; on few rows it is felt.
+        return [tuple.__new__(part, args[start:stop]) for part, start, stop in self._slices]
 
     def _output(self, result: R) -> Any:
         """What torch expects of an operator that returns `result`."""
@@ -272,7 +276,8 @@ class _Differentiable(_SingleLevelFunction):
         output = operator._below_autograd(args)
         result, fragments = operator._result(output), operator._split(args)
         ctx.call = call
-        ctx.mark_non_differentiable(*list(result)[1:])
+        if operator._several:
+            ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         _save(ctx, call.derivatives.save(result, *fragments))
         if tangents:
@@ -346,17 +351,22 @@ def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
         return apply(*args)
 
 
-def has_tangent(tensor: Tensor | None) -> bool:
-    """Whether forward-mode AD carries a tangent of this tensor."""
+def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode AD carries a tangent of one of these."""
     level = forward_ad._current_level
-    if level < 0 or tensor is None:
-        return False
-    return forward_ad.unpack_dual(tensor, level=level).tangent is not None
+    return level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x, level=level).tangent is not None
+        for x in tensors
+    )
 
 
 def _requires_grad(operands: Sequence[Tensor | None]) -> bool:
     """Whether the graph has to see an operation on these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    if torch.is_grad_enabled():
+        for x in operands:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _no_forward_ad(name: str) -> NotImplementedError:

@@ -81,8 +81,7 @@ def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
     """
     in_place = (
         gradient.dtype == saved.dtype
-        and _has_values(gradient)
-        and _has_values(factor)
+        and _has_values(gradient, factor)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
     if not in_place:
@@ -111,13 +110,16 @@ def _scale_rows(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor is one of numbers, and nobody traces or transforms what is done to it."""
-    return (
-        type(tensor) is Tensor
-        and tensor.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
+def _has_values(gradient: Tensor, factor: Tensor) -> bool:
+    """Whether these are of numbers, and nobody traces or transforms what is done to them."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    for tensor in (gradient, factor):
+        if type(tensor) is not Tensor or tensor.is_meta:
+            return False
+        of_functorch = torch._C._functorch
+        if of_functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        if of_functorch.is_legacy_batchedtensor(tensor):
+            return False
+    return not torch.compiler.is_compiling()
