@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import one_thread
 from torch import Tensor
 
+from tests.support.tiny_models import one_thread
 from unilogit_kernels.testing import (
     assert_sum_within_budget,
     assert_tensors_within_budget,
