@@ -78,7 +78,7 @@ def forced(request: pytest.FixtureRequest) -> str:
 
 def test_an_instruction_set_is_forced(forced: str) -> None:
     code = (
-        "import torch; from unilogit_kernels.backends import cpu; "
+        "import torch; from unilogit_kernels.backends.cpu import library; "
         "print(torch.backends.cpu.get_cpu_capability(), library.instruction_set())"
     )
     assert run(forced, "-c", code).stdout.split() == [CAPABILITIES[forced], forced]

@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../cuda_kernels.cu"
+#include "cuda_kernels.cu"
 
 namespace {
 
