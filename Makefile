@@ -6,8 +6,10 @@ RUNS ?= runs
 # Processes that share the tests; most tests keep one core busy.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
+# The executor of PTX has tests of its own.
+PTXSIM := tools/ptxsim/tests
 # Triton's tests that need no GPU; run on the triton of constraints.txt, and on a newer one.
-TRITON_TESTS := tests/ptxsim/test_triton_ops.py tests/triton_kernels
+TRITON_TESTS := tests/backends/triton
 NEWEST_TRITON := 3.9.0
 NEWEST_TRITON_HOME := .venv/triton-$(NEWEST_TRITON)
 
@@ -18,6 +20,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) $(PTXSIM)
 
 test-triton: test-triton-newest
 	$(BIN)/python -m pytest $(PARALLEL) $(TRITON_TESTS)
@@ -26,6 +29,8 @@ test-triton: test-triton-newest
 test-triton-newest: $(INSTALLED) $(NEWEST_TRITON_HOME)/triton/__init__.py
 	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(PARALLEL) $(TRITON_TESTS) \
 		-m "not pinned_triton"
+	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(PARALLEL) \
+		$(PTXSIM)/test_triton_ops.py -m "not pinned_triton"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -44,9 +49,10 @@ bench-report: $(INSTALLED)
 # On a machine with a GPU: the suite on it, what only a GPU can show, and the benchmark, whose
 # results are named after it. torch from PyPI is a build for CUDA; for ROCm, install its own first.
 gpu: $(INSTALLED)
-	UNILOGIT_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_accuracy.py \
-		tests/test_tensors.py tests/test_calls.py tests/test_divergence_kernels.py
-	$(BIN)/python -m pytest tests/gpu
+	UNILOGIT_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest \
+		tests/functional/test_accuracy.py tests/functional/test_tensors.py tests/calls/test_calls.py \
+		tests/backends/test_divergence_kernels.py
+	$(BIN)/python -m pytest tests/backends/gpu
 	$(BIN)/unilogit bench --device cuda --json "benchmarks/results/$$($(BIN)/python -c \
 		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 

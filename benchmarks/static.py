@@ -2,7 +2,7 @@
 
 Two tables, written to `results/static.json` and `results/static.md`. The first is read from kernels
 compiled for each target through the project's own launch code; the second is counted while compiled
-kernels are executed on the CPU (tests/ptxsim). Peers are measured in the same run. No number here
+kernels are executed on the CPU (tools/ptxsim). Peers are measured in the same run. No number here
 is a time, and nothing ran on a GPU.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "tests"))  # the harness is a test's: it is not installed
+sys.path.insert(0, str(_ROOT / "tools" / "ptxsim" / "src"))  # it is not installed
 
-from triton_kernels import costs  # noqa: E402
-from triton_kernels.aot import TARGETS  # noqa: E402
-from triton_kernels.costs import Compiled, Cost  # noqa: E402
+from tests.backends.triton import costs  # noqa: E402
+from tests.backends.triton.aot import TARGETS  # noqa: E402
+from tests.backends.triton.costs import Compiled, Cost  # noqa: E402
 
 RESULTS = _ROOT / "benchmarks" / "results"
 VARIANTS = (

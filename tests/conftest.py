@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_kernels import devices
-from triton_kernels.small_problems import SHARES, small_problems
 
+from tests.backends.cuda import devices
+from tests.backends.triton.small_problems import SHARES, small_problems
 from unilogit_kernels import available_backends
 from unilogit_kernels.backends.contract import DivergenceKernels
 from unilogit_kernels.backends.cpu import library
 from unilogit_kernels.backends.registry import load
 from unilogit_kernels.fused_linear import gemm
 
-# Triton's kernels have the suite for themselves, in processes that `triton_kernels` starts: whether
+# Triton's kernels have the suite for themselves, in processes that backends/triton starts: whether
 # they are interpreted is decided once, when they are imported, and to compile them takes long.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXECUTED_FOR = os.environ.get("UNILOGIT_KERNELS_EXECUTE_PTX")
@@ -28,11 +29,12 @@ DEVICE = os.environ.get("UNILOGIT_KERNELS_TEST_DEVICE", "cpu")
 """Where the tests' tensors live; `make gpu` says cuda, on which the backends for GPUs run."""
 
 if INTERPRETED:
-    from triton_kernels import interpreter
+    from tests.backends.triton import interpreter
 
     interpreter.install()
 
 
+TESTS = Path(__file__).parent
 INSTRUCTION_SETS: list[str] = []
 """Of the C++ kernels, those that this processor has; the best one, which comes first, is in use."""
 if library.is_available():
@@ -58,25 +60,25 @@ def _variants() -> list[Any]:
 
 
 ABOVE_THE_KERNELS = {
-    "test_calls.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "test_chunking.py": ("cuda-split rows",),
+    "calls/test_calls.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "fused_linear/test_chunking.py": ("cuda-split rows",),
     "test_systems.py": ("cuda-split rows",),
-    "test_divergence.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "test_divergence_autograd.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
-    "test_divergence_extremes.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "test_divergence_linear.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
-    "test_divergence_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "test_linear_options.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "test_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "functional/test_kl.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "ops/test_divergence.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
+    "functional/test_kl_extremes.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "fused_linear/test_divergence.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
+    "functional/test_kl_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "fused_linear/test_options.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "functional/test_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
 }
 """Tests of what lies above the kernels, and the variants of a backend that are nothing to them: the
-kernels have every variant in test_accuracy.py, test_tensors.py, test_runner_up.py,
-test_cpu_kernels.py and test_divergence_kernels.py."""
+kernels have every variant in backends, and in functional/test_accuracy.py, test_tensors.py and
+test_runner_up.py."""
 
 
 def _is_spared(item: pytest.Item) -> bool:
     best = f"cpu-{INSTRUCTION_SETS[0]}" if INSTRUCTION_SETS else None
-    spared = ABOVE_THE_KERNELS.get(item.path.name, ())
+    spared = ABOVE_THE_KERNELS.get(item.path.relative_to(TESTS).as_posix(), ())
     return any(variant in item.name for variant in spared if variant != best)
 
 

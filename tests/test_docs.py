@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import unilogit_kernels
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(unilogit_kernels.__path__, "unilogit_kernels.")
@@ -45,5 +45,5 @@ def test_links_and_named_files_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
-    for named in re.findall(r"`((?:tests|benchmarks|csrc|docs)/[\w./-]+)", text):
+    for named in re.findall(r"`((?:tests|tools|benchmarks|csrc|docs)/[\w./-]+)", text):
         assert (ROOT / named.rstrip(".")).exists(), named

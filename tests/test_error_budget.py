@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import one_thread
 from torch import Tensor
 
+from tests.support.tiny_models import one_thread
 from unilogit_kernels.testing import (
     assert_sum_within_budget,
     assert_tensors_within_budget,

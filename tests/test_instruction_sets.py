@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from unilogit_kernels.backends.cpu import library
 
-TESTS = Path(__file__).resolve().parent
+TESTS = ROOT / "tests"
 FORCED = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -39,7 +40,7 @@ CAPABILITIES = {"avx2": "AVX2", "baseline": "DEFAULT"}
 """What torch calls these."""
 
 JUDGED = re.compile(r"within_budget|\bproblems import|\bdivergence_pairs import")
-ELSEWHERE = {"cuda_kernels", "gpu", "ptxsim", "triton_kernels"}
+ELSEWHERE = [TESTS / "backends" / name for name in ("cuda", "gpu", "triton")]
 """Folders of tests that launch kernels for GPUs, whose results depend on no processor."""
 
 
@@ -48,8 +49,8 @@ def numerical_tests() -> list[Path]:
     return [
         file
         for file in sorted(TESTS.rglob("test_*.py"))
-        if not ELSEWHERE & set(file.parts)
-        and file.name != Path(__file__).name
+        if not any(file.is_relative_to(folder) for folder in ELSEWHERE)
+        and file != Path(__file__).resolve()
         and JUDGED.search(file.read_text(encoding="utf-8"))
     ]
 
@@ -57,7 +58,7 @@ def numerical_tests() -> list[Path]:
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env={**os.environ, **FORCED[name]},
         capture_output=True,
         text=True,
@@ -77,7 +78,7 @@ def forced(request: pytest.FixtureRequest) -> str:
 
 def test_an_instruction_set_is_forced(forced: str) -> None:
     code = (
-        "import torch; from unilogit_kernels.backends import cpu; "
+        "import torch; from unilogit_kernels.backends.cpu import library; "
         "print(torch.backends.cpu.get_cpu_capability(), library.instruction_set())"
     )
     assert run(forced, "-c", code).stdout.split() == [CAPABILITIES[forced], forced]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from unilogit_kernels.backends.cuda import sources as cuda_sources
 
-ROOT = Path(__file__).resolve().parent.parent
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "UNILOGIT_KERNELS_NVCC": ""}
 SMOKE = """
 import torch, unilogit_kernels as uk

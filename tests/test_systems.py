@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from problems import assert_equal_steps
 from torch import Tensor, nn
 from torch.library import opcheck
 
+from tests.support.problems import assert_equal_steps
 from unilogit_kernels import (
     available_backends,
     linear_objective_loss,

@@ -1,0 +1,77 @@
+"""Bugs put into the runner-up of the CUDA kernels on purpose, each of which must be caught."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.backends.cuda import devices
+from tests.backends.cuda.bugs import SPLIT, Bug, Case
+from tests.functional import test_runner_up as tests
+from tests.support.problems import TRANSFORMS
+from unilogit_kernels.backends.cuda.launch import CudaKernels
+
+KERNELS = CudaKernels()
+
+
+def columns(device: devices.PtxLauncher) -> None:
+    """Maxima that are there many times, chunks in another order than the columns."""
+    tests.test_of_equal_ones_the_lowest(KERNELS, torch.float32, (2, 0, 1))
+
+
+def gradients(device: devices.PtxLauncher) -> None:
+    """In place, where a slope takes the logit itself."""
+    tests.test_gradient_rows(KERNELS, torch.float32, TRANSFORMS["softcap"], in_place=True)
+
+
+def nothing_but_the_label(device: devices.PtxLauncher) -> None:
+    """Of which the lowest token but the label is the runner-up."""
+    tests.test_hard_rows(KERNELS, 0)
+
+
+CASES = {
+    "a chunk's columns are counted from its first one": Case(
+        Bug("kernels.h", "part.column += static_cast<int>(first_column);", ";", None), columns
+    ),
+    "of equal ones the highest": Case(
+        Bug("row_math.h", "a.column < b.column ? a.column", "a.column > b.column ? a.column", None),
+        columns,
+    ),
+    "a larger one is not looked for behind the last": Case(
+        Bug("row_math.h", "largest == part.max ? part.column : kNoColumn", "part.column", None),
+        columns,
+    ),
+    "a warp keeps the column of its first lane": Case(
+        Bug(
+            "kernels.h",
+            "if (kRunnerUp) other.column = __shfl_xor_sync(kAllLanes, part.column, distance);",
+            "other.column = part.column;",
+            None,
+        ),
+        columns,
+    ),
+    "blocks leave columns where others have theirs": Case(
+        Bug("kernels.h", "parts[2 * plane + index]", "parts[plane + index]", None), columns, SPLIT
+    ),
+    "the label of a row without others is its own runner-up": Case(
+        Bug("row_math.h", "nowhere ? kNoColumn : part.column", "part.column", None),
+        nothing_but_the_label,
+    ),
+    "the gradient takes a column of the vocabulary for one of the chunk": Case(
+        Bug(
+            "kernels.h",
+            "int_of_bits(state[row_index + 3 * state_stride]) - first_column;",
+            "int_of_bits(state[row_index + 3 * state_stride]);",
+            None,
+        ),
+        gradients,
+    ),
+    "the runner-up's logit is read behind its gradient": Case(
+        Bug(
+            "row_walk.h",
+            "out_.data[runner_up] = Out::store(at_runner_up);",
+            "out_.data[runner_up] = Out::store(entry_of(RunnerUp::entry(gradient), runner_up));",
+            None,
+        ),
+        gradients,
+    ),
+}

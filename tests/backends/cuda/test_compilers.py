@@ -1,0 +1,147 @@
+"""nvcc and NVRTC make every kernel for every architecture, within a budget that they report."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.backends.cuda import devices
+from unilogit_kernels.backends.cuda import driver, sources
+from unilogit_kernels.backends.cuda.geometry import RESIDENT_THREADS, TYPES
+from unilogit_kernels.backends.cuda.loader import Target
+from unilogit_kernels.backends.cuda.sources import Kernel
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+MOST_REGISTERS = 65_536 // RESIDENT_THREADS
+"""So that as many threads live on a multiprocessor as the launches count on."""
+
+MOST_SHARED_BYTES = 1024
+"""Of a block. A part of each warp and a gradient row; far from limiting anything."""
+
+
+def every_kernel() -> Iterator[Kernel]:
+    """What the launch functions may ask for."""
+    names = TYPES.values()
+    for macro in (
+        "MERGE_PARTS",
+        "RUNNER_UP_MERGE",
+        "DIVERGENCE_UPDATE",
+        "MERGE_PAIRS",
+        "DIVERGENCE_GRADIENT",
+    ):
+        yield Kernel(macro)
+    for name in names:
+        yield Kernel("SCALE", (name,))
+    for name, cap in itertools.product(names, ("plain", "capped")):
+        yield Kernel("LOG_ODDS_UPDATE", (name, cap))
+        yield Kernel("RUNNER_UP_UPDATE", (name, cap))
+    for macro in ("LOG_ODDS_GRADIENT", "RUNNER_UP_GRADIENT", "LOG_ODDS_SWEEP"):
+        for arguments in itertools.product(names, names, ("plain", "capped")):
+            yield Kernel(macro, arguments)
+
+
+class Usage(NamedTuple):
+    """What ptxas says of a kernel."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def parse_usage(log: str) -> dict[str, Usage]:
+    """By kernel, from the output of `ptxas -v`."""
+    found: dict[str, Usage] = {}
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        assert spills, part
+        assert registers, part
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[part.split("'")[0]] = Usage(
+            int(registers[1]), int(spills[1]) + int(spills[2]), int(shared[1]) if shared else 0
+        )
+    return found
+
+
+def assert_within_budget(found: dict[str, Usage]) -> None:
+    assert found.keys() == {kernel.name for kernel in every_kernel()}
+    for name, usage in found.items():
+        assert usage.spilled_bytes == 0, name
+        assert usage.registers <= MOST_REGISTERS, name
+        assert usage.shared_bytes <= MOST_SHARED_BYTES, name
+
+
+def nvcc_log(arch: int, output: Path) -> str:
+    assert devices.NVCC is not None
+    command = [
+        devices.NVCC,
+        "--cubin",
+        f"-std={sources.STANDARD}",
+        f"-arch=sm_{arch}",
+        "-Xptxas=-v",
+    ]
+    command += [str(sources.directory() / "kernels.cu"), "-o", str(output / f"sm_{arch}.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
+    return result.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
+def test_nvcc(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for log in pool.map(lambda arch: nvcc_log(arch, tmp_path), ARCHITECTURES):
+            assert_within_budget(parse_usage(log))
+
+
+NVRTC_CODE = """
+import io, sys
+from pathlib import Path
+from cuda.core import Program, ProgramOptions
+folder, arch, standard = sys.argv[1:]
+options = ProgramOptions(std=standard, arch=arch, include_path=[folder], ptxas_options="-v")
+log = io.StringIO()
+Program(Path(folder, "kernels.cu").read_text(), "c++", options).compile("cubin", logs=log)
+print(log.getvalue())
+"""
+
+WITHOUT_NVRTC = driver.missing_bindings() or driver.missing_compiler()
+NVRTC_ARCHITECTURES = ARCHITECTURES if devices.NVCC is None else (ARCHITECTURES[0], 90)
+"""nvcc shows what fits each architecture. That NVRTC takes the source, whose branches ask at most
+whether there is sm_80, and makes code as small of it, two of them show."""
+
+
+def nvrtc_log(arch: int) -> str:
+    arguments = [str(sources.directory()), f"sm_{arch}", sources.STANDARD]
+    command = [sys.executable, "-c", NVRTC_CODE, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(WITHOUT_NVRTC is not None, reason=str(WITHOUT_NVRTC))
+def test_nvrtc() -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for log in pool.map(nvrtc_log, NVRTC_ARCHITECTURES):
+            assert_within_budget(parse_usage(log))
+
+
+@pytest.mark.skipif(WITHOUT_NVRTC is not None, reason=str(WITHOUT_NVRTC))
+def test_a_single_kernel_as_the_loader_compiles_it() -> None:
+    kernel, cuda = Kernel("MERGE_PARTS"), driver.CudaDriver()
+    assert set(ARCHITECTURES) <= set(cuda.compiler_architectures())
+    cubin = cuda.compile(kernel.source, sources.directory(), Target("cubin", "sm_90"))
+    assert cubin.startswith(b"\x7fELF")
+    assert b"merge_parts" in cubin

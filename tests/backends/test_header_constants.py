@@ -1,0 +1,102 @@
+"""What the launchers and the headers of csrc both state is the same in both."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.backends.cpu import test_kernels as test_cpu_kernels
+from tests.support import ROOT
+from unilogit_kernels.backends import ids
+from unilogit_kernels.backends.cpu import kernels, library
+from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
+from unilogit_kernels.maths import pair_state, row_state
+from unilogit_kernels.objectives import REGISTRY
+
+CSRC = ROOT / "csrc"
+
+
+def enumerators(header: str, name: str) -> dict[str, int]:
+    """What an enum of a header says, in its order."""
+    text = re.sub("//.*", "", (CSRC / header).read_text())
+    (body,) = re.findall(rf"enum {name}\b[^{{]*{{([^}}]*)}}", text)
+    return {key: int(value) for key, value in re.findall(r"(\w+) = (-?\w+)", body)}
+
+
+def constants(header: str) -> dict[str, int]:
+    """The integers that a header defines by numbers alone."""
+    found: dict[str, int] = {}
+    definition = (
+        r"^(?:#define (\w+)|constexpr (?:int|(?:std::)?int(?:32_t|64_t)) (\w+) =) ([^;\n]*)"
+    )
+    for macro, name, value in re.findall(definition, (CSRC / header).read_text(), re.MULTILINE):
+        plain = re.sub(r"int64_t\{(\w+)\}", r"\1", value)
+        if re.fullmatch(r"(0x)?[\dA-Fa-f]+( << \d+)?", plain):
+            found[macro or name] = eval(plain)
+    return found
+
+
+def spelled(name: str, prefix: str) -> str:
+    """An objective as an enumerator: the name of its class."""
+    return "k" + prefix + REGISTRY[name].__name__.removeprefix(prefix)
+
+
+@pytest.mark.parametrize(
+    ("header", "enum", "prefix"),
+    [
+        ("cpu/api.h", "UnilogitObjective", "Unilogit"),
+        ("cuda/row_math.h", "Objective", ""),
+    ],
+)
+def test_objectives(header: str, enum: str, prefix: str) -> None:
+    found = enumerators(header, enum)
+    assert found.pop("kNoObjective", ids.NO_OBJECTIVE) == ids.NO_OBJECTIVE
+    assert found == {spelled(name, prefix): i for name, i in ids.OBJECTIVE_IDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("header", "enum", "prefix"),
+    [("cpu/api.h", "UnilogitType", "kUnilogit"), ("cuda/pair_kernels.h", "Type", "k")],
+)
+def test_dtypes(header: str, enum: str, prefix: str) -> None:
+    assert enumerators(header, enum) == {
+        prefix + geometry.TYPES[dtype]: i for dtype, i in ids.DTYPE_IDS.items()
+    }
+    assert constants("cpu/api.h")["kTypes"] == len(ids.DTYPE_IDS)
+
+
+def test_statuses_of_the_cpu_library() -> None:
+    assert enumerators("cpu/api.h", "UnilogitStatus") == {
+        "kUnilogitOk": 0,
+        "kUnilogitOutOfMemory": library.OUT_OF_MEMORY,
+        "kUnilogitUnsupported": library._UNSUPPORTED,
+    }
+
+
+@pytest.mark.parametrize(
+    ("header", "name", "expected"),
+    [
+        ("cpu/api.h", "UNILOGIT_INTERFACE", library._INTERFACE),
+        ("cpu/api.h", "kUnilogitStudentIsA", kernels._STUDENT_IDS["a"]),
+        ("cpu/api.h", "kNoColumn", row_state.NO_COLUMN),
+        ("cuda/row_math.h", "kNoColumn", row_state.NO_COLUMN),
+        ("cuda/row_walk.h", "kFlightBytes", log_odds._FLIGHT_BYTES),
+        ("cuda/row_walk.h", "kCappedFlightBytes", log_odds._CAPPED_FLIGHT_BYTES),
+        ("cuda/pair_math.h", "kPairFields", pair_state.B_SUM + 1),
+        ("cpu/rows.h", "kStreamBytes", test_cpu_kernels.STREAM_BYTES),
+    ],
+)
+def test_constants(header: str, name: str, expected: int) -> None:
+    assert constants(header)[name] == expected
+
+
+def test_columns_of_a_pair_in_flight() -> None:
+    found = constants("cuda/pair_kernels.h")
+    assert found["kPairVector"] * found["kPairVectors"] == divergence._PAIR_COLUMNS
+
+
+def test_columns_of_a_state_are_int32() -> None:
+    """As `kNoColumn` and every column of a state are."""
+    assert torch.iinfo(torch.int32).max == row_state.NO_COLUMN

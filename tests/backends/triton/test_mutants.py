@@ -1,0 +1,304 @@
+"""Broken kernels, each of which some check must catch: a check that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from ptxsim import KernelFaultError, Schedule
+from ptxsim.triton_device import triton_device
+from tests.backends import test_layouts
+from tests.backends.triton.battery import (
+    CAPPED,
+    PLAIN,
+    SCALED,
+    Case,
+    check_bad_labels,
+    check_chunks,
+    check_distant_rows,
+    check_runner_up,
+    check_sweep,
+)
+from tests.backends.triton.small_problems import SHARES, small_problems
+from unilogit_kernels.backends.triton import divergence, geometry, kernels, log_odds
+from unilogit_kernels.backends.triton.geometry import options_of
+
+# That checks can fail is no matter of the compiler.
+pytestmark = pytest.mark.pinned_triton
+
+WHOLE, SPLIT = SHARES
+PACKAGE = kernels.__name__
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of one place in the source of the kernels.
+
+    Attributes:
+        file: Of the kernels.
+        before: What the file says, exactly once.
+        after: What it says in the mutant.
+        check: That must fail.
+        case: What it is given.
+        share: How rows are shared.
+    """
+
+    file: str
+    before: str
+    after: str
+    check: Callable[[Case], None] = check_sweep
+    case: Case = Case()  # noqa: RUF009 (frozen)
+    share: str = WHOLE
+
+
+BF16 = Case(torch.bfloat16)
+MUTANTS = {
+    "mask of the tail": Mutant(
+        "row_walk.py",
+        "return columns, vectors < share.tail_vectors",
+        "return columns, vectors < share.tail_vectors + 1",
+    ),
+    "mask of the ends": Mutant(
+        "row_walk.py", "lane < share.ends\n", "lane < share.ends + 1\n", case=BF16
+    ),
+    "ends that are forgotten": Mutant(
+        "row_walk.py",
+        "columns, inside = end_columns(share, WALK)\n        parts = FOLD(",
+        "columns, inside = end_columns(share, WALK)\n        FOLD(",
+        case=Case(objective="cross_entropy"),
+    ),
+    "64 bits of offsets": Mutant(
+        "row_walk.py",
+        "offset + row_index * row_stride",
+        "offset + row_index.to(tl.int32) * row_stride",
+        check_distant_rows,
+        BF16,
+    ),
+    "masked lanes in the sum": Mutant(
+        "log_odds.py", "        z = tl.where(inside, z, NEGATIVE_INFINITY)\n", "        z = z\n"
+    ),
+    "label in the rest": Mutant(
+        "log_odds.py", "z = tl.where(columns == label, NEGATIVE_INFINITY, z)", "z = z + 0.0"
+    ),
+    "label in the wrong tile": Mutant(
+        "row_walk.py",
+        "        is_near = label_in_body // BLOCK == block\n        columns",
+        "        is_near = label_in_body // BLOCK == block + 1\n        columns",
+        case=Case(v=6000, n=4, layout="contiguous"),
+    ),
+    "first boundary": Mutant(
+        "row_walk.py",
+        "peeled = tl.minimum((WALK.alignment - beyond) % WALK.alignment, v)",
+        "peeled = tl.minimum(beyond, v)",
+        case=BF16,
+    ),
+    "one part alone owns the tail": Mutant(
+        "row_walk.py",
+        "is_last = part == parts - 1",
+        "is_last = part >= 0",
+        share=SPLIT,
+        case=Case(in_place=True),
+    ),
+    "rescaling of the sum": Mutant(
+        "row_maths.py",
+        "row_sum * tl.exp2((row_max - shift) * LOG2_E) + tl.sum",
+        "row_sum + tl.sum",
+        case=Case(v=6000),
+    ),
+    "merge of threads": Mutant(
+        "row_maths.py",
+        "tl.sum(part_sum * tl.exp2((part_max - shift) * LOG2_E), 0)",
+        "tl.sum(part_sum, 0)",
+    ),
+    "state so far": Mutant(
+        "log_odds.py",
+        "part_sum = tl.where(is_first, tl.load(state + state_stride), part_sum)",
+        "part_sum = tl.where(is_first, 0.0, part_sum)",
+        check_chunks,
+    ),
+    "state so far, split": Mutant(
+        "log_odds.py",
+        "part_sum = tl.where(i == count, tl.load(state + state_stride), part_sum)",
+        "part_sum = tl.where(i == count, 0.0, part_sum)",
+        check_chunks,
+        share=SPLIT,
+    ),
+    "parts that do not exist": Mutant(
+        "log_odds.py",
+        "    part_sum = tl.load(parts, mask=is_part, other=0.0)",
+        "    part_sum = tl.load(parts)",
+        check_chunks,
+        share=SPLIT,
+    ),
+    "natural exponential": Mutant(
+        "log_odds.py", "tl.exp2((z - row.row_max) * LOG2_E)", "tl.exp2(z - row.row_max)"
+    ),
+    "derivative of the scale": Mutant(
+        "log_odds.py",
+        "at_label = slope * derivative",
+        "at_label = slope",
+        case=Case(transform=SCALED),
+    ),
+    "derivative of the cap": Mutant(
+        "log_odds.py",
+        "        values = values * slope\n",
+        "        values = values * 1.0\n",
+        case=Case(transform=CAPPED),
+    ),
+    "rows of weight 0": Mutant("log_odds.py", "    if size == 0.0:\n", "    if size == 2e30:\n"),
+    "of equal logits the last": Mutant(
+        "row_maths.py",
+        "first = tl.where(tile_max == row_max, tl.minimum(first, column), first)",
+        "first = first + 0",
+        check_runner_up,
+        Case(v=6000),
+    ),
+    "merge of columns": Mutant(
+        "row_maths.py",
+        "tl.min(tl.where(part_max == row_max, part_column, NO_COLUMN), 0)",
+        "tl.min(part_column, 0)",
+        check_runner_up,
+    ),
+    "column so far, split": Mutant(
+        "log_odds.py",
+        "part_column = tl.where(i == count, so_far, part_column)",
+        "part_column = part_column",
+        check_runner_up,
+        share=SPLIT,
+    ),
+    "label among the runners-up": Mutant(
+        "log_odds.py",
+        "z = tl.where(columns == label, NEGATIVE_INFINITY, z)",
+        "z = z + 0.0",
+        check_runner_up,
+    ),
+    "runner-up counted from the boundary": Mutant(
+        "log_odds.py",
+        "at_runner_up, entries.runner_up - share.peeled)",
+        "at_runner_up, entries.runner_up)",
+        check_runner_up,
+    ),
+    "label as a pointer": Mutant(
+        "row_walk.py",
+        "return tl.where((column >= 0) & (column < v), column, -1).to(tl.int32)",
+        "return tl.where(column >= 0, column, -1).to(tl.int32)",
+        check_bad_labels,
+        Case(n=6),
+    ),
+}
+
+
+def mutated(mutant: Mutant, folder: Path, name: str) -> ModuleType:
+    """The log-odds kernels of a copy of the package with the mutation in it."""
+    copy = folder / name
+    shutil.copytree(Path(str(kernels.__file__)).parent, copy)
+    text = (copy / mutant.file).read_text()
+    assert text.count(mutant.before) == 1, (
+        f"{mutant.before!r} is there {text.count(mutant.before)}x"
+    )
+    (copy / mutant.file).write_text(text.replace(mutant.before, mutant.after))
+    for file in copy.glob("*.py"):
+        file.write_text(file.read_text().replace(PACKAGE, name))
+    return importlib.import_module(f"{name}.log_odds")
+
+
+@pytest.fixture
+def _importable(tmp_path: Path) -> Iterator[None]:
+    before = set(sys.modules)
+    sys.path.insert(0, str(tmp_path))
+    yield
+    sys.path.remove(str(tmp_path))
+    for name in set(sys.modules) - before:
+        if name.startswith("mutant_"):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("_importable")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = MUTANTS[name]
+    module = mutated(mutant, tmp_path, f"mutant_{list(MUTANTS).index(name)}")
+    for kernel in dir(log_odds):
+        if kernel.endswith("_kernel"):
+            monkeypatch.setattr(log_odds, kernel, getattr(module, kernel))
+    with (
+        small_problems(mutant.share),
+        # Looking for races would take memory for every element between distant rows.
+        triton_device(90, schedule=Schedule(check_races=mutant.check is not check_distant_rows)),
+        pytest.raises((KernelFaultError, AssertionError)),
+    ):
+        mutant.check(mutant.case)
+
+
+ONE_MODEL, TWO_MODELS = test_layouts.test_logits_and_output, test_layouts.test_two_models_and_output
+NARROW, WIDE = torch.bfloat16, torch.float32
+ALIGNMENTS: dict[str, tuple[str, str, Callable[..., None], tuple[object, ...]]] = {
+    "strides of two matrices of three": (
+        "if self.strided:",
+        "if place.column_stride != 1 or self.leading.column_stride != 1:",
+        TWO_MODELS,
+        ("contiguous", WIDE, WIDE),
+    ),
+    "strides of the leading matrix alone": (
+        "in (self.leading, *self.others)",
+        "in (self.leading,)",
+        ONE_MODEL,
+        ("inner stride", WIDE, WIDE),
+    ),
+    "rows that begin elsewhere": (
+        "further % elements or longer",
+        "longer",
+        ONE_MODEL,
+        ("unaligned", NARROW, NARROW),
+    ),
+    "rows at another distance": (
+        "further % elements or longer",
+        "further",
+        ONE_MODEL,
+        ("padded rows", NARROW, NARROW),
+    ),
+    "boundaries of a narrower dtype": (
+        "min(vector_of(place.base), vector_of(self.leading.base))",
+        "vector_of(place.base)",
+        TWO_MODELS,
+        ("contiguous", WIDE, NARROW),
+    ),
+}
+"""Changes of `Matrices`, a test of mixed layouts that each must fail, and its layout and dtypes."""
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_wrong_alignment_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, test, case = ALIGNMENTS[name]
+    source = Path(str(geometry.__file__)).read_text()
+    assert source.count(before) == 1, f"{before!r} is there {source.count(before)}x"
+    mutant = ModuleType(geometry.__name__)
+    exec(source.replace(before, after), mutant.__dict__)
+    for launches in (log_odds, divergence):
+        monkeypatch.setattr(launches, "Matrices", mutant.Matrices)
+    with (
+        small_problems(WHOLE),
+        triton_device(90),
+        pytest.raises((KernelFaultError, AssertionError)),
+    ):
+        test("triton", *case)
+
+
+@pytest.mark.parametrize("warps", [2, 4])
+def test_two_warps_that_merge_race(warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why `merge_parts_kernel` has one warp: a barrier is missing between others."""
+    monkeypatch.setattr(log_odds, "options_of", lambda chosen, **_: options_of(chosen, warps))
+    with (
+        small_problems(SPLIT),
+        triton_device(90, schedule=Schedule()),
+        pytest.raises(KernelFaultError, match="data race"),
+    ):
+        check_chunks(Case(transform=PLAIN))

@@ -1,0 +1,63 @@
+"""What the compiled kernels take of their GPUs: nothing spills, and accesses are whole.
+
+`python -m benchmarks.static` prints the same numbers, and those of the peers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.backends.triton.aot import TARGETS
+from tests.backends.triton.costs import Compiled, compile_ours
+
+V_ODD, V_EVEN = 50_257, 128_256
+WHOLE_ACCESS = 128
+KERNELS = {
+    "log_odds_update_kernel",
+    "merge_parts_kernel",
+    "log_odds_gradient_kernel",
+    "log_odds_sweep_kernel",
+    "scale_kernel",
+}
+
+
+def check(found: list[Compiled]) -> None:
+    """No kernel is missing, none spills, and loops move 128 bits at a time."""
+    assert {kernel.launch.name for kernel in found} >= KERNELS
+    for kernel in found:
+        what = f"{kernel.launch.name} ({kernel.use}): {kernel.resources}"
+        assert kernel.resources.spilled == 0, what
+        assert set(kernel.resources.loop_accesses) <= {WHOLE_ACCESS}, what
+
+
+NEWEST_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
+"""One of each generation of code: what compiles for these compiles alike for its relatives."""
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[] if target in NEWEST_TARGETS else pytest.mark.pinned_triton)
+        for target in TARGETS
+    ],
+)
+def test_every_target(target: str) -> None:
+    """An odd vocabulary in bfloat16: the rows begin at every alignment."""
+    check(compile_ours(target, V_ODD, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("v", "dtype", "softcap"),
+    [
+        pytest.param(V_ODD, torch.float32, None, marks=pytest.mark.pinned_triton),
+        pytest.param(V_EVEN, torch.bfloat16, None, marks=pytest.mark.pinned_triton),
+        (V_EVEN, torch.float16, 30.0),  # the most registers
+    ],
+    ids=str,
+)
+def test_occupancy_on_sm_90(v: int, dtype: torch.dtype, softcap: float | None) -> None:
+    found = compile_ours("cuda:90", v, dtype, softcap)
+    check(found)
+    for kernel in found:
+        assert kernel.resources.occupancy >= 0.5, f"{kernel.launch.name}: {kernel.resources}"

@@ -1,0 +1,1 @@
+"""What a call refuses, and how it says so."""

@@ -1,0 +1,1 @@
+"""Plans, chunk loops and options of fused linear calls."""

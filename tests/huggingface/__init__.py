@@ -1,0 +1,1 @@
+"""The fused head on the models of transformers."""

@@ -1,0 +1,1 @@
+"""Objectives as functions of the log-odds."""

@@ -1,0 +1,1 @@
+"""The operators inside autograd and torch.compile."""

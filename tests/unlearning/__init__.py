@@ -1,0 +1,1 @@
+"""The Trainer, its data and its runs."""

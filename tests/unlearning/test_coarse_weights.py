@@ -1,0 +1,82 @@
+"""A training whose steps are lost in rounding says so."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.tiny_models import make_model, one_thread
+from tests.unlearning.tiny_trainer import arguments, make_trainer
+from unilogit_kernels.unlearning.coarse_weights import CoarseWeightsWarning
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def cast(dtype: torch.dtype) -> nn.Module:
+    return nn.Module.to(make_model(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate", "advice"),
+    [(torch.bfloat16, 1e-5, "--dtype float32 --autocast"), (torch.float32, 1e-12, "higher")],
+)
+@pytest.mark.parametrize("stop_at", [None, 0.9999])
+def test_lost_steps_are_counted(
+    tmp_path: Path, dtype: torch.dtype, learning_rate: float, advice: str, stop_at: float | None
+) -> None:
+    """The figure is the share of all weights that changed, also of a training that stops early."""
+    model = cast(dtype)
+    args = arguments(
+        tmp_path,
+        num_train_epochs=6,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
+        stop_at_probability=stop_at,
+        probability_steps=4,
+    )
+    with pytest.warns(CoarseWeightsWarning, match=advice) as caught:
+        make_trainer(model, args).train()
+    (message,) = [str(w.message) for w in caught if w.category is CoarseWeightsWarning]
+    share, steps = re.findall(r"([\d.]+)% of the weights .* in (\d+) steps", message)[0]
+    assert int(steps) == (4 if stop_at else 10)
+    assert f"up to {learning_rate:g}" in message
+    # Without the embeddings, of which most are of tokens that are in no row, and have no gradient.
+    pairs = [
+        (ours, start)
+        for (name, ours), start in zip(
+            model.named_parameters(), cast(dtype).parameters(), strict=True
+        )
+        if "embed" not in name
+    ]
+    moved = sum(int((ours != start).sum()) for ours, start in pairs)
+    counted = sum(ours.numel() for ours, _ in pairs)
+    assert float(share) == pytest.approx(100 * moved / counted, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_steps_that_are_taken_pass(
+    tmp_path: Path, dtype: torch.dtype, learning_rate: float
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoarseWeightsWarning)
+        args = arguments(tmp_path, num_train_epochs=5, learning_rate=learning_rate)
+        make_trainer(cast(dtype), args).train()
+
+
+def test_an_optimizer_that_keeps_what_rounding_loses_passes(tmp_path: Path) -> None:
+    """As stable_adamw does, by Kahan's sum: its small steps add up."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["kahan_comp"] = torch.zeros_like(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoarseWeightsWarning)
+        make_trainer(model, arguments(tmp_path), optimizers=(optimizer, None)).train()

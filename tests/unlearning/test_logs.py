@@ -1,0 +1,102 @@
+"""What a training logs is what it did: after a resume, the second time, and in two processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from tests.support.tiny_models import FORGET, encoded, make_model, one_thread
+from tests.unlearning.tiny_trainer import arguments, logged, make_trainer
+from unilogit_kernels.unlearning.trainer import UnlearningTrainer
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def losses(trainer: UnlearningTrainer) -> list[tuple[float, ...]]:
+    """The loss and its two parts at each log, which must go together."""
+    names = ("loss", "forget_loss", "retain_loss")
+    rows = [tuple(log[n] for n in names) for log in trainer.state.log_history if "loss" in log]
+    for loss, forget, retain in rows:
+        together = trainer.args.forget_weight * forget + trainer.args.retain_weight * retain
+        assert loss == pytest.approx(together, rel=1e-5)
+    return rows
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_after_a_resume(tmp_path: Path, every: int) -> None:
+    """Also within an epoch, which has two steps, and between two logs."""
+    options: dict[str, Any] = {
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": every,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole = make_trainer(make_model(), arguments(tmp_path, **options))
+    whole.train()
+    again = make_trainer(make_model(1), arguments(tmp_path / "again", **options))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    found, expected = losses(again), losses(whole)
+    assert len(found) == len(expected) == 6 // every
+    if every == 1:
+        assert found == expected
+
+
+def test_of_a_second_training(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), arguments(tmp_path, learning_rate=1e-2))
+    trainer.train()
+    assert len(losses(trainer)) == 2
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+TWO = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 1,
+    "method": "npo",
+    "stop_at_probability": 1e-9,
+    "probability_steps": 2,
+    "use_cpu": True,
+}
+ROWS = [*FORGET, {"prompt": "who 3?", "completion": " dee and more"}]
+NAMES = ("loss", "forget_loss", "retain_loss", "forget_probability", "grad_norm")
+
+
+def _worker(rank: int, folder: str, expected: dict[str, list[float]]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    args = arguments(Path(folder), ddp_backend="gloo", **TWO)
+    assert args.world_size == 2
+    trainer = make_trainer(make_model(), args, forget=encoded(ROWS))
+    trainer.train()
+    for name, values in expected.items():
+        assert logged(trainer, name) == pytest.approx(values, rel=1e-4), name
+    dist.barrier()
+    # Nothing is torn down: torch 2.13 may wait for ever there, when DDP's reducer, holding the
+    # interpreter's lock, joins gloo's thread, which waits for that lock.
+    os._exit(0)
+
+
+def test_of_two_processes(tmp_path: Path) -> None:
+    """Each logs what one process logs that takes the batches of both, in every epoch."""
+    alone = make_trainer(
+        make_model(),
+        arguments(tmp_path, gradient_accumulation_steps=2, **TWO),
+        forget=encoded(ROWS),
+    )
+    alone.train()
+    # A probability that is logged takes no step's losses away.
+    assert len(losses(alone)) == alone.state.global_step == 6
+    expected = {name: logged(alone, name) for name in NAMES}
+    assert len(expected["forget_probability"]) == 3
+    spawn(_worker, args=(str(tmp_path), expected), nprocs=2, join=True)
