@@ -226,6 +226,12 @@ def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
     return kernels if isinstance(kernels, ScaleKernels) else None
 
 
+@cache
+def divergence_kernels(kernels: RowKernels) -> DivergenceKernels | None:
+    """The kernels as ones that compare two rows, if they do; looked up once."""
+    return kernels if isinstance(kernels, DivergenceKernels) else None
+
+
 def load_divergence(name: str) -> DivergenceKernels:
     """The two-row kernels of a backend; eager's, with one warning, where it has none yet.
 
@@ -233,12 +239,12 @@ def load_divergence(name: str) -> DivergenceKernels:
         ImportError: As `load`.
         RuntimeError: As `load`.
     """
-    kernels = load(name)
-    if isinstance(kernels, DivergenceKernels):
+    kernels = divergence_kernels(load(name))
+    if kernels is not None:
         return kernels
     _warn_once("eager", f"the {name!r} kernels do not compare two models' rows")
-    eager = load("eager")
-    assert isinstance(eager, DivergenceKernels)
+    eager = divergence_kernels(load("eager"))
+    assert eager is not None
     return eager
 
 

@@ -83,7 +83,9 @@ class Operator(Generic[P, R]):
         self._gives, self._several = gives, len(_names(gives)) > 1
         self._takes = takes
         stops = list(itertools.accumulate(len(_names(part)) for part in takes))
-        self._slices = list(zip(takes, [0, *stops], stops, strict=False))
+        self._slices: list[tuple[Any, int, int]] = list(
+            zip(takes, [0, *stops], stops, strict=False)
+        )
         LIBRARY.define(f"{name}({_schema(takes)}) -> ({_schema([gives])})")
         self._overload = getattr(torch.ops.unilogit_kernels, name).default
         run = self._real(function)
