@@ -14,7 +14,7 @@ from unilogit_kernels.backends import LogitTransform
 from unilogit_kernels.compaction import HeadInputs, LinearInputs
 from unilogit_kernels.loops import Gradients
 from unilogit_kernels.ops import literal
-from unilogit_kernels.ops.registration import Fragment
+from unilogit_kernels.ops.fragments import Fragment
 from unilogit_kernels.plan import LinearOptions
 from unilogit_kernels.projection import GemmDtypes, Needs
 from unilogit_kernels.row_state import Statistics
