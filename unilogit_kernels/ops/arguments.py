@@ -19,7 +19,7 @@ from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.ops import literal
-from unilogit_kernels.ops.registration import Fragment
+from unilogit_kernels.ops.fragments import Fragment
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 

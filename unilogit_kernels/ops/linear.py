@@ -30,9 +30,10 @@ from unilogit_kernels.ops.arguments import (
     loss_like,
     losses_like,
 )
+from unilogit_kernels.ops.fragments import Fragment, rebuilt
 from unilogit_kernels.ops.literal import gradients_of, wants_literal
 from unilogit_kernels.ops.logits import of_unit_slopes
-from unilogit_kernels.ops.registration import Fragment, Operator, operator, rebuilt
+from unilogit_kernels.ops.registration import Operator, operator
 from unilogit_kernels.ops.scaling import scaled_gradients
 
 H = TypeVar("H", bound=Fragment)

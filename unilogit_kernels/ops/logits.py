@@ -23,8 +23,9 @@ from unilogit_kernels.ops.arguments import (
     loss_like,
     losses_like,
 )
+from unilogit_kernels.ops.fragments import Fragment, rebuilt
 from unilogit_kernels.ops.literal import gradients_of, wants_literal
-from unilogit_kernels.ops.registration import Fragment, Operator, operator, rebuilt
+from unilogit_kernels.ops.registration import Operator, operator
 from unilogit_kernels.ops.scaling import scaled_gradients
 from unilogit_kernels.rows.objective import logits_objective
 from unilogit_kernels.rows.whole import logits_gradient, logits_state

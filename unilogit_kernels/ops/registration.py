@@ -1,62 +1,24 @@
-"""How an operator is registered: its schema from named fragments, its kernels, its derivatives.
-
-A fragment is a `NamedTuple` of arguments that belong together. It gives a piece of a schema, how
-many arguments that is, and access to them by name, so that nobody counts positions.
-"""
+"""How an operator is registered: its schema from named fragments, its kernels, its derivatives."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import EllipsisType
-from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.autograd.function import _SingleLevelFunction
+
+from unilogit_kernels.ops.fragments import Fragment, names, rebuilt, save, saved, schema
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The Python function behind each operator, so that `testing` can watch what it allocates."""
-
-_SCHEMA_TYPES: tuple[tuple[object, str], ...] = (
-    (Tensor, "Tensor"),
-    (Tensor | None, "Tensor?"),
-    (list[Tensor], "Tensor[]"),
-    (float, "float"),
-    (list[float], "float[]"),
-    (int, "int"),
-    (int | None, "int?"),
-    (bool, "bool"),
-    (str, "str"),
-    (torch.dtype | None, "ScalarType?"),
-)
-
-
-class Fragment(Protocol):
-    """What an operator takes or returns, in part: a `NamedTuple` of what a schema can say."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """The arguments in order."""
-
-
-F = TypeVar("F", bound=Fragment)
-
-
-def _names(fragment: type[Fragment]) -> tuple[str, ...]:
-    fields: tuple[str, ...] = fragment._fields  # type: ignore[attr-defined]  # of a NamedTuple
-    return fields
-
-
-def rebuilt(fragment: type[F], values: Iterable[Any]) -> F:
-    """A fragment of that class with these values."""
-    make: Callable[..., F] = fragment
-    return make(*values)
-
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Fragment)
@@ -81,13 +43,13 @@ class Operator(Generic[P, R]):
         gives: type[R],
     ) -> None:
         self.name = name
-        self._gives, self._several = gives, len(_names(gives)) > 1
+        self._gives, self._several = gives, len(names(gives)) > 1
         self._takes = takes
-        stops = list(itertools.accumulate(len(_names(part)) for part in takes))
+        stops = list(itertools.accumulate(len(names(part)) for part in takes))
         self._slices: list[tuple[Any, int, int]] = list(
             zip(takes, [0, *stops], stops, strict=False)
         )
-        LIBRARY.define(f"{name}({_schema(takes)}) -> ({_schema([gives])})")
+        LIBRARY.define(f"{name}({schema(takes)}) -> ({schema([gives])})")
         self._overload = getattr(torch.ops.unilogit_kernels, name).default
         run = self._real(function)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -201,7 +163,7 @@ class Operator(Generic[P, R]):
         of_needs = getattr(last, "of_needs", None)
         if of_needs is None:
             return args
-        arity = len(_names(last))
+        arity = len(names(last))
         wanted = [a or b for a, b in zip(args[-arity:], of_needs(needs), strict=True)]
         return *args[:-arity], *wanted
 
@@ -211,19 +173,6 @@ def operator(
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Decorator: register a function of fragments as an operator, for every device."""
     return lambda function: Operator(function, name, takes, gives)
-
-
-def _schema(fragments: Sequence[type[Fragment]]) -> str:
-    return ", ".join(
-        f"{_schema_type(hint)} {name}"
-        for fragment in fragments
-        for name, hint in get_type_hints(fragment).items()
-        if name in _names(fragment)
-    )
-
-
-def _schema_type(hint: object) -> str:
-    return next(text for kind, text in _SCHEMA_TYPES if kind == hint)
 
 
 # ---- derivatives -------------------------------------------------------------------------------
@@ -279,7 +228,7 @@ class _Differentiable(_SingleLevelFunction):
         if operator._several:
             ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        _save(ctx, call.derivatives.save(result, *fragments))
+        save(ctx, call.derivatives.save(result, *fragments))
         if tangents:
             ctx.of_jvp = result, fragments
         return output
@@ -289,7 +238,7 @@ class _Differentiable(_SingleLevelFunction):
         needs, upstream = ctx.needs_input_grad[_BESIDE:], gradients[0]
         found: Sequence[Tensor | None] = [None] * len(needs)
         if upstream is not None:
-            found = ctx.call.derivatives.backward(needs, upstream, *_saved(ctx))
+            found = ctx.call.derivatives.backward(needs, upstream, *saved(ctx))
         wanted = (g if need else None for g, need in zip(found, needs, strict=True))
         return *(None,) * _BESIDE, *wanted
 
@@ -374,37 +323,3 @@ def _no_forward_ad(name: str) -> NotImplementedError:
         f"Trying to use forward AD with unilogit_kernels::{name} that does not support it because "
         "it has not been implemented yet. Of these losses forward AD knows first derivatives only."
     )
-
-
-def _save(ctx: FunctionCtx, fragments: Iterable[Fragment]) -> None:
-    """Save the tensors of fragments as autograd wants it, and the rest beside them."""
-    tensors: list[Tensor] = []
-    layout: list[tuple[type[Fragment], list[Any]]] = []
-    for fragment in fragments:
-        rest: list[Any] = []
-        for value in fragment:
-            if isinstance(value, Tensor):
-                tensors.append(value)
-                rest.append(...)
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                tensors += value
-                rest.append([...] * len(value))
-            else:
-                rest.append(value)
-        layout.append((type(fragment), rest))
-    ctx.save_for_backward(*tensors)
-    ctx.layout = layout  # type: ignore[attr-defined]
-
-
-def _saved(ctx: Any) -> list[Fragment]:
-    """What `_save` saved."""
-    tensors = iter(ctx.saved_tensors)  # asked for once, as activation checkpointing wants it
-
-    def restored(value: Any) -> Any:
-        if isinstance(value, EllipsisType):
-            return next(tensors)
-        if isinstance(value, list) and value and isinstance(value[0], EllipsisType):
-            return [next(tensors) for _ in value]
-        return value
-
-    return [rebuilt(part, map(restored, rest)) for part, rest in ctx.layout]
