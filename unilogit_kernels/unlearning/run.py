@@ -25,6 +25,7 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
+from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
@@ -40,7 +41,6 @@ from unilogit_kernels.unlearning.record import (
 from unilogit_kernels.unlearning.trainer import (
     UnlearningArguments,
     UnlearningTrainer,
-    train_only_top_layers,
 )
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
