@@ -84,7 +84,7 @@ def test_an_instruction_set_is_forced(forced: str) -> None:
     assert run(forced, "-c", code).stdout.split() == [CAPABILITIES[forced], forced]
 
 
-@pytest.mark.long
+@pytest.mark.prove
 @pytest.mark.timeout(7200)
 def test_numerical_tests_pass(forced: str) -> None:
     files = map(str, numerical_tests())
