@@ -63,7 +63,7 @@ def _variants() -> list[Any]:
 ABOVE_THE_KERNELS = {
     "calls/test_calls.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "fused_linear/test_chunking.py": ("cuda-split rows",),
-    "test_systems.py": ("cuda-split rows",),
+    "test_systems.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "functional/test_kl.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "ops/test_divergence.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
     "functional/test_kl_extremes.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
