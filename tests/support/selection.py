@@ -10,11 +10,11 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import pytest
 
-Combination = dict[str, Hashable]
+Combination = Mapping[str, Hashable]
 """Of one test: what tells a value from others, by the name of its parameter."""
 
 
