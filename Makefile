@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 RUNS ?= runs
 # Processes that share the tests; most tests keep one core busy.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # The executor of PTX has tests of its own.
 PTXSIM := tools/ptxsim/tests
 # Triton's tests that need no GPU; run on the triton of constraints.txt, and on a newer one.
@@ -13,24 +13,37 @@ TRITON_TESTS := tests/backends/triton
 NEWEST_TRITON := 3.9.0
 NEWEST_TRITON_HOME := .venv/triton-$(NEWEST_TRITON)
 
-.PHONY: demo test test-triton test-triton-newest check sanitize bench bench-report gpu docs-check clean
+.PHONY: demo test prove test-rest test-triton test-triton-newest check sanitize bench bench-report gpu docs-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
 
+# The contract of every backend that runs here: a few minutes.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PARALLEL)
-	$(BIN)/python -m pytest $(PARALLEL) $(PTXSIM)
+	$(PYTEST)
+	$(PYTEST) $(PTXSIM)
+
+# What `test` leaves out, the sanitizers beside it: they leave a core idle while compilers run.
+prove: $(INSTALLED)
+	$(MAKE) --jobs 2 --output-sync=line sanitize test-rest
+
+test-rest: $(INSTALLED)
+	$(PYTEST) -m prove
+	$(PYTEST) -m prove $(PTXSIM)
+	$(MAKE) test-triton-newest
 
 test-triton: test-triton-newest
-	$(BIN)/python -m pytest $(PARALLEL) $(TRITON_TESTS)
+	$(PYTEST) -m "" $(TRITON_TESTS)
+	$(PYTEST) -m "" $(PTXSIM)/test_triton_ops.py
 
-# What `test` leaves out: it has run the same tests on the pinned triton, and some more.
+# What `test` and `prove` leave out: they have run the same tests on the pinned triton, and more.
+test-triton-newest: export PYTHONPATH := $(abspath $(NEWEST_TRITON_HOME))
 test-triton-newest: $(INSTALLED) $(NEWEST_TRITON_HOME)/triton/__init__.py
-	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(PARALLEL) $(TRITON_TESTS) \
-		-m "not pinned_triton"
-	PYTHONPATH=$(abspath $(NEWEST_TRITON_HOME)) $(BIN)/python -m pytest $(PARALLEL) \
-		$(PTXSIM)/test_triton_ops.py -m "not pinned_triton"
+	$(PYTEST) -m "not pinned_triton" $(TRITON_TESTS)
+	$(PYTEST) -m "not pinned_triton" $(PTXSIM)/test_triton_ops.py
+
+# Threads that wait for work give their core to the other worker.
+test test-rest test-triton test-triton-newest: export OMP_WAIT_POLICY := passive
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -49,7 +62,7 @@ bench-report: $(INSTALLED)
 # On a machine with a GPU: the suite on it, what only a GPU can show, and the benchmark, whose
 # results are named after it. torch from PyPI is a build for CUDA; for ROCm, install its own first.
 gpu: $(INSTALLED)
-	UNILOGIT_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest \
+	UNILOGIT_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "" \
 		tests/functional/test_accuracy.py tests/functional/test_tensors.py tests/calls/test_calls.py \
 		tests/backends/test_divergence_kernels.py
 	$(BIN)/python -m pytest tests/backends/gpu

@@ -13,6 +13,7 @@ import torch
 
 from tests.backends.cuda import devices
 from tests.backends.triton.small_problems import SHARES, small_problems
+from tests.support.selection import beyond_pairs
 from unilogit_kernels import available_backends
 from unilogit_kernels.backends.contract import DivergenceKernels
 from unilogit_kernels.backends.cpu import library
@@ -62,7 +63,7 @@ def _variants() -> list[Any]:
 ABOVE_THE_KERNELS = {
     "calls/test_calls.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "fused_linear/test_chunking.py": ("cuda-split rows",),
-    "test_systems.py": ("cuda-split rows",),
+    "test_systems.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "functional/test_kl.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
     "ops/test_divergence.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
     "functional/test_kl_extremes.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
@@ -76,15 +77,25 @@ kernels have every variant in backends, and in functional/test_accuracy.py, test
 test_runner_up.py."""
 
 
+def _has_cast_bfloat16(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("dtype") == CAST_BFLOAT16
+
+
 def _is_spared(item: pytest.Item) -> bool:
+    if _has_cast_bfloat16(item) and "linear" not in item.nodeid:
+        return True
     best = f"cpu-{INSTRUCTION_SETS[0]}" if INSTRUCTION_SETS else None
     spared = ABOVE_THE_KERNELS.get(item.path.relative_to(TESTS).as_posix(), ())
     return any(variant in item.name for variant in spared if variant != best)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spare tests of what lies above the kernels the variants that they cannot tell apart."""
+    """Spare tests what they cannot tell apart, and a plain run all but the pairs of parameters."""
     items[:] = [item for item in items if not _is_spared(item)]
+    for item in beyond_pairs(items):
+        item.add_marker(pytest.mark.prove)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +107,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _bfloat16_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One plan for bfloat16 on every machine; test_bfloat16_cast.py has the other one."""
+    """One plan for bfloat16 on every machine; `CAST_BFLOAT16` has the other one."""
     monkeypatch.setattr(gemm, "multiplies_bfloat16", lambda: True)
 
 
@@ -155,8 +166,17 @@ def two_row_backend(backend: str) -> str:
     return backend
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+CAST_BFLOAT16 = "cast torch.bfloat16"
+"""bfloat16 on a CPU that does not multiply it: a plan of its own for fused linear calls."""
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, CAST_BFLOAT16, torch.float16], ids=str)
+def dtype(
+    request: pytest.FixtureRequest, _bfloat16_gemms: None, monkeypatch: pytest.MonkeyPatch
+) -> torch.dtype:
     """The dtypes that every backend takes."""
+    if request.param == CAST_BFLOAT16:
+        monkeypatch.setattr(gemm, "multiplies_bfloat16", lambda: False)
+        return torch.bfloat16
     chosen: torch.dtype = request.param
     return chosen

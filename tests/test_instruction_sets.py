@@ -84,9 +84,11 @@ def test_an_instruction_set_is_forced(forced: str) -> None:
     assert run(forced, "-c", code).stdout.split() == [CAPABILITIES[forced], forced]
 
 
-@pytest.mark.long
+@pytest.mark.prove
 @pytest.mark.timeout(7200)
 def test_numerical_tests_pass(forced: str) -> None:
     files = map(str, numerical_tests())
-    result = run(forced, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", *files)
+    # Kernels for GPUs, which are executed, round alike on every processor.
+    selection = "-m", "", "-k", "not cuda"
+    result = run(forced, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", *selection, *files)
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr

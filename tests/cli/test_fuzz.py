@@ -76,7 +76,7 @@ def files_of(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     "first",
     [
-        pytest.param(first, marks=[pytest.mark.long] if first else [])
+        pytest.param(first, marks=[pytest.mark.prove] if first else [])
         for first in range(0, CASES, AT_ONCE)
     ],
 )

@@ -7,7 +7,7 @@ from tests.huggingface.sweep import outcome
 from tests.support import ROOT
 from tests.support.tiny_models import one_thread
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures(one_thread.__name__)]
+pytestmark = [pytest.mark.prove, pytest.mark.usefixtures(one_thread.__name__)]
 
 NOT_BUILT = {
     "BltForCausalLM": "a vocabulary of hashes of its own",

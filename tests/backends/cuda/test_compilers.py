@@ -97,6 +97,7 @@ def nvcc_log(arch: int, output: Path) -> str:
     return result.stderr
 
 
+@pytest.mark.prove
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
 def test_nvcc(tmp_path: Path) -> None:
@@ -130,6 +131,7 @@ def nvrtc_log(arch: int) -> str:
     return result.stdout
 
 
+@pytest.mark.prove
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(WITHOUT_NVRTC is not None, reason=str(WITHOUT_NVRTC))
 def test_nvrtc() -> None:

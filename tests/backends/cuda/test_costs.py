@@ -15,7 +15,10 @@ from unilogit_kernels.backends.cuda.driver import launching_through
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 from unilogit_kernels.maths import pair_state, row_state
 
-pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
+pytestmark = [
+    pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC),
+    pytest.mark.prove,
+]
 N, V = 2, 128_256
 KERNELS = CudaKernels()
 MOST_OVER_FLOOR = 1.02

@@ -14,7 +14,10 @@ from tests.backends.cuda import devices
 from tests.backends.cuda.bugs import Bug, sources_with
 from tests.backends.cuda.test_rows import KERNELS, distant_rows
 
-pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
+pytestmark = [
+    pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC),
+    pytest.mark.prove,
+]
 
 
 BUGS = {

@@ -13,7 +13,10 @@ from tests.backends.cuda.bugs import Bug, sources_with
 from tests.backends.cuda.test_faults import BUGS
 from unilogit_kernels.backends.cuda import sources
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on PATH"),
+    pytest.mark.prove,
+]
 PROGRAMS = Path(__file__).with_name("sanitized")
 KERNELS = ("rows", "pairs")
 SEEDS = ("0", "1")

@@ -10,7 +10,10 @@ from ptxsim import KernelFaultError
 from tests.backends.cuda import devices, pair_bugs, runner_up_bugs
 from tests.backends.cuda.bugs import Case, sources_with
 
-pytestmark = pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC)
+pytestmark = [
+    pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC),
+    pytest.mark.prove,
+]
 CASES = {"pairs": pair_bugs.CASES, "runner-up": runner_up_bugs.CASES}
 
 

@@ -78,6 +78,7 @@ SHARED_SUITE = {
 
 
 # Every flag of the one-row kernels is in FLAGS as well.
+@pytest.mark.prove
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "part",
@@ -92,7 +93,7 @@ def test_shared_suite(part: str) -> None:
     """On the kernels compiled for sm_90."""
     tests, matching = SHARED_SUITE[part]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", matching, *tests.split()],
+        [sys.executable, "-m", "pytest", "-m", "", "-k", matching, *tests.split()],
         cwd=ROOT / "tests",
         env={**os.environ, "UNILOGIT_KERNELS_EXECUTE_PTX": "90"},
         capture_output=True,
@@ -128,6 +129,7 @@ ORDERS = [
 a newer triton sm_90 has all other tests, and the PTX of sm_120 has the instructions of sm_80."""
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(("arch", "schedule"), ORDERS)
 def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str) -> None:

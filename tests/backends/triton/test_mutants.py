@@ -32,7 +32,7 @@ from unilogit_kernels.backends.triton import divergence, geometry, kernels, log_
 from unilogit_kernels.backends.triton.geometry import options_of
 
 # That checks can fail is no matter of the compiler.
-pytestmark = pytest.mark.pinned_triton
+pytestmark = [pytest.mark.pinned_triton, pytest.mark.prove]
 
 WHOLE, SPLIT = SHARES
 PACKAGE = kernels.__name__

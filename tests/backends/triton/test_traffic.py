@@ -25,7 +25,7 @@ from unilogit_kernels.backends.contract import ScaleKernels
 from unilogit_kernels.backends.registry import load
 
 # What is stated of costs (docs/gpu.md) is stated of one compiler.
-pytestmark = pytest.mark.pinned_triton
+pytestmark = [pytest.mark.pinned_triton, pytest.mark.prove]
 
 WARPS = 4
 """Of a program of `scale_kernel` on sm_90."""
