@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -56,6 +57,22 @@ def test_three_times_the_error_fails_whatever_the_seed(shape: tuple[int, int]) -
     for _ in range(SEEDS):
         exact, computed = draw(*shape)
         assert not passes(assert_within_budget, computed(3.0), exact, computed(1.0))
+
+
+@pytest.mark.parametrize("independent", [2, 4, 9])
+def test_errors_that_hang_on_few_numbers(independent: int) -> None:
+    """Rows whose entries are all off by one factor: chance passes, a slope that is wrong fails."""
+    exact = torch.randn(1, 300, dtype=torch.float64).expand(independent, -1)
+
+    def computed(factor: float = 1.0) -> Tensor:
+        return (exact * (1 + factor * NOISE * torch.randn(independent, 1))).float()
+
+    def check(factor: float) -> bool:
+        values = (computed(factor).flatten(), exact.flatten(), computed().flatten())
+        return passes(partial(assert_within_budget, independent=independent), *values)
+
+    assert sum(check(1.0) for _ in range(SEEDS)) >= 0.98 * SEEDS
+    assert not any(check(10_000.0) for _ in range(SEEDS))
 
 
 def corrupt(values: Tensor, by: float) -> Tensor:

@@ -20,11 +20,13 @@ from unilogit_kernels.functional.runner_up import (
     target_and_runner_up,
 )
 from unilogit_kernels.functional.sequences import linear_sequence_log_probs, sequence_log_probs
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.rewrites import Mask, Shift, Uniform
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearOptions",
     "LinearUnilogitLoss",
     "Mask",
     "MixedLoss",

@@ -81,6 +81,23 @@ def test_all_tokens(two_row_backend: str, dtype: torch.dtype, direction: str) ->
         check(replace(pair, labels=None, options={"direction": direction}), two_row_backend)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_labels_every_position_counts(two_row_backend: str, reduction: str) -> None:
+    """Whatever `ignore_index` is: there is no label that could equal it."""
+    for pair in (logits_pair(7, 99, torch.float32), linear_pair(7, 8, 99, torch.float32)):
+        unlabelled = replace(pair, labels=None, options={})
+        expected = unlabelled.loss(pair.student, two_row_backend, reduction=reduction)
+        assert (expected > 0).all()
+        for ignore_index in (0, -1, 5):
+            found = unlabelled.loss(
+                pair.student, two_row_backend, reduction=reduction, ignore_index=ignore_index
+            )
+            assert torch.equal(found, expected)
+    values = torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 0.0]])
+    loss = kl_loss(*values, ignore_index=0, backend=two_row_backend)
+    assert loss.item() == pytest.approx(1.07497, abs=1e-5)
+
+
 @pytest.mark.parametrize("ref_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_models_of_two_dtypes(
     two_row_backend: str, dtype: torch.dtype, ref_dtype: torch.dtype

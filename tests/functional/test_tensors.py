@@ -171,8 +171,10 @@ def test_double_backward(backend: str, entry: str, reduction: str) -> None:
         return
     inputs = [x.requires_grad_() for x in inputs]
     value = function(*inputs, labels, reduction=reduction, backend=backend).sum()
-    with pytest.raises(RuntimeError, match="backend='eager'"):
-        torch.autograd.grad(value, inputs, create_graph=True)
+    gradients = torch.autograd.grad(value, inputs, create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="backend='eager'"):
+            torch.autograd.grad(gradient.sum(), inputs, retain_graph=True)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

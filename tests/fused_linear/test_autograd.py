@@ -19,9 +19,10 @@ from tests.support.problems import check, linear_problem
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss, reference, unilogit_loss
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.fused_linear import compaction
-from unilogit_kernels.fused_linear.budget import LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
 from unilogit_kernels.fused_linear.saved import KeptInGradient, KeptLogits
 from unilogit_kernels.fused_linear.tiles import Gradients
@@ -71,8 +72,9 @@ def _worker(rank: int, kind: str, rendezvous: str) -> None:
             for part in (*model.children(), model):
                 fully_shard(part, mesh=mesh)
         generator = torch.Generator().manual_seed(rank)
-        x = torch.randn(N, H, generator=generator)
-        labels = torch.randint(0, V, (N,), generator=generator)
+        # Many tokens, so that no single slope decides the errors of all gradients.
+        x = torch.randn(8 * N, H, generator=generator)
+        labels = torch.randint(0, V, (8 * N,), generator=generator)
         labels[rank] = -100
         model(x.to(dtype), labels).backward()
         gradients.append({name: _whole(p.grad) for name, p in model.named_parameters()})
@@ -117,7 +119,11 @@ def test_tied_embedding(backend: str, reduction: str) -> None:
 def test_backward_twice_where_logits_are_kept(backend: str, memory_budget: int) -> None:
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     d = linear_target_log_odds(
-        hidden, weight, torch.arange(N), memory_budget=memory_budget, backend=backend
+        hidden,
+        weight,
+        torch.arange(N),
+        options=LinearOptions(memory_budget=memory_budget),
+        backend=backend,
     )
     upstream = torch.randn(N)
     first = torch.autograd.grad(d, (hidden, weight), upstream, retain_graph=True)
@@ -144,7 +150,11 @@ def test_every_way_of_keeping(monkeypatch: pytest.MonkeyPatch, backend: str, pla
     for plan in plans:
         plan = Plan(**{**plan.__dict__, "kept_tokens": min(plan.kept_tokens, m)})
         monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
-        check(problem, backend, logits_dtype=torch.float32 if plan_of != "tokens" else None)
+        check(
+            problem,
+            backend,
+            options=LinearOptions(logits_dtype=torch.float32 if plan_of != "tokens" else None),
+        )
 
 
 class TestGpuBranch:

@@ -10,7 +10,7 @@ import torch
 from tests.fused_linear.test_explain import CASES, PAIR_CASES, measured, predicted
 from tests.support.divergence_pairs import DIVERGENCES, check_gradient, linear_pair
 from tests.support.problems import Problem, linear_problem
-from unilogit_kernels import linear_objective_loss, linear_unilogit_loss
+from unilogit_kernels import LinearOptions, linear_objective_loss, linear_unilogit_loss
 from unilogit_kernels.fused_linear import compaction, gemm
 from unilogit_kernels.fused_linear.gemm import GemmDtypes
 from unilogit_kernels.fused_linear.plan import Plan
@@ -57,7 +57,9 @@ def test_gradients_are_within_the_budget(
     _, plain = problem.plain(BFLOAT16)
     for reduction in ("mean", "sum"):
         scale = 1 if reduction == "mean" else int((problem.labels != -100).sum())
-        found = _gradients(problem, trained, reduction=reduction, logits_dtype=logits_dtype)
+        found = _gradients(
+            problem, trained, reduction=reduction, options=LinearOptions(logits_dtype=logits_dtype)
+        )
         for i, ours in zip(trained, found, strict=True):
             assert ours.dtype == BFLOAT16
             assert_within_budget(ours, scale * exact[i], scale * plain[i])
@@ -83,7 +85,9 @@ def test_logits_are_more_accurate_than_bfloat16_ones() -> None:
     _, exact = problem.plain(torch.float64)
     errors = []
     for dtype in (None, BFLOAT16):
-        gradient = _gradients(problem, (0, 1), logits_dtype=dtype)[1].double()
+        gradient = _gradients(problem, (0, 1), options=LinearOptions(logits_dtype=dtype))[
+            1
+        ].double()
         errors.append((gradient - exact[1]).norm() / exact[1].norm())
     assert errors[0] < 0.8 * errors[1]
 
@@ -118,7 +122,7 @@ def test_two_models_are_within_the_budget(
     _, plain = pair.plain(BFLOAT16)
     hidden, weight, bias = (x.detach().requires_grad_() for x in pair.student)
     weight.requires_grad_(not frozen)
-    loss = pair.loss((hidden, weight, bias), "cpu", memory_budget=memory_budget)
+    loss = pair.loss((hidden, weight, bias), "cpu", options=LinearOptions(memory_budget))
     trained = [0, 2] if frozen else [0, 1, 2]
     operands = [hidden, weight, bias]
     for i, ours in zip(

@@ -11,8 +11,9 @@ import torch
 from tests.support.problems import Problem, check, linear_problem
 from unilogit_kernels import linear_objective_loss, linear_target_log_odds, linear_unilogit_loss
 from unilogit_kernels.fused_linear import compaction, loops
-from unilogit_kernels.fused_linear.budget import MEMORY_BUDGET, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     CHUNK_BYTES,
     MIN_TILE_COLUMNS,
@@ -56,9 +57,11 @@ def test_guard_sees_inside_the_operators() -> None:
         torch.ops.unilogit_kernels.objective_loss(
             logits,
             labels,
+            -100,
             1.0,
             0.0,
             300,
+            False,
             "eager",
             torch.ones(20),
             torch.ones(()),

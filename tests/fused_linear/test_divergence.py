@@ -13,14 +13,10 @@ from tests.fused_linear.test_options import GemmCounter
 from tests.support.divergence_pairs import DIVERGENCES, check, check_gradient, linear_pair
 from unilogit_kernels import Shift, linear_kl_loss
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear.budget import (
-    MEMORY_BUDGET,
-    HeadShape,
-    LinearOptions,
-    LinearShape,
-)
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
 from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.maths.divergence import Divergence
@@ -122,7 +118,7 @@ def test_any_budget_and_logits_dtype(
     """Both orders, with what is kept as logits and as finished rows, and nothing kept."""
     chosen = {"default": None, "float32": torch.float32, "operands": dtype}[logits]
     pair = linear_pair(50, H, V, dtype, rewrite=Shift(2.0), softcap=4.0, reduction="sum")
-    options: dict[str, Any] = {"memory_budget": memory_budget, "logits_dtype": chosen}
+    options = {"options": LinearOptions(memory_budget, chosen)}
     if reduction == "sum":
         check(pair, two_row_backend, **options)
         return
@@ -161,15 +157,24 @@ def test_no_gemm_beyond_its_own(two_row_backend: str, n: int) -> None:
 
 
 def test_a_budget_that_holds_the_sums_needs_none_either(two_row_backend: str) -> None:
-    assert counted_gemms(4 * H, backend=two_row_backend, memory_budget=1 << 30) == 4.0
+    assert (
+        counted_gemms(4 * H, backend=two_row_backend, options=LinearOptions(memory_budget=1 << 30))
+        == 4.0
+    )
     # Without, tokens beyond those that are kept are projected twice by both heads.
-    assert 5.0 < counted_gemms(4 * H, backend=two_row_backend, memory_budget=1 << 20) < 6.0
+    assert (
+        5.0
+        < counted_gemms(
+            4 * H, backend=two_row_backend, options=LinearOptions(memory_budget=1 << 20)
+        )
+        < 6.0
+    )
 
 
 def test_kept_logits_spare_projections_of_a_backward_of_its_own(two_row_backend: str) -> None:
     options: dict[str, Any] = {"reduction": "none", "backend": two_row_backend}
-    assert counted_gemms(64, memory_budget=1 << 20, **options) == 6.0
-    assert 4.0 < counted_gemms(64, memory_budget=1 << 30, **options) < 4.5
+    assert counted_gemms(64, options=LinearOptions(memory_budget=1 << 20), **options) == 6.0
+    assert 4.0 < counted_gemms(64, options=LinearOptions(memory_budget=1 << 30), **options) < 4.5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -182,7 +187,7 @@ def test_rows_of_weight_0_cost_nothing(
         "backend": two_row_backend,
         "train_weight": train_weight,
         "reduction": reduction,
-        "memory_budget": 1 << 20,
+        "options": LinearOptions(memory_budget=1 << 20),
     }
     some, every = counted_gemms(50, weights=weights, **options), counted_gemms(20, **options)
     assert some == pytest.approx(0.4 * every)
@@ -203,7 +208,12 @@ def test_without_compaction(
     for compact in (True, False):
         hidden, weight = (x.detach().requires_grad_() for x in pair.student)
         weight.requires_grad_(not frozen)
-        loss = pair.loss((hidden, weight), two_row_backend, compact=compact, reduction=reduction)
+        loss = pair.loss(
+            (hidden, weight),
+            two_row_backend,
+            options=LinearOptions(compact=compact),
+            reduction=reduction,
+        )
         wanted = [hidden] if frozen else [hidden, weight]
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), wanted)))
     rounding = 8 * torch.finfo(dtype).eps
@@ -222,7 +232,7 @@ def test_options_reach_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.plan_linear", spy)
     operands = torch.randn(9, H), torch.randn(V, H), torch.randn(9, 7), torch.randn(V, 7)
-    linear_kl_loss(*operands, memory_budget=3 << 20, compact=False)
+    linear_kl_loss(*operands, options=LinearOptions(memory_budget=3 << 20, compact=False))
     ((shape, options),) = seen
     assert options == LinearOptions(memory_budget=3 << 20, compact=False)
     assert shape.reference is not None
@@ -233,12 +243,12 @@ def test_errors_of_options() -> None:
     hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
     teacher = hidden.bfloat16(), weight.bfloat16()
     with pytest.raises(ValueError, match=r"memory_budget is in bytes, at least .* got 64"):
-        linear_kl_loss(hidden, weight, *teacher, memory_budget=64)
+        linear_kl_loss(hidden, weight, *teacher, options=LinearOptions(memory_budget=64))
     with pytest.raises(TypeError, match=r"logits_dtype must be the operands' dtype"):
-        linear_kl_loss(hidden, weight, *teacher, logits_dtype=torch.bfloat16)
+        linear_kl_loss(hidden, weight, *teacher, options=LinearOptions(logits_dtype=torch.bfloat16))
     with pytest.raises(TypeError, match=r"logits_dtype is of both models' logits: with hidden"):
-        linear_kl_loss(*teacher, hidden, weight, logits_dtype=torch.bfloat16)
-    linear_kl_loss(hidden, weight, *teacher, logits_dtype=torch.float32)
+        linear_kl_loss(*teacher, hidden, weight, options=LinearOptions(logits_dtype=torch.bfloat16))
+    linear_kl_loss(hidden, weight, *teacher, options=LinearOptions(logits_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("train_weight", [False, True])

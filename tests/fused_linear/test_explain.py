@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.fused_linear.test_options import GemmCounter
-from unilogit_kernels import explain_plan, linear_kl_loss, linear_unilogit_loss
+from unilogit_kernels import LinearOptions, explain_plan, linear_kl_loss, linear_unilogit_loss
 from unilogit_kernels.functional.explain import ACCELERATORS, PlanReport
 from unilogit_kernels.fused_linear import compaction
-from unilogit_kernels.fused_linear.budget import MEMORY_BUDGET
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET
 from unilogit_kernels.fused_linear.plan import Plan, plan_keeping, plan_linear
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -48,9 +48,16 @@ PAIR_CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 V = 8003
 
 
+def with_linear_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a case, with those of how the call may run taken together."""
+    options = {"memory_budget": 4 << 20, **options}
+    how = {name: options.pop(name) for name in LinearOptions._fields if name in options}
+    return {**options, "options": LinearOptions(**how)}
+
+
 def measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, int]:
     """Operations of the GEMMs, and bytes beside operands and gradients, of a real call."""
-    options = {"memory_budget": 4 << 20, **options}
+    options = with_linear_options(options)
     hidden = torch.randn(n, h).to(dtype).requires_grad_(options.pop("train_hidden", True))
     weight = torch.randn(V, h).to(dtype).requires_grad_(options.pop("train_weight", True))
     labels = torch.randint(0, V, (n,))
@@ -73,7 +80,7 @@ def measured(n: int, h: int, dtype: torch.dtype, **options: Any) -> tuple[int, i
 
 
 def predicted(n: int, h: int, dtype: torch.dtype, **options: Any) -> PlanReport:
-    options = {"memory_budget": 4 << 20, **options}
+    options = with_linear_options(options)
     return explain_plan(n, h, V, dtype=dtype, device="cpu", **options)
 
 
@@ -186,7 +193,12 @@ def test_cost_is_linear_in_tokens_and_columns(train_weight: bool, device: str) -
 def test_kept_share_grows_with_the_budget() -> None:
     shares = [
         explain_plan(
-            512, 64, 32_000, device="cpu", reduction="none", memory_budget=budget << 20
+            512,
+            64,
+            32_000,
+            device="cpu",
+            reduction="none",
+            options=LinearOptions(memory_budget=budget << 20),
         ).kept_share
         for budget in (8, 25, 45, 120)
     ]
@@ -213,4 +225,11 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="ref_h must be at least 1"):
         explain_plan(5, 4, 10, ref_h=0)
     with pytest.raises(TypeError, match="logits_dtype must be the operands' dtype"):
-        explain_plan(5, 4, 10, ref_h=4, ref_dtype=torch.float16, logits_dtype=torch.bfloat16)
+        explain_plan(
+            5,
+            4,
+            10,
+            ref_h=4,
+            ref_dtype=torch.float16,
+            options=LinearOptions(logits_dtype=torch.bfloat16),
+        )

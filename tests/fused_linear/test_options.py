@@ -19,7 +19,7 @@ from unilogit_kernels import (
     reference,
 )
 from unilogit_kernels.fused_linear import compaction
-from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
 from unilogit_kernels.fused_linear.saved import KeptLogits
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
@@ -57,7 +57,7 @@ def test_any_budget_and_logits_dtype(
 ) -> None:
     """Both orders, rows kept as logits and as finished gradients, in chunks of several sizes."""
     chosen = {"default": None, "float32": torch.float32, "operands": dtype}[logits]
-    options: dict[str, Any] = {"memory_budget": memory_budget, "logits_dtype": chosen}
+    options = {"options": LinearOptions(memory_budget, chosen)}
     problem = linear_problem(90, H, V, dtype, bias=True, softcap=4.0)
     if reduction == "mean":
         check(problem, backend, **options)
@@ -79,7 +79,11 @@ class TestKeptLogits:
         labels = torch.randint(0, V, (n,))
         with GemmCounter() as counter:
             linear_target_log_odds(
-                hidden, weight, labels, memory_budget=memory_budget, backend=backend
+                hidden,
+                weight,
+                labels,
+                options=LinearOptions(memory_budget=memory_budget),
+                backend=backend,
             ).sum().backward()
         return _gemms(counter.flops, n)
 
@@ -103,7 +107,11 @@ class TestKeptLogits:
                     patch.setattr(KeptLogits, "place", lambda *_: None)
                 hidden_, weight_ = inputs
                 d = linear_target_log_odds(
-                    hidden_, weight_, labels, memory_budget=1 << 30, backend=backend
+                    hidden_,
+                    weight_,
+                    labels,
+                    options=LinearOptions(memory_budget=1 << 30),
+                    backend=backend,
                 )
                 d.backward(upstream)
             results.append([x.grad for x in inputs])
@@ -136,7 +144,7 @@ class TestSkippedRows:
                     inputs[1],
                     labels,
                     "cross_entropy",
-                    logits_dtype=logits_dtype,
+                    options=LinearOptions(logits_dtype=logits_dtype),
                     backend=backend,
                 )
                 loss.backward()
@@ -164,7 +172,7 @@ class TestSkippedRows:
                 inputs[1],
                 labels,
                 reduction=reduction,
-                skip_below=skip_below,
+                options=LinearOptions(skip_below=skip_below),
                 backend=backend,
             )
             return list(torch.autograd.grad(loss.sum(), [x for x in inputs if x.requires_grad]))
@@ -187,7 +195,9 @@ class TestSkippedRows:
         hidden = torch.randn(20, H)
         hidden[3] = torch.nan
         inputs = hidden.requires_grad_(), torch.randn(V, H, requires_grad=True)
-        loss = linear_unilogit_loss(*inputs, torch.arange(20), skip_below=0.5, backend=backend)
+        loss = linear_unilogit_loss(
+            *inputs, torch.arange(20), options=LinearOptions(skip_below=0.5), backend=backend
+        )
         loss.backward()
         assert loss.isnan()
         assert inputs[0].grad is not None
@@ -209,7 +219,12 @@ class TestWithoutCompaction:
         for compact in (True, False):
             inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
             loss = linear_unilogit_loss(
-                inputs[0], inputs[1], labels, reduction=reduction, compact=compact, backend=backend
+                inputs[0],
+                inputs[1],
+                labels,
+                reduction=reduction,
+                options=LinearOptions(compact=compact),
+                backend=backend,
             )
             wanted = [x for x in inputs if x.requires_grad]
             results.append([loss, *torch.autograd.grad(loss.sum(), wanted)])
@@ -234,14 +249,19 @@ class TestWithoutCompaction:
         weight = torch.randn(V, H, requires_grad=True)
         labels = torch.randint(0, V, (30,))
         # These two look at numbers on CPU only, where they are at hand.
-        monkeypatch.setattr("unilogit_kernels.calls.validation._check_label_range", lambda *_: None)
-        monkeypatch.setattr("unilogit_kernels.ops.linear.scaled", lambda g, up, *_: g * up)
+        monkeypatch.setattr("unilogit_kernels.ops.arguments.check_label_range", lambda *_: None)
+        monkeypatch.setattr("unilogit_kernels.ops.scaling._has_values", lambda *_: False)
         for reduction in ("mean", "none"):
             for frozen in (False, True):
                 weight.requires_grad_(not frozen)
                 with Watch():
                     loss = linear_unilogit_loss(
-                        hidden, weight, labels, reduction=reduction, compact=False, backend="eager"
+                        hidden,
+                        weight,
+                        labels,
+                        reduction=reduction,
+                        options=LinearOptions(compact=False),
+                        backend="eager",
                     )
                     loss.sum().backward()
         assert {"mm", "scatter_"} <= seen
@@ -254,10 +274,14 @@ def test_logits_dtype_reproduces_rounded_logits(backend: str, half: torch.dtype)
     hidden, weight = torch.randn(40, H).to(half), torch.randn(V, H).to(half)
     labels = torch.randint(0, V, (40,))
     rounded = F.linear(hidden.float(), weight.float()).to(half)
-    d = linear_target_log_odds(hidden, weight, labels, logits_dtype=half, backend=backend)
+    d = linear_target_log_odds(
+        hidden, weight, labels, options=LinearOptions(logits_dtype=half), backend=backend
+    )
     exact = reference.target_log_odds(rounded.double(), labels)
     assert_within_budget(d, exact, reference.target_log_odds(rounded.float(), labels))
-    wide = linear_target_log_odds(hidden, weight, labels, logits_dtype=torch.float32)
+    wide = linear_target_log_odds(
+        hidden, weight, labels, options=LinearOptions(logits_dtype=torch.float32)
+    )
     exact = reference.target_log_odds(F.linear(hidden.double(), weight.double()), labels)
     plain = reference.target_log_odds(F.linear(hidden.float(), weight.float()), labels)
     assert_within_budget(wide, exact, plain)
@@ -282,7 +306,7 @@ def test_forward_and_backward_see_the_same_logits(backend: str, objective: str) 
                 w,
                 labels,
                 objective,
-                logits_dtype=logits_dtype,
+                options=LinearOptions(logits_dtype=logits_dtype),
                 reduction=reduction,
                 backend=backend,
             )
@@ -294,7 +318,10 @@ def test_forward_and_backward_see_the_same_logits(backend: str, objective: str) 
 class TestErrors:
     def loss(self, **options: Any) -> Tensor:
         return linear_unilogit_loss(
-            torch.randn(2, 4), torch.randn(9, 4), torch.arange(2), **options
+            torch.randn(2, 4),
+            torch.randn(9, 4),
+            torch.arange(2),
+            options=LinearOptions(**options),
         )
 
     def test_messages_say_what_was_given_and_expected(self) -> None:
@@ -306,7 +333,9 @@ class TestErrors:
             self.loss(logits_dtype=torch.bfloat16)
 
     def test_the_module_takes_them_too(self) -> None:
-        module = LinearUnilogitLoss(memory_budget=1 << 20, skip_below=0.1, direction="forward")
+        module = LinearUnilogitLoss(
+            options=LinearOptions(memory_budget=1 << 20, skip_below=0.1), direction="forward"
+        )
         assert "memory_budget=1048576" in repr(module)
         assert "skip_below=0.1" in repr(module)
         assert "direction='forward'" in repr(module)
@@ -323,6 +352,9 @@ def test_options_reach_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compaction, "plan_linear", spy)
     linear_unilogit_loss(
-        torch.randn(20, H), torch.randn(V, H), torch.arange(20), memory_budget=3 << 20
+        torch.randn(20, H),
+        torch.randn(V, H),
+        torch.arange(20),
+        options=LinearOptions(memory_budget=3 << 20),
     )
     assert seen == [LinearOptions(memory_budget=3 << 20)]

@@ -47,7 +47,14 @@ _SIZES: dict[str, Any] = {
 }
 
 # What single configs need beside that.
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _OWN: dict[str, dict[str, Any]] = {
+    "CohereCompassTextConfig": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+    },
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "DbrxFFNConfig": {"moe_top_k": 2},
     "Dots1Config": {"n_shared_experts": 1},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
@@ -62,7 +69,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "RoCBertConfig": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "XmodConfig": {"default_language": "en_XX"},
     "ZambaConfig": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
-    "Zamba2Config": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+    "Zamba2Config": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
 

@@ -57,7 +57,8 @@ def outcome(name: str) -> Outcome:
             return Outcome("not built", _line(error))
         given = batch(model)
         try:
-            fused_loss(model, **given)
+            with torch.no_grad():
+                fused_loss(model, **given)
         except UnsupportedHeadError as error:
             return Outcome("refused", _line(error))
         except Exception as error:
@@ -132,6 +133,7 @@ def _compare(model: transformers.PreTrainedModel, given: Given) -> str:
     _compare_own_loss(model, given)
     for dtype in (torch.float32, torch.bfloat16):
         cast: nn.Module = nn.Module.to(copy.deepcopy(model), dtype)
+        exact = copy.deepcopy(cast).double()
         try:
             losses = [_unilogit(cast, given)]
         except RuntimeError as error:
@@ -139,7 +141,6 @@ def _compare(model: transformers.PreTrainedModel, given: Given) -> str:
                 raise
             return f"in float32; its own forward fails in bfloat16: {_line(error)}"
         wanted = [_gradients(cast, losses[0].mean())]
-        exact = copy.deepcopy(cast).double()
         with _InFloat64():
             losses.insert(0, _unilogit(exact, given))
         wanted.insert(0, _gradients(exact, losses[0].mean()))

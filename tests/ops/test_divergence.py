@@ -90,8 +90,11 @@ def test_double_backward_elsewhere_says_so(two_row_backend: str) -> None:
         pytest.skip("which supports it")
     for pair in (logits_pair(3, 9, torch.float32), linear_pair(3, 4, 9, torch.float32)):
         inputs = tuple(x.requires_grad_() for x in pair.student)
-        with pytest.raises(RuntimeError, match="first derivatives only"):
-            torch.autograd.grad(pair.loss(inputs, two_row_backend), inputs, create_graph=True)
+        loss = pair.loss(inputs, two_row_backend)
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        for gradient in gradients:
+            with pytest.raises(RuntimeError, match="first derivatives only"):
+                torch.autograd.grad(gradient.sum(), inputs, retain_graph=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -136,23 +139,22 @@ def test_one_graph_serves_any_number_of_tokens(two_row_backend: str, linear: boo
     torch._dynamo.reset()
 
 
-def test_operators_are_registered_correctly() -> None:
+def test_operators_are_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Memory for logits to keep is not all written, and two runs would differ there.
+    monkeypatch.setattr("unilogit_kernels.compaction.keep_capacity", lambda *_: 0)
     logits, ref_logits = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
-    pair = (torch.arange(3), 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")
+    pair = (torch.arange(3), -100, 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")
     options = (0, 0.0, True, None)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair), test_utils=tests)
+    opcheck(torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair))
     heads = (torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), None)
     teacher = (torch.randn(3, 5), torch.randn(9, 5), torch.randn(9))
     opcheck(
         torch.ops.unilogit_kernels.linear_divergence,
         (*heads, *teacher, torch.tensor([True, False, True]), *pair, *options, True),
-        test_utils=tests,
     )
     opcheck(
         torch.ops.unilogit_kernels.linear_divergence_loss,
         (*heads, *teacher, *pair, torch.rand(3), torch.ones(()), *options, True, True, False),
-        test_utils=tests,
     )
 
 

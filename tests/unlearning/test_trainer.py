@@ -28,8 +28,9 @@ from tests.unlearning.tiny_trainer import REFUSALS, arguments, make_trainer
 from unilogit_kernels.testing import assert_tensors_within_budget, assert_within_budget
 from unilogit_kernels.unlearning.data import PairSampler, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
+from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
-from unilogit_kernels.unlearning.trainer import UnlearningTrainer, train_only_top_layers
+from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

@@ -7,10 +7,12 @@ run on a device is decided here.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import cast
 
 import torch
 
@@ -21,6 +23,8 @@ from unilogit_kernels.backends.contract import (
     SweepKernels,
 )
 from unilogit_kernels.backends.ids import DTYPE_IDS
+
+_PACKAGE = __name__.partition(".")[0]
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 """Every backend there is, whether it can run here or not."""
@@ -63,20 +67,15 @@ def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
     return kernels if isinstance(kernels, ScaleKernels) else None
 
 
+@cache
 def load_divergence(name: str) -> DivergenceKernels:
-    """The two-row kernels of a backend; eager's, with one warning, where it has none yet.
+    """The two-row kernels of a backend; every one of them has some.
 
     Raises:
         ImportError: As `load`.
         RuntimeError: As `load`.
     """
-    kernels = load(name)
-    if isinstance(kernels, DivergenceKernels):
-        return kernels
-    _warn_once("eager", f"the {name!r} kernels do not compare two models' rows")
-    eager = load("eager")
-    assert isinstance(eager, DivergenceKernels)
-    return eager
+    return cast(DivergenceKernels, load(name))
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -188,5 +187,13 @@ def _warn_once(name: str, what: str) -> None:
     warnings.warn(
         f"unilogit_kernels runs its {slower}{name} backend, since {what}. "
         f"Pass backend={name!r} to choose it knowingly.",
-        stacklevel=4,
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel`, for the function that asks, of the first frame outside this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level

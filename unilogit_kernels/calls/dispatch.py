@@ -4,57 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels import objectives
-from unilogit_kernels import ops as _ops  # noqa: F401  (registers the operators)
+from unilogit_kernels import objectives, ops
 from unilogit_kernels.calls import validation
+from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.objectives import Mixture, Objective, SequenceObjective
+from unilogit_kernels.ops.arguments import (
+    NO_GRADIENT,
+    NO_GRADIENTS,
+    Head,
+    Logits,
+    Operands,
+    TokenRows,
+    WeightedObjective,
+)
+from unilogit_kernels.ops.linear import Active
+from unilogit_kernels.ops.registration import any_tangent
+from unilogit_kernels.rows.contract import weigh
 
 
-class Operands(NamedTuple):
-    """What logits come from, flattened to `[n, ...]`: themselves, or an lm_head.
-
-    Attributes:
-        logits: `[n, V]`; None for an lm_head.
-        hidden: `[n, H]`.
-        weight: `[V, H]`.
-        bias: `[V]` or None.
-    """
-
-    logits: Tensor | None
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    def needs(self) -> list[bool]:
-        """Which of the given ones want a gradient, and can get one."""
-        given = (self.logits,) if self.logits is not None else self[1:]
-        return [
-            torch.is_grad_enabled() and operand is not None and operand.requires_grad
-            for operand in given
-        ]
-
-
-def from_logits(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Operands, LossCall]:
+def from_logits(logits: Tensor, labels: Tensor, options: CallOptions) -> tuple[Operands, LossCall]:
     """Validate a call on logits `[..., V]`; see `validation.describe_logits`."""
-    call = validation.describe_logits(logits, labels, **options)
-    return Operands(logits.reshape(-1, logits.shape[-1])), call
+    call = validation.describe_logits(logits, labels, options)
+    return Logits(logits.reshape(-1, logits.shape[-1])), call
 
 
 def from_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    options: CallOptions,
+    linear: LinearOptions | None,
 ) -> tuple[Operands, LossCall]:
     """Validate a call on hidden states and an lm_head; see `validation.describe_linear`."""
     hidden, weight = validation.cast_for_autocast(hidden), validation.cast_for_autocast(weight)
     bias = None if bias is None else validation.cast_for_autocast(bias)
-    call = validation.describe_linear(hidden, weight, bias, labels, **options)
-    return Operands(None, hidden.reshape(-1, hidden.shape[-1]), weight, bias), call
+    call = validation.describe_linear(
+        hidden, weight, bias, labels, options, linear or LinearOptions()
+    )
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias), call
 
 
 def objective_of(
@@ -71,22 +66,27 @@ def objective_of(
         objective = _flatten(objective, call)
     if call.reduction != "none" and objectives.is_registered(objective):
         return finish(operands, call, objective)[0]
-    runner_up = isinstance(objective, Objective) and objective.needs_runner_up
-    return _reduce(statistics(operands, call, runner_up=runner_up)[0], objective, call)
+    losses = _losses(operands, call, objective)
+    if call.reduction != "none":
+        return call.factor * losses.sum()
+    if isinstance(objective, SequenceObjective):
+        return losses.reshape(call.shape[:-1]) if objective.members == 1 else losses
+    return losses.reshape(call.shape)
 
 
 def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Tensor, Tensor]:
     """The loss (0-d) and the weighted losses `[n]` (detached); gradients are computed at once."""
-    arguments = (*_rows(call), call.row_weight, call.factor, *objectives.pack(objective))
-    if operands.logits is not None:
-        result = torch.ops.unilogit_kernels.objective_loss(
-            operands.logits, *arguments, *operands.needs()
-        )
-    else:
-        result = torch.ops.unilogit_kernels.linear_objective_loss(
-            *operands[1:], *arguments, *_options(call), *operands.needs()
-        )
-    return result[0], result[1]
+    if any_tangent(operands):
+        # What is finished in one pass has no tangents; the values of rows do.
+        losses = _losses(operands, call, objective)
+        return call.factor * losses.sum(), losses.detach()
+    rows = _rows(call, runner_up=objective.needs_runner_up)
+    loss = WeightedObjective(call.row_weight, call.factor, *objectives.pack(objective))
+    if isinstance(operands, Logits):
+        found = ops.logits.objective_loss(operands, rows, loss, NO_GRADIENT)
+        return found.loss, found.losses
+    finished = ops.linear.linear_objective_loss(operands, rows, loss, call.linear, NO_GRADIENTS)
+    return finished.loss, finished.losses
 
 
 def log_odds(operands: Operands, call: LossCall) -> Tensor:
@@ -105,14 +105,14 @@ def statistics(operands: Operands, call: LossCall, *, runner_up: bool) -> tuple[
     Returns:
         The statistics, and the runner-up's token, int64 `[n]`; empty where nobody asked for it.
     """
-    active = call.row_weight != 0
-    if operands.logits is not None:
-        found = torch.ops.unilogit_kernels.log_odds(operands.logits, *_rows(call), runner_up)
+    active, rows = call.row_weight != 0, _rows(call, runner_up=runner_up)
+    if isinstance(operands, Logits):
+        values, column, _ = ops.logits.log_odds(operands, rows)
     else:
-        found = torch.ops.unilogit_kernels.linear_log_odds(
-            *operands[1:], active, *_rows(call), *_options(call), any(operands.needs()), runner_up
+        values, column, *_ = ops.linear.linear_log_odds(
+            operands, Active(active), rows, call.linear, NO_GRADIENT
         )
-    return Statistics.of(torch.where(active, found[0], 0.0)), found[1]
+    return Statistics.of(torch.where(active, values, 0.0)), column
 
 
 def mixture_of(
@@ -160,14 +160,17 @@ def mixture_of(
     return total, torch.where(factor_of == 0, 0.0, call.factor * sums / factor_of)
 
 
-def _rows(call: LossCall) -> tuple[Any, ...]:
-    """The operators' arguments that describe the rows."""
-    return call.labels, *call.transform, call.vocab_size, call.backend
-
-
-def _options(call: LossCall) -> tuple[Any, ...]:
-    """The operators' arguments that say how a fused linear call may run."""
-    return *call.options, call.logits_dtype
+def _rows(call: LossCall, *, runner_up: bool) -> TokenRows:
+    """What describes the rows to an operator."""
+    assert call.labels is not None
+    return TokenRows(
+        call.labels,
+        call.ignore_index,
+        *call.transform,
+        call.vocab_size,
+        runner_up,
+        call.backend,
+    )
 
 
 def _token_tensor(name: str, tensor: Tensor, call: LossCall) -> Tensor:
@@ -176,9 +179,9 @@ def _token_tensor(name: str, tensor: Tensor, call: LossCall) -> Tensor:
         raise ValueError(
             f"{name} must have the labels' shape {list(call.shape)}, got {list(tensor.shape)}"
         )
-    if tensor.device != call.labels.device:
+    if tensor.device != call.row_weight.device:
         raise ValueError(
-            f"{name} must be on the labels' device {call.labels.device}, got {tensor.device}"
+            f"{name} must be on the labels' device {call.row_weight.device}, got {tensor.device}"
         )
     return tensor.detach().reshape(-1)
 
@@ -205,25 +208,19 @@ def _place_sequences(
     return objective, dataclasses.replace(call, factor=factor)
 
 
-def _reduce(
-    seen: Statistics, objective: Objective | Callable[[Tensor], Tensor], call: LossCall
+def _losses(
+    operands: Operands, call: LossCall, objective: Objective | Callable[[Tensor], Tensor]
 ) -> Tensor:
-    log_odds = seen.log_odds
-    if isinstance(objective, SequenceObjective):
-        losses = objective.per_sequence(log_odds)
-        if call.reduction == "none":
-            return losses.reshape(call.shape[:-1]) if objective.members == 1 else losses
-        return call.factor * losses.sum()
-    if isinstance(objective, Objective):
-        values = objective.of_rows(seen, call.vocab_size)
-    else:
-        values = objective(log_odds)
-        if values.shape != log_odds.shape:
+    """The weighted losses `[n]`, differentiable; of sequences one each (they take no weights)."""
+    if not isinstance(objective, Objective):
+        values = objective(log_odds(operands, call))
+        if values.shape != call.row_weight.shape:
             raise ValueError(
-                f"objective must return one loss per token, shape {list(log_odds.shape)}, "
+                f"objective must return one loss per token, shape {list(call.row_weight.shape)}, "
                 f"got {list(values.shape)}"
             )
-    losses = torch.where(call.row_weight != 0, call.row_weight * values, 0.0)
-    if call.reduction == "none":
-        return losses.reshape(call.shape)
-    return call.factor * losses.sum()
+        return weigh(call.row_weight, values)
+    seen = statistics(operands, call, runner_up=objective.needs_runner_up)[0]
+    if isinstance(objective, SequenceObjective):
+        return objective.per_sequence(seen.log_odds)
+    return weigh(call.row_weight, objective.of_rows(seen, call.vocab_size))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.calls import validation
+from unilogit_kernels.calls.options import CallOptions, TeacherOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.divergence import DIRECTIONS, Direction, Divergence
 from unilogit_kernels.maths.rewrites import Mask, Rewrite
+from unilogit_kernels.ops.divergence import PairRows
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,20 @@ class PairCall:
 
     Attributes:
         call: The student's side, with weights and reduction; the temperature in its transform.
-        labels: int64 `[n]`, or None.
         teacher_transform: What the teacher does to its raw logits, the temperature included.
         divergence: Which divergence, at that temperature.
     """
 
     call: LossCall
-    labels: Tensor | None
     teacher_transform: LogitTransform
     divergence: Divergence
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The operators' arguments `PAIR`."""
+    def rows(self) -> PairRows:
+        """What describes the rows to an operator."""
         rewrite = self.divergence.rewrite
-        return (
-            self.labels,
+        return PairRows(
+            self.call.labels,
+            self.call.ignore_index,
             *self.call.transform,
             *self.teacher_transform,
             self.call.vocab_size,
@@ -47,92 +49,68 @@ class PairCall:
             self.call.backend,
         )
 
-    def options(self) -> tuple[Any, ...]:
-        """The operators' arguments `OPTIONS`."""
-        return *self.call.options, self.call.logits_dtype
-
 
 def describe_logits(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor | None,
-    *,
-    rewrite: Rewrite | None,
-    direction: str,
-    temperature: float,
-    ref_softcap: float | None,
-    ref_logit_scale: float | None,
-    **options: Any,
+    options: CallOptions,
+    teacher: TeacherOptions,
 ) -> PairCall:
     """Validate a call on both models' logits `[..., V]`.
 
     Raises:
         TypeError: A dtype is wrong.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
-    call = validation.describe_logits(logits, _labels(labels, logits), **options)
+    call = validation.describe_logits(logits, labels, options)
     _check_teacher("ref_logits", ref_logits, "logits", logits)
     _check_leading_shape("ref_logits", ref_logits, "logits", logits)
     _check_vocabularies(
-        ("logits", logits.shape[-1]), ("ref_logits", ref_logits.shape[-1]), options["vocab_size"]
+        ("logits", logits.shape[-1]), ("ref_logits", ref_logits.shape[-1]), options.vocab_size
     )
     _check_columns("ref_logits' last dimension", ref_logits.shape[-1], call.vocab_size)
-    teacher = validation.check_transform(ref_softcap, ref_logit_scale, prefix="ref_")
-    return _pair_call(call, labels, teacher, rewrite, direction, temperature)
+    return _pair_call(call, labels, teacher)
 
 
 def describe_linear(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None],
     labels: Tensor | None,
-    *,
-    rewrite: Rewrite | None,
-    direction: str,
-    temperature: float,
-    ref_softcap: float | None,
-    ref_logit_scale: float | None,
-    **options: Any,
+    options: CallOptions,
+    teacher_options: TeacherOptions,
+    linear: LinearOptions,
 ) -> PairCall:
     """Validate a call on both models' hidden states, lm_head and bias.
 
     Raises:
         TypeError: A dtype is wrong, or one model's dtypes are mixed outside autocast.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
     hidden, weight, bias = student
-    call = validation.describe_linear(hidden, weight, bias, _labels(labels, hidden), **options)
+    call = validation.describe_linear(hidden, weight, bias, labels, options, linear)
+    if linear.skip_below:
+        raise ValueError(
+            f"skip_below must be 0 for a divergence, got {linear.skip_below}: no slope in front of "
+            "a row's gradient tells its size"
+        )
     ref_hidden, ref_weight, ref_bias = teacher
     _check_teacher("ref_hidden", ref_hidden, "hidden", hidden)
     validation.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    _check_logits_dtype(call.logits_dtype, hidden.dtype, ref_hidden.dtype)
+    _check_logits_dtype(call.linear.logits_dtype, hidden.dtype, ref_hidden.dtype)
     _check_leading_shape("ref_hidden", ref_hidden, "hidden", hidden)
     _check_vocabularies(
-        ("weight", weight.shape[0]), ("ref_weight", ref_weight.shape[0]), options["vocab_size"]
+        ("weight", weight.shape[0]), ("ref_weight", ref_weight.shape[0]), options.vocab_size
     )
     _check_columns("ref_weight's rows", ref_weight.shape[0], call.vocab_size)
-    transform = validation.check_transform(ref_softcap, ref_logit_scale, prefix="ref_")
-    return _pair_call(call, labels, transform, rewrite, direction, temperature)
+    return _pair_call(call, labels, teacher_options)
 
 
-def _labels(labels: Tensor | None, operand: Tensor) -> Tensor:
-    """Labels for the single-model validation: without any, all positions count."""
-    if labels is not None or not isinstance(operand, Tensor):
-        return labels  # an operand that is no tensor is refused below
-    return torch.zeros(operand.shape[:-1], dtype=torch.int64, device=operand.device)
-
-
-def _pair_call(
-    call: LossCall,
-    labels: Tensor | None,
-    teacher_transform: LogitTransform,
-    rewrite: Rewrite | None,
-    direction: str,
-    temperature: float,
-) -> PairCall:
+def _pair_call(call: LossCall, labels: Tensor | None, teacher: TeacherOptions) -> PairCall:
+    rewrite, direction, temperature, softcap, logit_scale = teacher
+    transform = validation.check_transform(softcap, logit_scale, prefix="ref_")
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
     if not 0.0 < temperature < math.inf:
@@ -152,8 +130,7 @@ def _pair_call(
         )
     return PairCall(
         dataclasses.replace(call, transform=call.transform.at_temperature(temperature)),
-        None if labels is None else call.labels,
-        teacher_transform.at_temperature(temperature),
+        transform.at_temperature(temperature),
         Divergence(cast(Direction, direction), rewrite.at_temperature(temperature)),
     )
 

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
+import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear.budget import LinearOptions
+from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.ops.registration import any_tangent
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 MIN_MEMORY_BUDGET = 1 << 20
 """Bytes: with less, a chunk is a few rows or columns of any real lm_head."""
 
-CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
-"""Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
+
+_DEFAULT = LinearOptions()
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class LossCall:
 
     Attributes:
         shape: Leading shape `[...]` of logits, hidden states and labels.
-        labels: int64 `[n]`, contiguous.
+        labels: int64 `[n]`, contiguous; None where every position counts and no label is seen. The
+            operators check their range: only they may look at numbers.
+        ignore_index: Label of positions that do not count.
         row_weight: `[n]`, the token weights with 0 at ignored positions, in `statistics_dtype`.
         factor: 0-d, what the weighted sum is multiplied by: 1 / denominator, or 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
@@ -42,12 +46,12 @@ class LossCall:
         transform: What the model does to the raw logits.
         vocab_size: Number of tokens that carry probability.
         backend: Name of the backend that runs the row kernels.
-        options: How a fused linear call may run.
-        logits_dtype: What its logits are rounded to, or None.
+        linear: How a fused linear call may run.
     """
 
     shape: torch.Size
-    labels: Tensor
+    labels: Tensor | None
+    ignore_index: int
     row_weight: Tensor
     factor: Tensor
     reduction: str
@@ -56,8 +60,7 @@ class LossCall:
     transform: LogitTransform
     vocab_size: int
     backend: str
-    options: LinearOptions = field(default_factory=LinearOptions)
-    logits_dtype: torch.dtype | None = None
+    linear: LinearOptions = _DEFAULT
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,23 +70,14 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def describe_logits(
     logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    vocab_size: int | None,
-    backend: str | None,
+    labels: Tensor | None,
+    options: CallOptions,
 ) -> LossCall:
-    """Validate a call on logits `[..., V]`.
+    """Validate a call on logits `[..., V]`; without labels every position counts.
 
     Raises:
         TypeError: A dtype is wrong.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
     check_float("logits", logits)
@@ -94,14 +88,7 @@ def describe_logits(
         labels,
         columns=logits.shape[-1],
         columns_of="logits' last dimension",
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+        options=options,
     )
 
 
@@ -109,46 +96,27 @@ def describe_linear(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
-    *,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    vocab_size: int | None,
-    backend: str | None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    labels: Tensor | None,
+    options: CallOptions,
+    linear: LinearOptions,
 ) -> LossCall:
     """Validate a call on hidden states `[..., H]` and an lm_head `[V, H]`.
 
     Raises:
         TypeError: A dtype is wrong, or dtypes are mixed outside autocast.
         ValueError: A shape, device or option is wrong.
-        IndexError: A label is out of range (checked on CPU).
         RuntimeError: The requested backend cannot run here.
     """
     check_head(hidden, weight, bias)
-    options = check_linear_options(memory_budget, logits_dtype, hidden.dtype, skip_below, compact)
+    check_linear_options(linear, hidden.dtype)
     call = _describe(
         ("hidden", hidden),
         labels,
         columns=weight.shape[0],
         columns_of="weight's rows",
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+        options=options,
     )
-    return dataclasses.replace(call, options=options, logits_dtype=logits_dtype)
+    return dataclasses.replace(call, linear=linear)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
@@ -161,9 +129,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
     names = [f"{prefix}{name}" for name in ("hidden", "weight", "bias")]
     check_float(names[0], hidden)
     check_float(names[1], weight)
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+    fits = weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1]
+    if not fits or weight.shape[1] == 0:
         raise ValueError(
-            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] with the same H, "
+            f"{names[0]} must have shape [..., H] and {names[1]} [V, H] of one H >= 1, the same H, "
             f"got {names[0]} {list(hidden.shape)} and {names[1]} {list(weight.shape)}"
         )
     operands = [(names[1], weight)]
@@ -191,6 +160,7 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
     if (
         not isinstance(operand, Tensor)
         or operand.dtype not in FLOAT_DTYPES[:3]
+        or not torch.amp.is_autocast_available(operand.device.type)
         or not torch.is_autocast_enabled(operand.device.type)
     ):
         return operand
@@ -199,55 +169,67 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
 
 def _describe(
     operand: tuple[str, Tensor],
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     columns: int,
     columns_of: str,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items_in_batch: int | Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    vocab_size: int | None,
-    backend: str | None,
+    options: CallOptions,
 ) -> LossCall:
     name, tensor = operand
     shape = tensor.shape[:-1]
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 or int32 tensor, got {given}")
-    if labels.shape != shape:
+    _check_ignore_index(options.ignore_index)
+    if labels is not None:
+        _check_labels(labels, name, tensor)
+    if options.reduction not in REDUCTIONS:
         raise ValueError(
-            f"labels must have {name}'s leading shape {list(shape)}, got {list(labels.shape)} "
-            f"for {name} {list(tensor.shape)}"
+            f"options.reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
         )
-    check_device("labels", labels, name, tensor)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    vocab_size = _check_vocab_size(vocab_size, columns, columns_of)
-    transform = check_transform(softcap, logit_scale)
-    chosen = registry.choose(backend, tensor.device.type, tensor.dtype)
-    labels = labels.reshape(-1).to(torch.int64).contiguous()
-    valid = labels != ignore_index
-    _check_label_range(labels, valid, vocab_size)
+    vocab_size = _check_vocab_size(options.vocab_size, columns, columns_of)
+    transform = check_transform(options.softcap, options.logit_scale)
+    chosen = registry.choose(options.backend, tensor.device.type, tensor.dtype)
+    if labels is None:
+        valid = torch.ones(math.prod(shape), dtype=torch.bool, device=tensor.device)
+    else:
+        labels = labels.reshape(-1).to(torch.int64).contiguous()
+        valid = labels != options.ignore_index
     dtype = statistics_dtype(tensor.dtype)
     row_weight = valid.to(dtype)
-    if token_weights is not None:
-        weights = _check_token_weights(token_weights, shape, name, tensor)
+    if options.token_weights is not None:
+        weights = _check_token_weights(options.token_weights, shape, name, tensor)
         row_weight = torch.where(valid, weights.reshape(-1).to(dtype), 0.0)
     return LossCall(
         shape=shape,
         labels=labels,
+        ignore_index=int(options.ignore_index),
         row_weight=row_weight,
-        factor=_factor(reduction, num_items_in_batch, valid, dtype),
-        reduction=reduction,
-        weighted=token_weights is not None,
-        items_given=num_items_in_batch is not None,
+        factor=_factor(options.reduction, options.num_items_in_batch, valid, dtype),
+        reduction=options.reduction,
+        weighted=options.token_weights is not None,
+        items_given=options.num_items_in_batch is not None,
         transform=transform,
         vocab_size=vocab_size,
         backend=chosen,
     )
+
+
+def _check_ignore_index(ignore_index: object) -> None:
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(
+            "ignore_index must be an int, the label of positions that do not count (-100 by "
+            f"default), got {ignore_index!r}"
+        )
+
+
+def _check_labels(labels: Tensor, name: str, tensor: Tensor) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 or int32 tensor, got {given}")
+    if labels.shape != tensor.shape[:-1]:
+        raise ValueError(
+            f"labels must have {name}'s leading shape {list(tensor.shape[:-1])}, "
+            f"got {list(labels.shape)} for {name} {list(tensor.shape)}"
+        )
+    check_device("labels", labels, name, tensor)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -299,32 +281,28 @@ def check_transform(
     )
 
 
-def check_linear_options(
-    memory_budget: int | None,
-    logits_dtype: torch.dtype | None,
-    dtype: torch.dtype,
-    skip_below: float = 0.0,
-    compact: bool = True,
-) -> LinearOptions:
-    """Validate how a fused linear call of operands in `dtype` may run.
+def check_linear_options(options: LinearOptions, dtype: torch.dtype) -> None:
+    """Check how a fused linear call of operands in `dtype` may run.
 
     Raises:
         ValueError: A number is out of range.
-        TypeError: `logits_dtype` does not go with `dtype`.
+        TypeError: It is no `LinearOptions`, or `logits_dtype` does not go with `dtype`.
     """
-    if memory_budget is not None and memory_budget < MIN_MEMORY_BUDGET:
+    if not isinstance(options, LinearOptions):
+        raise TypeError(f"options must be LinearOptions or None, got {options!r}")
+    budget = options.memory_budget
+    if budget is not None and (not isinstance(budget, int) or budget < MIN_MEMORY_BUDGET):
         raise ValueError(
             f"memory_budget is in bytes, at least {MIN_MEMORY_BUDGET}, or None for the default of "
-            f"the device, got {memory_budget}"
+            f"the device, got {budget}"
         )
-    if not 0.0 <= skip_below < 1.0:
-        raise ValueError(f"skip_below must be in [0, 1), got {skip_below}")
-    if logits_dtype not in (None, dtype, statistics_dtype(dtype)):
+    if not 0.0 <= options.skip_below < 1.0:
+        raise ValueError(f"skip_below must be in [0, 1), got {options.skip_below}")
+    if options.logits_dtype not in (None, dtype, statistics_dtype(dtype)):
         raise TypeError(
             f"logits_dtype must be the operands' dtype {dtype}, {statistics_dtype(dtype)} or None, "
-            f"got {logits_dtype}"
+            f"got {options.logits_dtype}"
         )
-    return LinearOptions(memory_budget or 0, float(skip_below), bool(compact))
 
 
 def _check_token_weights(
@@ -341,27 +319,12 @@ def _check_token_weights(
             f"got {list(token_weights.shape)}"
         )
     check_device("token_weights", token_weights, name, tensor)
-    if token_weights.requires_grad:
+    if token_weights.requires_grad or any_tangent([token_weights]):
         raise ValueError(
             "token_weights requires grad, but no gradient flows to it: pass "
             "token_weights.detach(), or use reduction='none' and weight the losses yourself"
         )
     return token_weights
-
-
-def _check_label_range(labels: Tensor, valid: Tensor, vocab_size: int) -> None:
-    """On CPU, where it costs nothing; on accelerators a bad label gives NaN for its row instead."""
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS_VARIABLE) != "1":
-        return
-    bad = valid & ((labels < 0) | (labels >= vocab_size))
-    if bad.any():
-        position = int(bad.nonzero()[0])
-        raise IndexError(
-            f"labels must be in [0, {vocab_size}) or ignore_index, "
-            f"got {int(labels[position])} at flat position {position}"
-        )
 
 
 def _factor(

@@ -2,6 +2,8 @@
 
 import sys
 
+from unilogit_kernels.cli.doctor import main as doctor
+
 _EXTRA = (
     "typer",
     "rich",
@@ -23,6 +25,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
+        if sys.argv[1:2] == ["doctor"]:  # It says what is missing, so it runs without it.
+            doctor(sys.argv[2:])
+            return
         sys.exit(_missing(error.name))
     app.command()(reporting_errors()(bench))
     try:

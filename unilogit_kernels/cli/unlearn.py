@@ -14,13 +14,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from unilogit_kernels.cli.doctor import diagnose
+from unilogit_kernels.cli.doctor import main as diagnose
 from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.errors import (
@@ -150,6 +148,15 @@ def unlearn(
     train_layers: Annotated[
         int | None, typer.Option(help="Train only so many of the top layers.")
     ] = Settings.train_layers,
+    memory_budget_mib: Annotated[
+        int | None, typer.Option(help="MiB that the losses' buffers may take.")
+    ] = Settings.memory_budget_mib,
+    logits_dtype: Annotated[
+        str | None, typer.Option(help="What logits are rounded to: float32, bfloat16 or float16.")
+    ] = Settings.logits_dtype,
+    skip_below: Annotated[
+        float, typer.Option(help="Tokens of a smaller share of the largest slope get no gradient.")
+    ] = Settings.skip_below,
     max_length: Annotated[
         int, typer.Option(help="Rows are cut after so many tokens.")
     ] = Settings.max_length,
@@ -318,30 +325,14 @@ def _read_sets(data: list[str]) -> dict[str, list[Row]]:
     return sets
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[--json]")] = None,
 ) -> None:
-    """Show versions, devices, and which backends can run here."""
+    """Show versions, devices, which backends can run here, and what each extra gives."""
     with reporting_errors():
         check_alone("doctor")
-        found = diagnose()
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    console = Console()
-    versions = Table("package", "version", title=f"Python {found['python']}, {found['platform']}")
-    for name, number in found["versions"].items():
-        versions.add_row(name, number or "not installed")
-    devices = Table("device", "name", "details", title="Devices")
-    for device in found["devices"]:
-        details = [f"{k} {v}" for k, v in device.items() if k not in ("device", "name")]
-        devices.add_row(device["device"], device["name"], ", ".join(details))
-    backends = Table("backend", "can run here", title="Backends")
-    for name, reason in found["backends"].items():
-        backends.add_row(name, "yes" if reason is None else f"no: {escape(reason)}")
-    for table in (versions, devices, backends):
-        console.print(table)
+        diagnose(arguments or [])
 
 
 def _quiet() -> None:

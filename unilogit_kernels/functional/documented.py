@@ -69,8 +69,8 @@ def documented(function: _Documented) -> _Documented:
         ...     Args:
         ...         power: Its exponent.
         ...     '''
-        >>> "backend" in loss.__doc__, "power: Its exponent." in loss.__doc__
-        (False, True)
+        >>> "labels: int64" in loss.__doc__, "power: Its exponent." in loss.__doc__
+        (True, True)
     """
     if function.__doc__ is None:  # python -OO
         return function

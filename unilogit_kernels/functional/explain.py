@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from unilogit_kernels.calls import validation
-from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.cost import Costs, loss_costs, recomputing_costs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, keep_capacity, plan_keeping, plan_linear
 from unilogit_kernels.fused_linear.recorder import Launch, Read
 
@@ -120,8 +121,7 @@ def explain_plan(
     train_weight: bool = True,
     train_bias: bool = False,
     reduction: str = "mean",
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    options: LinearOptions | None = None,
     ref_h: int | None = None,
     ref_dtype: torch.dtype | None = None,
 ) -> PlanReport:
@@ -140,8 +140,7 @@ def explain_plan(
         train_bias: Whether its bias does.
         reduction: `"mean"` or `"sum"`; `"none"` for losses that go through
             `linear_target_log_odds`, whose backward is a call of its own.
-        memory_budget: See `linear_unilogit_loss`.
-        logits_dtype: See `linear_unilogit_loss`.
+        options: How the call may run; `skip_below` and `compact` do not count here.
         ref_h: The reference model's hidden size, for a call of `linear_kl_loss`; None for a loss of
             one model.
         ref_dtype: Of its hidden states and lm_head; default: `dtype`.
@@ -166,14 +165,15 @@ def explain_plan(
         raise ValueError(f"expected n, h >= 1 and vocab_size >= 2, got {n}, {h}, {vocab_size}")
     if ref_h is not None and ref_h < 1:
         raise ValueError(f"ref_h must be at least 1, or None for a loss of one model, got {ref_h}")
-    options = validation.check_linear_options(memory_budget, logits_dtype, dtype)
+    options = options or LinearOptions()
+    validation.check_linear_options(options, dtype)
     needs = Needs(train_hidden, train_weight, train_bias)
-    dtypes = GemmDtypes.of(dtype, device, logits_dtype)
+    dtypes = GemmDtypes.of(dtype, device, options.logits_dtype)
     reference = None
     if ref_h is not None:
         ref_dtype = ref_dtype or dtype
-        validation.check_linear_options(None, logits_dtype, ref_dtype)
-        ref_dtypes = GemmDtypes.of(ref_dtype, device, logits_dtype)
+        validation.check_linear_options(options, ref_dtype)
+        ref_dtypes = GemmDtypes.of(ref_dtype, device, options.logits_dtype)
         reference = HeadShape(ref_h, ref_dtypes, ref_dtype)
     shape = LinearShape(n, h, vocab_size, dtypes, dtype, device, needs, reference)
     if reduction not in validation.REDUCTIONS:

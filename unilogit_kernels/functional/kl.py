@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from unilogit_kernels.calls import pair_validation
-from unilogit_kernels.calls.validation import LossCall, cast_for_autocast
+from unilogit_kernels.calls import pair_dispatch
+from unilogit_kernels.calls.options import CallOptions, TeacherOptions
+from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.rewrites import Rewrite
-from unilogit_kernels.ops import divergence as _ops  # noqa: F401  (registers the operators)
 
 
+@documented
 def kl_loss(
     logits: Tensor,
     ref_logits: Tensor,
@@ -47,34 +47,10 @@ def kl_loss(
         labels: int64 or int32 `[...]`, in `[0, vocab_size)` or `ignore_index`; None for all
             positions (then `rewrite` must be None). Without a rewrite, labels only say which
             positions count.
-        rewrite: What becomes of the teacher's label entry: `Shift(gamma)`, `Uniform()`, `Mask()`,
-            or None for the teacher as it is.
-        direction: `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
-        temperature: Divides both models' logits. The loss is not multiplied by its square.
-        ignore_index: Label of positions that contribute nothing, whatever their logits hold.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-        token_weights: `[...]`, a constant factor per token, of either sign. It does not enter the
-            mean's denominator.
-        num_items_in_batch: Denominator of the mean; default: the number of positions that count by
-            their label.
-        softcap: The student caps its logits as `softcap * tanh(z / softcap)` (Gemma 2).
-        ref_softcap: The same for the teacher.
-        logit_scale: The student multiplies its logits by this, before the cap.
-        ref_logit_scale: The same for the teacher.
-        vocab_size: Number of real tokens where a vocabulary is padded; must be given if the two
-            are padded differently.
-        backend: Name of a backend, or None for the best one of the device.
 
     Returns:
         The loss in nats, float32 (float64 for float64 logits): a scalar, or `[...]` for `"none"`
         with 0 at ignored positions. With every position ignored it is 0, attached to the graph.
-
-    Raises:
-        TypeError: A dtype is not supported.
-        ValueError: A shape, device or option does not fit.
-        IndexError: A label is out of range. On accelerators, where checking would synchronise, its
-            row becomes NaN instead, unless `UNILOGIT_KERNELS_CHECK_LABELS=1` is set.
-        RuntimeError: The backend cannot run here.
 
     Example:
         >>> import torch
@@ -88,30 +64,21 @@ def kl_loss(
         >>> bool(logits.grad[3].eq(0).all())
         True
     """
-    ref_logits = _detached(ref_logits)
-    pair = pair_validation.describe_logits(
-        logits,
-        ref_logits,
-        labels,
-        rewrite=rewrite,
-        direction=direction,
-        temperature=temperature,
-        ref_softcap=ref_softcap,
-        ref_logit_scale=ref_logit_scale,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+    call_options = CallOptions(
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        num_items_in_batch,
     )
-    flat, ref_flat = (x.reshape(-1, x.shape[-1]) for x in (logits, ref_logits))
-    values = torch.ops.unilogit_kernels.divergence(flat, ref_flat, *pair.arguments())[0]
-    return _reduce(values, pair.call)
+    teacher = TeacherOptions(rewrite, direction, temperature, ref_softcap, ref_logit_scale)
+    return pair_dispatch.of_logits(logits, ref_logits, labels, call_options, teacher)
 
 
+@documented
 def linear_kl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -134,9 +101,7 @@ def linear_kl_loss(
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> Tensor:
     """`kl_loss` of two models' lm_heads, without ever holding either model's logits.
 
@@ -144,44 +109,29 @@ def linear_kl_loss(
     computed in the forward pass and scaled in the backward; a frozen operand costs nothing. The
     teacher's operands never get a gradient; they may be the student's own (a shared lm_head).
 
-    There is no `skip_below` as in `linear_unilogit_loss`: no slope in front of a row's gradient
-    tells its size before it is computed. The divergence bounds it (forward by `sqrt(2 KL)`,
-    Pinsker), but float32 knows a KL to about 1e-7, and so this bound to no better than 5e-4.
+    `options.skip_below` must be 0: no slope in front of a row's gradient tells its size before it
+    is computed. The divergence bounds it (forward by `sqrt(2 KL)`, Pinsker), but float32 knows a KL
+    to about 1e-7, and so this bound to no better than 5e-4.
 
     Args:
         hidden: The student's, `[..., H]`, the hidden states that enter its lm_head.
         weight: The student's lm_head, `[V, H]`, in hidden's dtype (any dtype under autocast).
         ref_hidden: The teacher's, `[..., H']`; sizes may differ.
         ref_weight: The teacher's lm_head, `[V, H']`.
-        labels: As in `kl_loss`.
-        rewrite: As in `kl_loss`.
-        direction: As in `kl_loss`.
-        temperature: As in `kl_loss`.
+        labels: int64 or int32 `[...]`, in `[0, vocab_size)` or `ignore_index`; None for all
+            positions (then `rewrite` must be None). Without a rewrite, labels only say which
+            positions count.
         bias: The student's, `[V]` or None.
         ref_bias: The teacher's, `[V]` or None.
-        ignore_index: As in `kl_loss`.
-        reduction: As in `kl_loss`. With `"none"`, logits are recomputed in the backward.
-        token_weights: As in `kl_loss`.
-        num_items_in_batch: As in `kl_loss`.
-        softcap: As in `kl_loss`.
-        ref_softcap: As in `kl_loss`.
-        logit_scale: As in `kl_loss`.
-        ref_logit_scale: As in `kl_loss`.
-        vocab_size: As in `kl_loss`.
-        backend: As in `kl_loss`.
-        memory_budget: As in `linear_unilogit_loss`. `explain_plan(..., ref_h=H')` says what a call
-            makes of it.
-        logits_dtype: As in `linear_unilogit_loss`, of both models' logits.
-        compact: As in `linear_unilogit_loss`.
+        options: How the call may run (`LinearOptions`); `explain_plan(..., ref_h=H')` says what a
+            call makes of it.
 
     Returns:
-        As `kl_loss`.
+        The loss in nats, float32 (float64 for float64 operands): a scalar, or `[...]` for `"none"`
+        with 0 at ignored positions. With every position ignored it is 0, attached to the graph.
 
     Raises:
-        TypeError: As `kl_loss`; also for mixed dtypes of one model outside autocast.
-        ValueError: As `kl_loss`.
-        IndexError: As `kl_loss`.
-        RuntimeError: As `kl_loss`.
+        TypeError: A dtype is not supported, or dtypes of one model are mixed outside autocast.
 
     Example:
         >>> import torch
@@ -196,42 +146,19 @@ def linear_kl_loss(
         >>> hidden.grad.shape, teacher_head.weight.grad
         (torch.Size([5, 16]), None)
     """
-    student = hidden, weight, bias = _for_autocast(hidden, weight, bias)
-    teacher = _for_autocast(*(_detached(x) for x in (ref_hidden, ref_weight, ref_bias)))
-    pair = pair_validation.describe_linear(
-        student,
-        teacher,
-        labels,
-        rewrite=rewrite,
-        direction=direction,
-        temperature=temperature,
-        ref_softcap=ref_softcap,
-        ref_logit_scale=ref_logit_scale,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        compact=compact,
+    call_options = CallOptions(
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        num_items_in_batch,
     )
-    call = pair.call
-    heads = (_flat(hidden), weight, bias, _flat(teacher[0]), *teacher[1:])
-    needs = [
-        torch.is_grad_enabled() and operand is not None and operand.requires_grad
-        for operand in student
-    ]
-    if call.reduction == "none":
-        arguments = (*heads, call.row_weight != 0, *pair.arguments(), *pair.options(), any(needs))
-        return _reduce(torch.ops.unilogit_kernels.linear_divergence(*arguments)[0], call)
-    loss: Tensor = torch.ops.unilogit_kernels.linear_divergence_loss(
-        *heads, *pair.arguments(), call.row_weight, call.factor, *pair.options(), *needs
-    )[0]
-    return loss
+    teacher = TeacherOptions(rewrite, direction, temperature, ref_softcap, ref_logit_scale)
+    heads = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    return pair_dispatch.of_heads(*heads, labels, call_options, teacher, options)
 
 
 def count_ignored_positions(labels: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
@@ -262,25 +189,3 @@ def count_ignored_positions(labels: Tensor, vocab_size: int, ignore_index: int =
     if not -vocab_size <= ignore_index < 0:
         raise ValueError(f"ignore_index must be in [{-vocab_size}, 0), got {ignore_index}")
     return torch.where(labels == ignore_index, vocab_size + ignore_index, labels)
-
-
-def _detached(teacher: Any) -> Any:
-    return teacher.detach() if isinstance(teacher, Tensor) else teacher
-
-
-def _for_autocast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    bias = None if bias is None else cast_for_autocast(bias)
-    return cast_for_autocast(hidden), cast_for_autocast(weight), bias
-
-
-def _flat(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
-def _reduce(values: Tensor, call: LossCall) -> Tensor:
-    losses = torch.where(call.row_weight != 0, call.row_weight * values, 0.0)
-    if call.reduction == "none":
-        return losses.reshape(call.shape)
-    return call.factor * losses.sum()

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.fused_linear.options import LinearOptions
 
 
+@documented
 def target_log_odds(
     logits: Tensor,
     labels: Tensor,
@@ -24,23 +28,8 @@ def target_log_odds(
     `log p_y = -softplus(-d)`, `log(1 - p_y) = -softplus(d)`. The sum leaves the label's column out
     from the start, so d keeps its digits where p_y rounds to 1.
 
-    Args:
-        logits: As in `unilogit_loss`.
-        labels: As in `unilogit_loss`.
-        ignore_index: Label of positions that do not count.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-
     Returns:
         `[...]`, float32 (float64 for float64 logits); 0 without gradient at ignored positions.
-
-    Raises:
-        TypeError: As `unilogit_loss`.
-        ValueError: As `unilogit_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
 
     Example:
         >>> import torch
@@ -51,21 +40,12 @@ def target_log_odds(
         >>> bool(torch.allclose(nll.mean(), torch.nn.functional.cross_entropy(logits, labels)))
         True
     """
-    operands, call = dispatch.from_logits(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        reduction="none",
-        token_weights=None,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-    )
+    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    operands, call = dispatch.from_logits(logits, labels, call_options)
     return dispatch.log_odds(operands, call).reshape(call.shape)
 
 
+@documented
 def linear_target_log_odds(
     hidden: Tensor,
     weight: Tensor,
@@ -77,38 +57,17 @@ def linear_target_log_odds(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> Tensor:
     """`target_log_odds` of `hidden @ weight.T + bias`, without ever holding these logits.
 
     The backward recomputes the logits chunk by chunk, for the rows whose gradient is not 0.
 
-    Args:
-        hidden: As in `linear_unilogit_loss`.
-        weight: As in `linear_unilogit_loss`.
-        labels: As in `unilogit_loss`.
-        bias: `[V]` or None.
-        ignore_index: Label of positions that do not count.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-        memory_budget: As in `linear_unilogit_loss`.
-        logits_dtype: As in `linear_unilogit_loss`.
-        skip_below: As in `linear_unilogit_loss`.
-        compact: As in `linear_unilogit_loss`.
-
     Returns:
-        As `target_log_odds`.
+        `[...]`, float32 (float64 for float64 operands); 0 without gradient at ignored positions.
 
     Raises:
-        TypeError: As `linear_unilogit_loss`.
-        ValueError: As `unilogit_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported, or dtypes are mixed outside autocast.
 
     Example:
         >>> import torch
@@ -119,24 +78,8 @@ def linear_target_log_odds(
         >>> log_p = -torch.nn.functional.softplus(-d)
         >>> log_p.sum().backward()
     """
-    operands, call = dispatch.from_linear(
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        reduction="none",
-        token_weights=None,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        skip_below=skip_below,
-        compact=compact,
-    )
+    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return dispatch.log_odds(operands, call).reshape(call.shape)
 
 

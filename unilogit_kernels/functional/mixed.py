@@ -10,9 +10,12 @@ from torch import Tensor
 
 from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
-from unilogit_kernels.calls.dispatch import Operands
+from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
+from unilogit_kernels.ops.arguments import Operands
 
 
 class MixedLoss(NamedTuple):
@@ -34,6 +37,7 @@ class MixedLoss(NamedTuple):
     parts: Tensor
 
 
+@documented
 def mixed_loss(
     logits: Tensor,
     labels: Tensor,
@@ -53,30 +57,20 @@ def mixed_loss(
     """`sum_k weights[k] * objective_loss(tokens of segment k, parts[k])`, in one call.
 
     Args:
-        logits: As in `unilogit_loss`.
-        labels: As in `unilogit_loss`.
         parts: K objectives: registered names or instances. The tensors of a sequence objective are
             those of all sequences of the batch; only its own count.
         segments: int64 `[...]`: the index of the part that each token belongs to.
         weights: K factors, 1 each by default.
-        ignore_index: As in `unilogit_loss`.
         reduction: `"mean"`, of each part over its own tokens (or sequences), or `"sum"`.
-        token_weights: As in `unilogit_loss`.
         num_items_in_batch: K denominators of the means, for gradient accumulation.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
 
     Returns:
         The loss and its parts.
 
     Raises:
-        TypeError: As `unilogit_loss`; also for a part that is a function.
-        ValueError: As `unilogit_loss`; also where the numbers of parts, weights and denominators
-            differ.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported, or a part is a function.
+        ValueError: A shape, device or option does not fit, or the numbers of parts, weights and
+            denominators differ.
 
     Example:
         >>> import torch
@@ -88,21 +82,14 @@ def mixed_loss(
         torch.Size([2])
     """
     resolved, factors, items = _described(parts, segments, weights, reduction, num_items_in_batch)
-    operands, call = dispatch.from_logits(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, reduction, token_weights
     )
-    return _mixed(operands, call, resolved, segments, factors, items)
+    operands, call = dispatch.from_logits(logits, labels, call_options)
+    return _mixed(operands, call, segments, resolved, factors, items)
 
 
+@documented
 def linear_mixed_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -120,44 +107,27 @@ def linear_mixed_loss(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> MixedLoss:
     """`mixed_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
 
     Forget and retain rows of a batch then share one sequence of GEMMs and one backward.
 
     Args:
-        hidden: As in `linear_unilogit_loss`.
-        weight: As in `linear_unilogit_loss`.
-        labels: As in `unilogit_loss`.
-        parts: As in `mixed_loss`.
-        segments: As in `mixed_loss`.
-        bias: `[V]` or None.
-        weights: As in `mixed_loss`.
-        ignore_index: As in `unilogit_loss`.
-        reduction: As in `mixed_loss`.
-        token_weights: As in `unilogit_loss`.
-        num_items_in_batch: As in `mixed_loss`.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-        memory_budget: As in `linear_unilogit_loss`.
-        logits_dtype: As in `linear_unilogit_loss`.
-        skip_below: As in `linear_unilogit_loss`.
-        compact: As in `linear_unilogit_loss`.
+        parts: K objectives: registered names or instances. The tensors of a sequence objective are
+            those of all sequences of the batch; only its own count.
+        segments: int64 `[...]`: the index of the part that each token belongs to.
+        weights: K factors, 1 each by default.
+        reduction: `"mean"`, of each part over its own tokens (or sequences), or `"sum"`.
+        num_items_in_batch: K denominators of the means, for gradient accumulation.
 
     Returns:
-        As `mixed_loss`.
+        The loss and its parts.
 
     Raises:
-        TypeError: As `linear_unilogit_loss` and `mixed_loss`.
-        ValueError: As `mixed_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported or mixed outside autocast, or a part is a function.
+        ValueError: A shape, device or option does not fit, or the numbers of parts, weights and
+            denominators differ.
 
     Example:
         >>> import torch
@@ -169,36 +139,22 @@ def linear_mixed_loss(
         >>> result.loss.backward()
     """
     resolved, factors, items = _described(parts, segments, weights, reduction, num_items_in_batch)
-    operands, call = dispatch.from_linear(
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        skip_below=skip_below,
-        compact=compact,
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, reduction, token_weights
     )
-    return _mixed(operands, call, resolved, segments, factors, items)
+    operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    return _mixed(operands, call, segments, resolved, factors, items)
 
 
 def _mixed(
     operands: Operands,
     call: LossCall,
-    parts: list[Objective],
     segments: Tensor,
+    parts: list[Objective],
     weights: list[float],
     items: Tensor | None,
 ) -> MixedLoss:
-    items = None if items is None else items.to(call.labels.device)
+    items = None if items is None else items.to(call.row_weight.device)
     return MixedLoss(*dispatch.mixture_of(operands, call, parts, segments, weights, items))
 
 

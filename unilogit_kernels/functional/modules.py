@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from unilogit_kernels.functional import objective
+from unilogit_kernels.fused_linear.options import LinearOptions
 
 
 class UnilogitLoss(nn.Module):
@@ -18,10 +18,10 @@ class UnilogitLoss(nn.Module):
         direction: `"reverse"` or `"forward"`.
         ignore_index: Label of positions that contribute nothing.
         reduction: `"mean"`, `"sum"` or `"none"`.
-        softcap: See `unilogit_loss`.
-        logit_scale: See `unilogit_loss`.
-        vocab_size: See `unilogit_loss`.
-        backend: See `unilogit_loss`.
+        softcap: The model caps its logits as `softcap * tanh(z / softcap)` (Gemma 2).
+        logit_scale: The model multiplies its logits by this, before the cap.
+        vocab_size: Number of real tokens where the vocabulary is padded.
+        backend: Name of a backend, or None for the best one of the device.
 
     Example:
         >>> import torch
@@ -92,11 +92,8 @@ class LinearUnilogitLoss(UnilogitLoss):
     """`linear_unilogit_loss` with its options fixed: those of `UnilogitLoss`, and of the GEMMs.
 
     Args:
-        memory_budget: See `linear_unilogit_loss`.
-        logits_dtype: See `linear_unilogit_loss`.
-        skip_below: See `linear_unilogit_loss`.
-        compact: See `linear_unilogit_loss`.
-        options: Those of `UnilogitLoss`.
+        options: How calls may run (`LinearOptions`).
+        loss_options: Those of `UnilogitLoss`.
 
     Example:
         >>> import torch
@@ -104,20 +101,9 @@ class LinearUnilogitLoss(UnilogitLoss):
         >>> loss = LinearUnilogitLoss()(torch.randn(4, 16), lm_head.weight, torch.arange(4))
     """
 
-    def __init__(
-        self,
-        *,
-        memory_budget: int | None = None,
-        logits_dtype: torch.dtype | None = None,
-        skip_below: float = 0.0,
-        compact: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.memory_budget = memory_budget
-        self.logits_dtype = logits_dtype
-        self.skip_below = skip_below
-        self.compact = compact
+    def __init__(self, *, options: LinearOptions | None = None, **loss_options: Any) -> None:
+        super().__init__(**loss_options)
+        self.options = options
 
     def forward(  # type: ignore[override]
         self,

@@ -1,18 +1,16 @@
-"""The losses as functions. Names and docstrings live here; the work is done in the layers below.
-
-Labels are compared with the logits of the same position. For a causal language model, where the
-logits of position t predict token t + 1, pass `shift_labels(input_ids)` as labels.
-"""
+"""Losses of a token's own log-odds: Unilogit by name, and any objective."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
 
 ObjectiveLike = str | Objective | Callable[[Tensor], Tensor]
@@ -21,6 +19,7 @@ ObjectiveLike = str | Objective | Callable[[Tensor], Tensor]
 _UNILOGIT = {"reverse": "unilogit", "forward": "unilogit_forward"}
 
 
+@documented
 def unilogit_loss(
     logits: Tensor,
     labels: Tensor,
@@ -42,33 +41,11 @@ def unilogit_loss(
     forward direction, in nats.
 
     Args:
-        logits: `[..., V]`, float32, bfloat16, float16 or float64, any strides.
-        labels: int64 or int32 `[...]`, in `[0, vocab_size)` or `ignore_index`. Not shifted here.
         direction: `"reverse"` (the paper's) or `"forward"`.
-        ignore_index: Label of positions that contribute nothing, whatever their logits hold.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-        token_weights: `[...]`, a constant factor per token, of either sign. It does not enter the
-            mean's denominator.
-        num_items_in_batch: Denominator of the mean, at least 1 (smaller numbers count as 1), for
-            gradient accumulation: an int, or a tensor on any device. Default: the number of
-            labels that are not `ignore_index`.
-        softcap: The model caps its logits as `softcap * tanh(z / softcap)` (Gemma 2).
-        logit_scale: The model multiplies its logits by this, before the cap (Cohere; Granite
-            divides, so pass the reciprocal).
-        vocab_size: Number of real tokens where the vocabulary is padded; the columns beyond have
-            no probability and get zero gradient.
-        backend: Name of a backend, or None for the best one of the device.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or `[...]` for `"none"` with 0 at
         ignored positions. With every label ignored it is 0, attached to the graph.
-
-    Raises:
-        TypeError: A dtype is not supported.
-        ValueError: A shape, device or option does not fit.
-        IndexError: A label is out of range. On accelerators, where checking would synchronise, its
-            row becomes NaN instead, unless `UNILOGIT_KERNELS_CHECK_LABELS=1` is set.
-        RuntimeError: The backend cannot run here.
 
     Example:
         >>> import torch
@@ -94,6 +71,7 @@ def unilogit_loss(
     )
 
 
+@documented
 def linear_unilogit_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -109,51 +87,23 @@ def linear_unilogit_loss(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> Tensor:
     """`unilogit_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
 
     Positions that are ignored or have weight 0 are dropped before the first GEMM. Gradients are
-    computed in the forward pass and scaled in the backward; a frozen operand costs nothing.
+    computed in the forward pass and scaled in the backward (with `reduction="none"`, logits are
+    recomputed in the backward); a frozen operand costs nothing.
 
     Args:
-        hidden: `[..., H]`, the hidden states that enter the lm_head.
-        weight: `[V, H]`, the lm_head's weight, in hidden's dtype (any dtype under autocast).
-        labels: As in `unilogit_loss`.
-        bias: `[V]` or None.
-        direction: As in `unilogit_loss`.
-        ignore_index: As in `unilogit_loss`.
-        reduction: As in `unilogit_loss`. With `"none"`, logits are recomputed in the backward.
-        token_weights: As in `unilogit_loss`.
-        num_items_in_batch: As in `unilogit_loss`.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-        memory_budget: Bytes that buffers of logits and partial sums may take beside operands and
-            gradients; default 256 MiB on GPUs, 64 MiB on CPU. See `explain_plan`.
-        logits_dtype: What the logits are rounded to before their statistics. Default: float32
-            where the device's GEMM can write it (GPUs, and CPUs on which float32 GEMMs are the
-            faster ones), else hidden's dtype. hidden's dtype reproduces an eager Hugging Face
-            model; float32 on CPU takes float32 GEMMs.
-        skip_below: Tokens whose slope (weight times `f'(d)`) is below this share of the largest
-            get no gradient. Default 0: only exact zeros are skipped, and on CPU none of a frozen
-            `weight`, whose gradient comes along with the loss. A skipped token's own gradient is
-            off by at most `2 * skip_below * max slope * max |W_j|`.
-        compact: Whether tokens that cannot matter are dropped before each GEMM. Counting them
-            synchronises a GPU; False does without, for CUDA graphs, at full cost.
+        direction: `"reverse"` (the paper's) or `"forward"`.
 
     Returns:
-        As `unilogit_loss`.
+        The loss, float32 (float64 for float64 operands): a scalar, or `[...]` for `"none"` with 0
+        at ignored positions. With every label ignored it is 0, attached to the graph.
 
     Raises:
-        TypeError: As `unilogit_loss`; also for mixed dtypes outside autocast.
-        ValueError: As `unilogit_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported, or dtypes are mixed outside autocast.
 
     Example:
         >>> import torch
@@ -179,13 +129,11 @@ def linear_unilogit_loss(
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        skip_below=skip_below,
-        compact=compact,
+        options=options,
     )
 
 
+@documented
 def objective_loss(
     logits: Tensor,
     labels: Tensor,
@@ -203,29 +151,17 @@ def objective_loss(
     """Any loss of the family: an objective of the log-odds, weighted and reduced over tokens.
 
     Args:
-        logits: As in `unilogit_loss`.
-        labels: As in `unilogit_loss`.
         objective: A name (`"unilogit"`, `"unilogit_forward"`, `"cross_entropy"`,
             `"gradient_ascent"`, ...), an `objectives.Objective`, or your own differentiable
             function from log-odds `[n]` to losses `[n]`. Registered objectives are finished in one
             pass; a function goes through `target_log_odds` and plain autograd.
-        ignore_index: As in `unilogit_loss`.
-        reduction: As in `unilogit_loss`.
-        token_weights: As in `unilogit_loss`.
-        num_items_in_batch: As in `unilogit_loss`.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
 
     Returns:
-        As `unilogit_loss`.
+        The loss, float32 (float64 for float64 logits): a scalar, or `[...]` for `"none"` with 0 at
+        ignored positions. With every label ignored it is 0, attached to the graph.
 
     Raises:
-        TypeError: As `unilogit_loss`.
-        ValueError: As `unilogit_loss`; also for an unknown objective.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        ValueError: A shape, device or option does not fit, or the objective is unknown.
 
     Example:
         >>> import torch
@@ -235,22 +171,21 @@ def objective_loss(
         >>> objective_loss(logits, labels, focal).shape
         torch.Size([])
     """
-    function = objectives.resolve(objective)
-    operands, call = dispatch.from_logits(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
+    call_options = CallOptions(
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        num_items_in_batch,
     )
-    return dispatch.objective_of(operands, call, function)
+    resolved = objectives.resolve(objective)
+    return dispatch.objective_of(*dispatch.from_logits(logits, labels, call_options), resolved)
 
 
+@documented
 def linear_objective_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -266,40 +201,23 @@ def linear_objective_loss(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> Tensor:
     """`objective_loss` of `hidden @ weight.T + bias`, without ever holding these logits.
 
     Args:
-        hidden: As in `linear_unilogit_loss`.
-        weight: As in `linear_unilogit_loss`.
-        labels: As in `unilogit_loss`.
-        objective: As in `objective_loss`.
-        bias: `[V]` or None.
-        ignore_index: As in `unilogit_loss`.
-        reduction: As in `linear_unilogit_loss`.
-        token_weights: As in `unilogit_loss`.
-        num_items_in_batch: As in `unilogit_loss`.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-        memory_budget: As in `linear_unilogit_loss`.
-        logits_dtype: As in `linear_unilogit_loss`.
-        skip_below: As in `linear_unilogit_loss`.
-        compact: As in `linear_unilogit_loss`.
+        objective: A name (`"unilogit"`, `"unilogit_forward"`, `"cross_entropy"`,
+            `"gradient_ascent"`, ...), an `objectives.Objective`, or your own differentiable
+            function from log-odds `[n]` to losses `[n]`. Registered objectives are finished in one
+            call; a function goes through `linear_target_log_odds` and plain autograd.
 
     Returns:
-        As `unilogit_loss`.
+        The loss, float32 (float64 for float64 operands): a scalar, or `[...]` for `"none"` with 0
+        at ignored positions. With every label ignored it is 0, attached to the graph.
 
     Raises:
-        TypeError: As `linear_unilogit_loss`.
-        ValueError: As `objective_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported, or dtypes are mixed outside autocast.
+        ValueError: A shape, device or option does not fit, or the objective is unknown.
 
     Example:
         >>> import torch
@@ -308,26 +226,19 @@ def linear_objective_loss(
         >>> linear_objective_loss(hidden, weight, torch.arange(5), "cross_entropy").shape
         torch.Size([])
     """
-    function = objectives.resolve(objective)
-    operands, call = dispatch.from_linear(
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        skip_below=skip_below,
-        compact=compact,
+    call_options = CallOptions(
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        num_items_in_batch,
     )
-    return dispatch.objective_of(operands, call, function)
+    resolved = objectives.resolve(objective)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    return dispatch.objective_of(*described, resolved)
 
 
 def _unilogit(direction: str) -> str:

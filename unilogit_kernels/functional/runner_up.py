@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
-from unilogit_kernels.calls.dispatch import Operands
+from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.ops.arguments import Operands
 
 
 class TargetAndRunnerUp(NamedTuple):
@@ -33,6 +36,7 @@ class TargetAndRunnerUp(NamedTuple):
     runner_up: Tensor
 
 
+@documented
 def target_and_runner_up(
     logits: Tensor,
     labels: Tensor,
@@ -48,24 +52,10 @@ def target_and_runner_up(
     The margin of the two logits is `logsigmoid(log_odds) - runner_up_log_prob`; LoKU's inverted
     hinge loss (arXiv 2408.06621) is `1 + sigmoid(log_odds) - exp(runner_up_log_prob)`, which
     `objective_loss(..., "loku")` computes with its gradient. One read of the logits finds both.
-
-    Args:
-        logits: As in `unilogit_loss`.
-        labels: As in `unilogit_loss`.
-        ignore_index: Label of positions that do not count.
-        softcap: As in `unilogit_loss`. Logits that it makes equal are equal.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
+    Logits that a softcap makes equal are equal.
 
     Returns:
         `[...]` each, float32 (float64 for float64 logits); 0 without gradient at ignored positions.
-
-    Raises:
-        TypeError: As `unilogit_loss`.
-        ValueError: As `unilogit_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
 
     Example:
         >>> import torch
@@ -77,21 +67,11 @@ def target_and_runner_up(
         >>> torch.autograd.grad(margin.sum(), logits)[0].int()
         tensor([[ 1,  0, -1]], dtype=torch.int32)
     """
-    operands, call = dispatch.from_logits(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        reduction="none",
-        token_weights=None,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-    )
-    return _of(operands, call, ignore_index)
+    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    return _of(*dispatch.from_logits(logits, labels, call_options), ignore_index)
 
 
+@documented
 def linear_target_and_runner_up(
     hidden: Tensor,
     weight: Tensor,
@@ -103,38 +83,18 @@ def linear_target_and_runner_up(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> TargetAndRunnerUp:
     """`target_and_runner_up` of `hidden @ weight.T + bias`, without ever holding these logits.
 
     It takes the GEMMs of `linear_target_log_odds`: one, and two or three in a backward.
 
-    Args:
-        hidden: As in `linear_unilogit_loss`.
-        weight: As in `linear_unilogit_loss`.
-        labels: As in `unilogit_loss`.
-        bias: `[V]` or None.
-        ignore_index: Label of positions that do not count.
-        softcap: As in `target_and_runner_up`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-        memory_budget: As in `linear_unilogit_loss`.
-        logits_dtype: As in `linear_unilogit_loss`.
-        skip_below: As in `linear_unilogit_loss`; of the gradient row's size.
-        compact: As in `linear_unilogit_loss`.
-
     Returns:
-        As `target_and_runner_up`.
+        `[...]` each, float32 (float64 for float64 operands); 0 without gradient at ignored
+        positions.
 
     Raises:
-        TypeError: As `linear_unilogit_loss`.
-        ValueError: As `unilogit_loss`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported, or dtypes are mixed outside autocast.
 
     Example:
         >>> import torch
@@ -142,25 +102,9 @@ def linear_target_and_runner_up(
         >>> d, log_prob, _ = linear_target_and_runner_up(hidden, weight, torch.arange(4))
         >>> (torch.sigmoid(d) - torch.exp(log_prob)).mean().backward()
     """
-    operands, call = dispatch.from_linear(
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        reduction="none",
-        token_weights=None,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        skip_below=skip_below,
-        compact=compact,
-    )
-    return _of(operands, call, ignore_index)
+    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    return _of(*described, ignore_index)
 
 
 def _of(operands: Operands, call: LossCall, ignore_index: int) -> TargetAndRunnerUp:

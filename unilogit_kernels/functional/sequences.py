@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
-from unilogit_kernels.calls.dispatch import Operands
+from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives.token import log_sigmoid
+from unilogit_kernels.ops.arguments import Operands
 
 
+@documented
 def sequence_log_probs(
     logits: Tensor,
     labels: Tensor,
@@ -25,23 +29,16 @@ def sequence_log_probs(
     """`log p` of each sequence: the sum of `log p_y` over its labelled tokens, differentiable.
 
     Args:
-        logits: `[..., T, V]`; otherwise as in `unilogit_loss`.
-        labels: `[..., T]`, already shifted; `ignore_index` where a token does not count.
+        logits: `[..., T, V]`, float32, bfloat16, float16 or float64, any strides.
+        labels: int64 or int32 `[..., T]`, already shifted (`shift_labels`), in `[0, vocab_size)`;
+            `ignore_index` where a token does not count.
         average: Divide by the number of labelled tokens.
-        ignore_index: As in `unilogit_loss`.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
 
     Returns:
         `[...]`, float32 (float64 for float64 logits); 0 for a sequence without a labelled token.
 
     Raises:
-        TypeError: As `unilogit_loss`.
-        ValueError: As `unilogit_loss`; also for logits or labels without a sequence dimension.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        ValueError: A shape, device or option does not fit, or there is no sequence dimension.
 
     Example:
         >>> import torch
@@ -49,21 +46,11 @@ def sequence_log_probs(
         >>> sequence_log_probs(logits, labels).shape
         torch.Size([2])
     """
-    operands, call = dispatch.from_logits(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        reduction="none",
-        token_weights=None,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-    )
-    return _log_probs(operands, call, average)
+    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    return _log_probs(*dispatch.from_logits(logits, labels, call_options), average)
 
 
+@documented
 def linear_sequence_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -76,10 +63,7 @@ def linear_sequence_log_probs(
     logit_scale: float | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    skip_below: float = 0.0,
-    compact: bool = True,
+    options: LinearOptions | None = None,
 ) -> Tensor:
     """`sequence_log_probs` of `hidden @ weight.T + bias`, without ever holding these logits.
 
@@ -87,29 +71,17 @@ def linear_sequence_log_probs(
     reference that `objectives.NPO`, `DPO` and `IdkDPO` take.
 
     Args:
-        hidden: `[..., T, H]`; otherwise as in `linear_unilogit_loss`.
-        weight: As in `linear_unilogit_loss`.
-        labels: As in `sequence_log_probs`.
-        bias: `[V]` or None.
-        average: As in `sequence_log_probs`.
-        ignore_index: As in `unilogit_loss`.
-        softcap: As in `unilogit_loss`.
-        logit_scale: As in `unilogit_loss`.
-        vocab_size: As in `unilogit_loss`.
-        backend: As in `unilogit_loss`.
-        memory_budget: As in `linear_unilogit_loss`.
-        logits_dtype: As in `linear_unilogit_loss`.
-        skip_below: As in `linear_unilogit_loss`.
-        compact: As in `linear_unilogit_loss`.
+        hidden: `[..., T, H]`, the hidden states that enter the lm_head.
+        labels: int64 or int32 `[..., T]`, already shifted (`shift_labels`), in `[0, vocab_size)`;
+            `ignore_index` where a token does not count.
+        average: Divide by the number of labelled tokens.
 
     Returns:
-        As `sequence_log_probs`.
+        `[...]`, float32 (float64 for float64 operands); 0 for a sequence without a labelled token.
 
     Raises:
-        TypeError: As `linear_unilogit_loss`.
-        ValueError: As `sequence_log_probs`.
-        IndexError: As `unilogit_loss`.
-        RuntimeError: As `unilogit_loss`.
+        TypeError: A dtype is not supported, or dtypes are mixed outside autocast.
+        ValueError: A shape, device or option does not fit, or there is no sequence dimension.
 
     Example:
         >>> import torch
@@ -122,25 +94,9 @@ def linear_sequence_log_probs(
         >>> loss = linear_objective_loss(hidden, weight.requires_grad_(), labels, npo)
         >>> loss.backward()
     """
-    operands, call = dispatch.from_linear(
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        reduction="none",
-        token_weights=None,
-        num_items_in_batch=None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        backend=backend,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        skip_below=skip_below,
-        compact=compact,
-    )
-    return _log_probs(operands, call, average)
+    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    return _log_probs(*described, average)
 
 
 def _log_probs(operands: Operands, call: LossCall, average: bool) -> Tensor:

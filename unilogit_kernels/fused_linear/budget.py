@@ -8,27 +8,6 @@ import torch
 
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 
-MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
-"""Default bytes that the buffers of one fused linear call may take, by device type."""
-
-
-class LinearOptions(NamedTuple):
-    """How a fused linear call may run; none of it changes what it computes beyond rounding.
-
-    Attributes:
-        memory_budget: Bytes for buffers, 0 for the device's default.
-        skip_below: Rows whose slope is below this share of the largest get no gradient.
-        compact: Whether rows that cannot matter are dropped, which synchronises an accelerator.
-    """
-
-    memory_budget: int = 0
-    skip_below: float = 0.0
-    compact: bool = True
-
-    def budget(self, device_type: str) -> int:
-        """Bytes for buffers."""
-        return self.memory_budget or MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])
-
 
 class HeadShape(NamedTuple):
     """One lm_head of a fused linear call.

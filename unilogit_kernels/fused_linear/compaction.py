@@ -10,9 +10,10 @@ from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.fused_linear.active_rows import active_index, counting, significant, spread
-from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import keep_capacity, plan_keeping, plan_linear
 from unilogit_kernels.fused_linear.saved import KeptLogits
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
@@ -38,7 +39,6 @@ class LinearInputs(NamedTuple):
         hidden: `[n, h]`.
         weight: `[V, h]`.
         bias: `[V]` or None.
-        logits_dtype: What the logits are rounded to, or None for the most that the device can.
         options: How the call may run.
         reference: The operands of the reference model, if there is one.
     """
@@ -46,7 +46,6 @@ class LinearInputs(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    logits_dtype: torch.dtype | None
     options: LinearOptions
     reference: HeadInputs | None = None
 
@@ -100,7 +99,7 @@ class LinearInputs(NamedTuple):
         return [self.hidden.new_empty((elements,), dtype=h.dtypes.logits) for h in shape.heads]
 
     def _dtypes_of(self, hidden: Tensor) -> GemmDtypes:
-        return GemmDtypes.of(hidden.dtype, hidden.device.type, self.logits_dtype)
+        return GemmDtypes.of(hidden.dtype, hidden.device.type, self.options.logits_dtype)
 
     def _head(self, inputs: HeadInputs, active: Tensor, index: Tensor | None) -> LinearHead:
         hidden = inputs.hidden

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
-from unilogit_kernels.fused_linear.budget import HeadShape, LinearOptions, LinearShape
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import LinearHead
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.recorder import Launch, Recorder
 from unilogit_kernels.fused_linear.saved import KeptLogits

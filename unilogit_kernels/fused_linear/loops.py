@@ -14,26 +14,15 @@ from unilogit_kernels.fused_linear.active_rows import (
     significant,
     worthwhile_index,
 )
-from unilogit_kernels.fused_linear.budget import LinearOptions
 from unilogit_kernels.fused_linear.online import gradient_in_one_visit
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.token_chunks import _InactiveRows, by_tokens
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop, _some_gradients
 from unilogit_kernels.rows.contract import RowLoss, Rows
-from unilogit_kernels.rows.objective import RowProblem
-
-# ---- vocabulary chunks -------------------------------------------------------------------------
-
-
-# ---- tiles -------------------------------------------------------------------------------------
-
-
-# ---- token chunks ------------------------------------------------------------------------------
-
-
-# ---- the two kinds of call ---------------------------------------------------------------------
+from unilogit_kernels.rows.objective import RowProblem, float16_scale
 
 
 def linear_state(heads: Heads, rows: Rows, plan: Plan, kept: Kept | None = None) -> Tensor:
@@ -45,16 +34,28 @@ def linear_gradient(
     loop: VocabularyLoop, state: Tensor, upstream: Tensor, gradients: Gradients
 ) -> None:
     """Gradients of `sum_i upstream_i values_i`, with logits kept from the forward or made again."""
-    rows, slope = loop.rows, loop.rows.slope(state, upstream)
+    rows, scale = loop.rows, None
+    if not loop.student.dtypes.rows_hold_factor:
+        scale = float16_scale(upstream)
+        upstream = upstream / scale
+    slope = rows.slope(state, upstream)
     if loop.plan.order == "vocabulary_chunks":
         loop.gradients(state, slope, gradients)
-        return
+    else:
 
-    def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> None:
-        part_state, part_slope = state[:, tokens].contiguous(), slope[..., tokens].contiguous()
-        rows.at(tokens).gradient(logits, 0, part_state, part_slope, out)
+        def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> None:
+            part_state, part_slope = state[:, tokens].contiguous(), slope[..., tokens].contiguous()
+            rows.at(tokens).gradient(logits, 0, part_state, part_slope, out)
 
-    by_tokens(loop.heads, rows, loop.plan, gradients, gradient_rows)
+        by_tokens(loop.heads, rows, loop.plan, gradients, gradient_rows)
+    if scale is not None:
+        _multiply(gradients, scale)
+
+
+def _multiply(gradients: Gradients, factor: Tensor) -> None:
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
 
 
 def linear_loss(
@@ -66,6 +67,8 @@ def linear_loss(
     """
     student = heads[0]
     fold = student.dtypes.rows_hold_factor
+    if not fold:
+        loss = loss.over(float16_scale(loss.row_weight))
     if plan.order == "token_chunks":
         values = student.hidden.new_empty(student.hidden.shape[0], dtype=student.dtypes.exact)
         drop = _InactiveRows(options, student.hidden.device)
@@ -79,9 +82,7 @@ def linear_loss(
     else:
         values = _loss_by_columns(heads, loss, plan, gradients, options)
     if not fold:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(loss.factor)
+        _multiply(gradients, loss.factor)
     return values
 
 

@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 
 from unilogit_kernels.fused_linear.budget import (
-    LinearOptions,
     LinearShape,
     _weight_bytes,
     hidden_copy_bytes,
@@ -29,6 +28,7 @@ from unilogit_kernels.fused_linear.budget import (
     weight_sum_bytes,
 )
 from unilogit_kernels.fused_linear.gemm import Needs
+from unilogit_kernels.fused_linear.options import LinearOptions
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""

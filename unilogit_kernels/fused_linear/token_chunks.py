@@ -9,8 +9,8 @@ from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.fused_linear.active_rows import gather_in_place, spread, worthwhile_index
-from unilogit_kernels.fused_linear.budget import LinearOptions
 from unilogit_kernels.fused_linear.gemm import OperandRows
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.tiles import (
     Gradients,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unilogit_kernels import reference
 from unilogit_kernels.functional import ObjectiveLike
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
@@ -50,6 +51,7 @@ def fused_loss(
     num_items_in_batch: int | Tensor | None = None,
     auxiliary_loss: bool = True,
     backend: str | None = None,
+    options: LinearOptions | None = None,
     **inputs: Any,
 ) -> Tensor:
     """The loss of a causal LM without its `[B, T, V]` logits.
@@ -68,6 +70,7 @@ def fused_loss(
             does: that of a router, scaled by the model's coefficient, if `output_router_logits` is
             set in its config or among the inputs. `run_head_with_auxiliary_loss` returns it apart.
         backend: name of a backend, or None for the best available.
+        options: how the loss may run: memory, dtype of the logits, skipped rows.
         inputs: what the model's forward takes: `input_ids`, `attention_mask`, `inputs_embeds`...
 
     Returns:
@@ -101,6 +104,7 @@ def fused_loss(
             token_weights=token_weights,
             num_items_in_batch=num_items_in_batch,
             backend=backend,
+            options=options,
         )
 
     if not auxiliary_loss:
@@ -126,7 +130,12 @@ def add_auxiliary_loss(loss: Tensor, added: Tensor | None) -> Tensor:
 
 
 def fused_log_odds(
-    model: nn.Module, *, labels: Tensor, backend: str | None = None, **inputs: Any
+    model: nn.Module,
+    *,
+    labels: Tensor,
+    backend: str | None = None,
+    options: LinearOptions | None = None,
+    **inputs: Any,
 ) -> Tensor:
     """The log-odds `logit(p_y)` of each label, differentiable, without the logits.
 
@@ -134,6 +143,7 @@ def fused_log_odds(
         model: see `fused_loss`.
         labels: int64 `[B, T]`, not shifted; -100 does not count.
         backend: name of a backend, or None for the best available.
+        options: how the loss may run: memory, dtype of the logits, skipped rows.
         inputs: what the model's forward takes.
 
     Returns:
@@ -142,7 +152,11 @@ def fused_log_odds(
     Raises:
         UnsupportedHeadError, TypeError: see `fused_loss`.
     """
-    return replace_head(model, lambda head: head.log_odds(labels, backend=backend), inputs).result
+
+    def compute(head: HeadCall) -> Tensor:
+        return head.log_odds(labels, backend=backend, options=options)
+
+    return replace_head(model, compute, inputs).result
 
 
 def run_head(model: nn.Module, compute: Callable[[HeadCall], Tensor], **inputs: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +16,7 @@ from unilogit_kernels.functional import (
     shift_labels,
 )
 from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.huggingface.logit_transform import HeadTransform
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens
 from unilogit_kernels.objectives import Objective
@@ -73,15 +74,25 @@ class HeadCall:
         objective: ObjectiveLike,
         *,
         rows: slice = slice(None),
-        **options: Any,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        token_weights: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        backend: str | None = None,
+        options: LinearOptions | None = None,
     ) -> Tensor:
         """`linear_objective_loss` of the sequences `rows`.
 
         Args:
-            labels: int64 `[B', T]`, as Hugging Face takes them: not shifted; -100 does not count.
+            labels: int64 `[B', T]`, as Hugging Face takes them: not shifted.
             objective: see `linear_objective_loss`; its per-token tensors are aligned with `labels`.
             rows: which of the B sequences the labels belong to.
-            options: `reduction`, `token_weights`, `num_items_in_batch`, `ignore_index`, `backend`.
+            ignore_index: label of tokens that do not count.
+            reduction: `"mean"` over the counted tokens, `"sum"` or `"none"`.
+            token_weights: `[B', T]`, weight of each token's loss, aligned with `labels`.
+            num_items_in_batch: denominator of the mean, where it covers several batches.
+            backend: name of a backend, or None for the best available.
+            options: how the call may run.
 
         Returns:
             A scalar, or `[B', T]` for `reduction="none"`: position t is about token t + 1.
@@ -90,24 +101,36 @@ class HeadCall:
             UnsupportedHeadError: the labels do not belong to the model's positions.
         """
         at = self._positions(labels, rows)
-        if options.get("token_weights") is not None:
-            # A weight belongs to the token, as its label does, so it moves with it.
-            options["token_weights"] = at.of_tokens(options["token_weights"])
         if isinstance(objective, Objective):
             objective = objective.map_tokens(at.of_tokens)
         losses = linear_objective_loss(
             at.hidden,
             self.weight,
-            at.of_tokens(labels, options.get("ignore_index", -100)),
+            at.of_tokens(labels, ignore_index),
             objective,
             bias=self.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            # A weight belongs to the token, as its label does, so it moves with it.
+            token_weights=None if token_weights is None else at.of_tokens(token_weights),
+            num_items_in_batch=num_items_in_batch,
+            backend=backend,
+            options=options,
             **dataclasses.asdict(self.transform),
-            **options,
         )
         return at.by_token(losses)
 
     def mixed_loss(
-        self, labels: Tensor, parts: Sequence[str | Objective], rows: Tensor, **options: Any
+        self,
+        labels: Tensor,
+        parts: Sequence[str | Objective],
+        rows: Tensor,
+        *,
+        weights: Sequence[float] | None = None,
+        reduction: str = "mean",
+        num_items_in_batch: Tensor | Sequence[int] | None = None,
+        backend: str | None = None,
+        options: LinearOptions | None = None,
     ) -> MixedLoss:
         """`linear_mixed_loss`: several objectives in one call, each for its own sequences.
 
@@ -115,7 +138,11 @@ class HeadCall:
             labels: int64 `[B, T]`, as Hugging Face takes them: not shifted; -100 does not count.
             parts: see `mixed_loss`; what they hold per token is aligned with `labels`.
             rows: int64 `[B]`: which of the parts each sequence takes.
-            options: `weights`, `reduction`, `num_items_in_batch`, `backend`.
+            weights: factors of the parts, 1 each by default.
+            reduction: `"mean"`, of each part over its own tokens (or sequences), or `"sum"`.
+            num_items_in_batch: denominators of the means, one for each part.
+            backend: name of a backend, or None for the best available.
+            options: how the call may run.
 
         Returns:
             The loss and its parts.
@@ -131,11 +158,21 @@ class HeadCall:
             [at.of_part(part) for part in parts],
             rows[:, None].expand(at.hidden.shape[:2]),
             bias=self.bias,
+            weights=weights,
+            reduction=reduction,
+            num_items_in_batch=num_items_in_batch,
+            backend=backend,
+            options=options,
             **dataclasses.asdict(self.transform),
-            **options,
         )
 
-    def log_odds(self, labels: Tensor, *, backend: str | None = None) -> Tensor:
+    def log_odds(
+        self,
+        labels: Tensor,
+        *,
+        backend: str | None = None,
+        options: LinearOptions | None = None,
+    ) -> Tensor:
         """`linear_target_log_odds`: float32 `[B, T]`, position t is about token t + 1."""
         at = self._positions(labels)
         found = linear_target_log_odds(
@@ -144,6 +181,7 @@ class HeadCall:
             at.of_tokens(labels, -100),
             bias=self.bias,
             backend=backend,
+            options=options,
             **dataclasses.asdict(self.transform),
         )
         return at.by_token(found)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unilogit_kernels.functional import shift_labels
 from unilogit_kernels.functional.kl import linear_kl_loss
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.huggingface.head import (
     HeadCall,
     add_auxiliary_loss,
@@ -116,18 +117,34 @@ def heads_kl_loss(
     labels: Tensor,
     *,
     rows: slice = slice(None),
-    **options: Any,
+    rewrite: Rewrite | None = None,
+    direction: str = "forward",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+    options: LinearOptions | None = None,
 ) -> Tensor:
     """`linear_kl_loss` of the sequences `rows`.
 
     Args:
         student: the inputs of the head that learns.
         teacher: those of the other.
-        labels: int64 `[B', T]`, as Hugging Face takes them: not shifted; -100 does not count.
+        labels: int64 `[B', T]`, as Hugging Face takes them: not shifted.
         rows: which of the B sequences the labels belong to.
-        options: `rewrite`, `direction`, `temperature`, `reduction`, `token_weights` (aligned with
-            `labels`), `num_items_in_batch`, `ignore_index`, `backend`; `vocab_size`, the number of
-            tokens that are real, if the two models pad their vocabularies differently.
+        rewrite: of the teacher's label entry: `Shift(gamma)`, `Uniform()`, `Mask()` or None.
+        direction: `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
+        temperature: divides both models' logits.
+        ignore_index: label of tokens that do not count.
+        reduction: `"mean"` over the counted tokens, `"sum"` or `"none"`.
+        token_weights: `[B', T]`, weight of each token's loss, aligned with `labels`.
+        num_items_in_batch: denominator of the mean, where it covers several batches.
+        vocab_size: number of real tokens, if the two models pad their vocabularies differently.
+        backend: name of a backend, or None for the best available.
+        options: how the call may run.
 
     Returns:
         A scalar, or `[B', T]` for `reduction="none"`: position t is about token t + 1. No first
@@ -137,11 +154,7 @@ def heads_kl_loss(
         UnsupportedHeadError: the labels do not belong to a model's positions.
         ValueError: the models' vocabularies differ in size and no `vocab_size` is given.
     """
-    if options.get("token_weights") is not None:
-        # A weight belongs to the token, as its label does, so it moves with it.
-        options["token_weights"] = shift_labels(options["token_weights"], 0)
     sizes = student.transform.vocab_size, teacher.transform.vocab_size
-    vocab_size = options.pop("vocab_size", None)
     if vocab_size is None and sizes[0] != sizes[1]:
         raise ValueError(
             f"the model's logits have {sizes[0]} columns and the teacher's {sizes[1]}; if both "
@@ -153,7 +166,17 @@ def heads_kl_loss(
         student.weight,
         teacher.hidden_of(labels, rows),
         teacher.weight,
-        shift_labels(labels, options.get("ignore_index", -100)),
+        shift_labels(labels, ignore_index),
+        rewrite=rewrite,
+        direction=direction,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        # A weight belongs to the token, as its label does, so it moves with it.
+        token_weights=None if token_weights is None else shift_labels(token_weights, 0),
+        num_items_in_batch=num_items_in_batch,
+        backend=backend,
+        options=options,
         bias=student.bias,
         ref_bias=teacher.bias,
         softcap=student.transform.softcap,
@@ -161,7 +184,6 @@ def heads_kl_loss(
         logit_scale=student.transform.logit_scale,
         ref_logit_scale=teacher.transform.logit_scale,
         vocab_size=sizes[0] if vocab_size is None else vocab_size,
-        **options,
     )
 
 
@@ -180,6 +202,7 @@ def fused_kl_loss(
     vocab_size: int | None = None,
     auxiliary_loss: bool = True,
     backend: str | None = None,
+    options: LinearOptions | None = None,
     **inputs: Any,
 ) -> Tensor:
     """The divergence of a causal LM from a frozen one, without the `[B, T, V]` logits of either.
@@ -200,6 +223,7 @@ def fused_kl_loss(
         vocab_size: number of real tokens, if the models pad their vocabularies differently.
         auxiliary_loss: add the model's own auxiliary loss, see `fused_loss`.
         backend: name of a backend, or None for the best available.
+        options: how the loss may run: memory, dtype of the logits, skipped rows.
         inputs: what the models' forwards take: `input_ids`, `attention_mask`...
 
     Returns:
@@ -236,6 +260,7 @@ def fused_kl_loss(
             num_items_in_batch=num_items_in_batch,
             vocab_size=vocab_size,
             backend=backend,
+            options=options,
         )
 
     loss, added = run_two_heads_with_auxiliary_loss(model, reference, compute, **inputs)

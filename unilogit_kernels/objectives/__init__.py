@@ -16,19 +16,10 @@ from unilogit_kernels.objectives.base import (
     register,
     resolve,
 )
+from unilogit_kernels.objectives.flat import FLAT, FLATKL, FLATJensenShannon, FLATPearson
 from unilogit_kernels.objectives.mixture import Mixture, Packed, is_registered, pack, unpack
 from unilogit_kernels.objectives.runner_up import LoKU, RunnerUpObjective
-from unilogit_kernels.objectives.sequence import (
-    DPO,
-    FLAT,
-    FLATKL,
-    NPO,
-    FLATJensenShannon,
-    FLATPearson,
-    IdkDPO,
-    SequenceObjective,
-    SimNPO,
-)
+from unilogit_kernels.objectives.sequence import DPO, NPO, IdkDPO, SequenceObjective, SimNPO
 from unilogit_kernels.objectives.token import (
     CEU,
     TNPO,

@@ -76,7 +76,9 @@ class Objective:
 
     def of_rows(self, seen: Statistics, vocab_size: int) -> Tensor:
         """The losses of rows, with `differentiate` as their derivative."""
-        result: Tensor = _ValueWithSlope.apply(*seen, self, vocab_size)
+        compiled = torch.compiler.is_compiling()
+        function = _ValueWithSlope if compiled else _ValueWithSlopeAndTangent
+        result: Tensor = function.apply(*seen, self, vocab_size)
         return result
 
     def parameters(self) -> list[float]:
@@ -144,6 +146,8 @@ def declared(cls: type[Objective]) -> _Declared:
 class _ValueWithSlope(torch.autograd.Function):
     """Pairs a value with its own slope formula, since differentiating the value loses digits."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         log_odds: Tensor, runner_up: Tensor | None, objective: Objective, vocab_size: int
@@ -160,6 +164,24 @@ class _ValueWithSlope(torch.autograd.Function):
         slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
         runner_up = None if slope.runner_up is None else grad * slope.runner_up
         return grad * slope.log_odds, runner_up, None, None
+
+
+class _ValueWithSlopeAndTangent(_ValueWithSlope):
+    """The same with forward-mode AD, which torch.compile does not follow."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _ValueWithSlope.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, log_odds: Tensor, runner_up: Tensor | None, *_: None) -> Tensor:
+        slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
+        tangent: Tensor = log_odds * slope.log_odds
+        if runner_up is None or slope.runner_up is None:
+            return tangent
+        of_runner_up: Tensor = runner_up * slope.runner_up
+        return tangent + of_runner_up
 
 
 REGISTRY: dict[str, type[Objective]] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.objectives.base import Objective, per_sequence, per_token, register
-from unilogit_kernels.objectives.token import Probability, log_sigmoid
+from unilogit_kernels.objectives.token import log_sigmoid
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,22 +25,24 @@ class SequenceObjective(Objective):
     sums (`losses`). Losses of `members` sequences each couple the first, second, ... part of the
     batch: chosen answers first, rejected ones after them.
 
-    The fields of this class are filled in by the call (`placed`).
+    The fields of this class are filled in by the call (`placed`). How many sequences there are, and
+    how long, are sizes of tensors: numbers would be constants to `torch.compile`.
 
     Attributes:
-        sequences: How many sequences there are.
-        length: Tokens in each, labelled or not.
         positions: int64 per token: its place in `[sequences, length]`, or the place after the last
             if it does not count.
+        counted: bool `[sequences, length]`: which tokens count.
     """
 
     members: ClassVar[int] = 1
     coupled: ClassVar[bool] = True
 
-    sequences: float = 0.0
-    length: float = 0.0
     positions: Tensor = dataclasses.field(
         default_factory=lambda: torch.zeros(0, dtype=torch.int64), metadata=per_token().metadata
+    )
+    counted: Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool),
+        metadata=per_sequence().metadata,
     )
 
     def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -79,19 +81,20 @@ class SequenceObjective(Objective):
                 f"{self.name!r} takes {self.members} equally large parts of the batch, "
                 f"got {sequences} sequences"
             )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name != "positions":
-                self._check(field.name, value, counted)
-        place = torch.arange(counted.numel(), device=counted.device)
-        flat = {
-            field.name: getattr(self, field.name).detach().reshape(-1)
+        of_sequences = {
+            field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            if not field.kw_only and isinstance(getattr(self, field.name), Tensor)
         }
-        flat["positions"] = torch.where(counted.reshape(-1), place, counted.numel())
+        for name, value in of_sequences.items():
+            self._check(name, value, counted)
+        flat = counted.reshape(-1)
+        place = torch.arange(flat.shape[0], device=counted.device)
         return dataclasses.replace(
-            self, sequences=float(sequences), length=float(counted.shape[-1]), **flat
+            self,
+            positions=torch.where(flat, place, flat.shape[0]),
+            counted=counted.reshape(sequences, counted.shape[-1]),
+            **{name: value.detach().reshape(-1) for name, value in of_sequences.items()},
         )
 
     def _check(self, name: str, value: Tensor, counted: Tensor) -> None:
@@ -107,19 +110,22 @@ class SequenceObjective(Objective):
 
     def _grid(self, values: Tensor) -> Tensor:
         """Per-token values `[n]` in their places, `[sequences, length]`, and 0 elsewhere."""
-        sequences, length = int(self.sequences), int(self.length)
-        grid = values.new_zeros(sequences * length + 1).scatter(0, self.positions, values)
-        return grid[:-1].view(sequences, length)
+        grid = values.new_zeros(self.counted.numel() + 1).scatter(0, self.positions, values)
+        return grid[:-1].view(self.counted.shape)
 
-    def _counted(self) -> Tensor:
+    def _grouped(self) -> Tensor:
         """Which tokens of each group of sequences count, bool `[groups, members * length]`."""
-        counted = self._grid(torch.ones_like(self.positions, dtype=torch.bool))
-        return counted.view(self.members, -1, counted.shape[1]).transpose(0, 1).flatten(1)
+        if self.members == 1:
+            return self.counted
+        sequences, length = self.counted.shape
+        groups = sequences // self.members
+        grouped = self.counted.reshape(self.members, groups, length).transpose(0, 1)
+        return grouped.reshape(groups, self.members * length)
 
     def _sums(self, log_odds: Tensor) -> tuple[Tensor, Tensor]:
         """Sums and counts, `[sequences]` each; in a fixed order, without atomics."""
         sums = self._grid(self.tokens(log_odds.double())).sum(1)
-        return sums, self._grid(torch.ones_like(self.positions, dtype=torch.float64)).sum(1)
+        return sums, self.counted.sum(1).double()
 
     def per_sequence(self, log_odds: Tensor) -> Tensor:
         """The losses `[sequences / members]`, differentiable; 0 for one without a token.
@@ -128,30 +134,29 @@ class SequenceObjective(Objective):
         its exponential needs. These are a few numbers per token.
         """
         losses = self.losses(*self._sums(log_odds))
-        return torch.where(self._counted().any(1), losses, 0.0).to(log_odds.dtype)
+        return torch.where(self._grouped().any(1), losses, 0.0).to(log_odds.dtype)
 
     def groups(self) -> Tensor:
         """How many losses there are, 0-d: groups of sequences with a token that counts."""
-        return self._counted().any(1).sum()
+        return self._grouped().any(1).sum()
 
     def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """The loss of each sequence (or pair) at its first token that counts, 0 at the others."""
-        groups, length = int(self.sequences) // self.members, int(self.length)
-        counted = self._counted()
+        length, counted = self.counted.shape[1], self._grouped()
+        groups, nowhere = counted.shape[0], self.counted.numel()
+        if nowhere == 0:
+            return torch.zeros_like(log_odds)
         first = counted.int().argmax(1)
         member, offset = first // length, first % length
         group = torch.arange(groups, device=first.device)
-        places = torch.where(
-            counted.any(1),
-            (member * groups + group) * length + offset,
-            int(self.sequences) * length,
-        )
-        grid = log_odds.new_zeros(int(self.sequences) * length + 1)
+        places = torch.where(counted.any(1), (member * groups + group) * length + offset, nowhere)
+        grid = log_odds.new_zeros(nowhere + 1)
         return grid.scatter(0, places, self.per_sequence(log_odds))[self.positions]
 
     def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """The derivative of the sum of all losses by each token's log-odds."""
-        of_sums = self.derivatives(*self._sums(log_odds)).repeat_interleave(int(self.length))
+        of_sums = self.derivatives(*self._sums(log_odds))[:, None]
+        of_sums = of_sums.expand(self.counted.shape).reshape(-1)
         of_sums = torch.cat((of_sums, of_sums.new_zeros(1)))[self.positions]
         return (of_sums * self.token_slopes(log_odds.double())).to(log_odds.dtype)
 
@@ -257,151 +262,3 @@ class IdkDPO(DPO):
     def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
         """`2 / beta` times DPO's."""
         return 2 / self.beta * super().derivatives(sums, counts)
-
-
-class _FLATBase(SequenceObjective):
-    """FLAT (arXiv 2410.11143): `-g(P(template)) + f*(g(P(forget)))`, `P` the mean probability.
-
-    The paper's f-divergence losses, which differ in the variational function `g` and the conjugate
-    `f*` (its table of f-divergences). Template answers come first in the batch, forget answers
-    second. The authors' code averages p over padding as well; this is the paper's mean over the
-    answer's tokens.
-    """
-
-    members: ClassVar[int] = 2
-
-    def tokens(self, log_odds: Tensor) -> Tensor:
-        """The probability of each token."""
-        return Probability()(log_odds, 0)
-
-    def token_slopes(self, log_odds: Tensor) -> Tensor:
-        """`p (1 - p)`."""
-        return Probability().slope(log_odds, 0)
-
-    def losses(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """See `SequenceObjective.losses`."""
-        template, forget = (sums / counts.clamp(min=1)).chunk(2)
-        return self.conjugate(forget) - self.variational(template)
-
-    def derivatives(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Those of `-g` for templates and of `f*(g)` for forget answers, over their lengths."""
-        lengths = counts.clamp(min=1)
-        template, forget = (sums / lengths).chunk(2)
-        slopes = torch.cat((-self.variational_slope(template), self.conjugate_slope(forget)))
-        return slopes / lengths
-
-    def variational(self, x: Tensor) -> Tensor:
-        """`g(x)`."""
-        raise NotImplementedError
-
-    def variational_slope(self, x: Tensor) -> Tensor:
-        """`g'(x)`."""
-        raise NotImplementedError
-
-    def conjugate(self, x: Tensor) -> Tensor:
-        """`f*(g(x))`."""
-        raise NotImplementedError
-
-    def conjugate_slope(self, x: Tensor) -> Tensor:
-        """The derivative of `f*(g(x))`."""
-        raise NotImplementedError
-
-
-@register
-@dataclasses.dataclass(frozen=True, eq=False)
-class FLAT(_FLATBase):
-    """FLAT with the total variation, the authors' default: `g = tanh(x) / 2`, `f*(g) = g`."""
-
-    name: ClassVar[str] = "flat"
-
-    def variational(self, x: Tensor) -> Tensor:
-        """`tanh(x) / 2`."""
-        return torch.tanh(x) / 2
-
-    def variational_slope(self, x: Tensor) -> Tensor:
-        """`(1 - tanh(x)^2) / 2`."""
-        return (1 - torch.tanh(x).square()) / 2
-
-    def conjugate(self, x: Tensor) -> Tensor:
-        """`tanh(x) / 2`."""
-        return torch.tanh(x) / 2
-
-    def conjugate_slope(self, x: Tensor) -> Tensor:
-        """`(1 - tanh(x)^2) / 2`."""
-        return self.variational_slope(x)
-
-
-@register
-@dataclasses.dataclass(frozen=True, eq=False)
-class FLATKL(_FLATBase):
-    """FLAT with the KL divergence: `g = x`, `f*(g) = exp(x - 1)`."""
-
-    name: ClassVar[str] = "flat_kl"
-
-    def variational(self, x: Tensor) -> Tensor:
-        """`x`."""
-        return x
-
-    def variational_slope(self, x: Tensor) -> Tensor:
-        """`1`."""
-        return torch.ones_like(x)
-
-    def conjugate(self, x: Tensor) -> Tensor:
-        """`exp(x - 1)`."""
-        return torch.exp(x - 1)
-
-    def conjugate_slope(self, x: Tensor) -> Tensor:
-        """`exp(x - 1)`."""
-        return torch.exp(x - 1)
-
-
-@register
-@dataclasses.dataclass(frozen=True, eq=False)
-class FLATJensenShannon(_FLATBase):
-    """FLAT with the Jensen-Shannon divergence.
-
-    `g = log 2 - log(1 + e^-x)`, and `f*(u) = -log(2 - e^u)`, which is `log(1 + e^-x) + x - log 2`
-    at `u = g(x)`.
-    """
-
-    name: ClassVar[str] = "flat_js"
-
-    def variational(self, x: Tensor) -> Tensor:
-        """`log 2 + log sigmoid(x)`."""
-        return math.log(2) + log_sigmoid(x)
-
-    def variational_slope(self, x: Tensor) -> Tensor:
-        """`sigmoid(-x)`."""
-        return torch.sigmoid(-x)
-
-    def conjugate(self, x: Tensor) -> Tensor:
-        """`x - log 2 - log sigmoid(x)`."""
-        return x - math.log(2) - log_sigmoid(x)
-
-    def conjugate_slope(self, x: Tensor) -> Tensor:
-        """`sigmoid(x)`."""
-        return torch.sigmoid(x)
-
-
-@register
-@dataclasses.dataclass(frozen=True, eq=False)
-class FLATPearson(_FLATBase):
-    """FLAT with Pearson's chi-squared divergence: `g = x`, `f*(g) = x^2 / 4 + x`."""
-
-    name: ClassVar[str] = "flat_pearson"
-
-    def variational(self, x: Tensor) -> Tensor:
-        """`x`."""
-        return x
-
-    def variational_slope(self, x: Tensor) -> Tensor:
-        """`1`."""
-        return torch.ones_like(x)
-
-    def conjugate(self, x: Tensor) -> Tensor:
-        """`x^2 / 4 + x`."""
-        return x.square() / 4 + x
-
-    def conjugate_slope(self, x: Tensor) -> Tensor:
-        """`x / 2 + 1`."""
-        return x / 2 + 1

@@ -1,11 +1,13 @@
-"""The operators that torch sees: schemas, fake kernels, autograd. No maths.
+"""The operators that torch sees: schemas, fake kernels, derivatives. No maths.
 
-Four forward operators and two backward ones, in the namespace `unilogit_kernels`. An operator that
-computes an objective finishes the gradients in its forward, where the logits are at hand; its
-backward only scales them. The log-odds operators keep the row state and recompute.
+They are of two kinds, for logits and for an lm_head each, in the namespace `unilogit_kernels`. One
+gives values of rows (log-odds, divergences), keeps the rows' state, and reads the logits again for
+a gradient; the other gives a reduced loss and finishes the gradients in its forward, where the
+logits are at hand, so that its backward only scales them. `divergence` makes both of them for two
+models' rows.
 """
 
-from unilogit_kernels.ops import linear, logits
+from unilogit_kernels.ops import divergence, linear, logits
 from unilogit_kernels.ops.registration import IMPLEMENTATIONS
 
-__all__ = ["IMPLEMENTATIONS", "linear", "logits"]
+__all__ = ["IMPLEMENTATIONS", "divergence", "linear", "logits"]

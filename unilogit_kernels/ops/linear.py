@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,187 +13,348 @@ from unilogit_kernels.fused_linear.compaction import (
     compacted_loss,
     compacted_values,
 )
-from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
-from unilogit_kernels.maths.row_state import has_runner_up
-from unilogit_kernels.ops.registration import (
-    NEEDS,
-    OPTIONS,
-    ROWS,
-    VALUES,
-    WEIGHTED,
-    check_twice_differentiable,
-    differentiable,
-    fake,
-    grad_of_some,
-    gradient_outputs,
-    gradient_shapes,
+from unilogit_kernels.fused_linear.gemm import GemmDtypes
+from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.ops.arguments import (
+    Head,
+    HeadGradients,
+    LossArguments,
+    NeedsGradient,
+    NeedsGradients,
+    RowArguments,
+    Saved,
+    TokenRows,
+    WeightedObjective,
+    exact_dtype,
     linear_inputs,
-    literal_objective,
-    literal_values,
-    losses_of,
-    operator,
-    row_problem,
-    scalar_of,
-    scaled,
-    values_of,
-    values_outputs,
-    weighted_objective,
+    loss_like,
+    losses_like,
 )
-from unilogit_kernels.rows.objective import ObjectiveLoss
+from unilogit_kernels.ops.fragments import Fragment, rebuilt
+from unilogit_kernels.ops.literal import gradients_of, wants_literal
+from unilogit_kernels.ops.logits import of_unit_slopes
+from unilogit_kernels.ops.registration import Operator, operator
+from unilogit_kernels.ops.scaling import scaled_gradients
 
-# ---- log-odds of a fused linear ----------------------------------------------------------------
+H = TypeVar("H", bound=Fragment)
+R = TypeVar("R", bound=RowArguments)
+L = TypeVar("L", bound=LossArguments[Any])
 
-_LINEAR = "Tensor hidden, Tensor weight, Tensor? bias"
+_MODEL = len(Head._fields)
 
 
-@operator(
-    f"linear_log_odds({_LINEAR}, Tensor active, {ROWS}, {OPTIONS}, bool needs_grad, "
-    f"bool runner_up) -> ({VALUES}, Tensor kept)"
+class Active(NamedTuple):
+    """Which rows count, bool `[n]`."""
+
+    active: Tensor
+
+
+class LinearValues(NamedTuple):
+    """`Values`, and the logits of each model that are kept for the backward, 1-d."""
+
+    values: Tensor
+    column: Tensor
+    state: Tensor
+    kept: Tensor
+    ref_kept: Tensor
+
+
+class LinearUpstream(NamedTuple):
+    """`Upstream`, and the logits that the forward kept."""
+
+    state: Tensor
+    slope: Tensor
+    kept: Tensor
+    ref_kept: Tensor
+
+
+class _Forward(NamedTuple):
+    state: Tensor
+    kept: Tensor
+    ref_kept: Tensor
+
+
+# ---- values of rows ----------------------------------------------------------------------------
+
+
+def linear_values_operator(
+    name: str, heads: type[H], rows: type[R]
+) -> Operator[[H, Active, R, LinearOptions, NeedsGradient], LinearValues]:
+    """Define the operator of the values of rows, and the one of their gradients.
+
+    Args:
+        name: Of the first; the other one's is `<name>_backward`.
+        heads: The operands of each model, first of the one that learns.
+        rows: What describes the rows.
+    """
+
+    @operator(
+        f"{name}_backward",
+        *(heads, Active, rows, LinearOptions, LinearUpstream, NeedsGradients),
+        gives=HeadGradients,
+    )
+    def backward(
+        heads: H,
+        active: Active,
+        rows: R,
+        options: LinearOptions,
+        upstream: LinearUpstream,
+        needs: NeedsGradients,
+    ) -> HeadGradients:
+        models = list(heads)
+        inputs = linear_inputs(models, options)
+        kept = [upstream.kept, upstream.ref_kept][: len(models) // _MODEL]
+        gradients = compacted_gradient(
+            inputs,
+            active.active,
+            rows.problem(inputs.hidden),
+            needs.needs(),
+            upstream.state,
+            upstream.slope.contiguous(),
+            kept,
+        )
+        return HeadGradients.of(gradients, models).finished(models)
+
+    @backward.fake
+    def _(
+        heads: H,
+        active: Active,
+        rows: R,
+        options: LinearOptions,
+        upstream: LinearUpstream,
+        needs: NeedsGradients,
+    ) -> HeadGradients:
+        return HeadGradients.like(needs, list(heads))
+
+    backward.differentiable_no_more()
+
+    @operator(name, heads, Active, rows, LinearOptions, NeedsGradient, gives=LinearValues)
+    def values(
+        heads: H, active: Active, rows: R, options: LinearOptions, needs: NeedsGradient
+    ) -> LinearValues:
+        rows.check_labels()
+        inputs = linear_inputs(list(heads), options)
+        problem = rows.problem(inputs.hidden)
+        kept = inputs.new_kept(rows.vocab_size, needs_grad=needs.needs_grad)
+        found, state = compacted_values(inputs, active.active, problem, kept)
+        return LinearValues(found, rows.column(state), state, *_pair(kept))
+
+    @values.fake
+    def _(
+        heads: H, active: Active, rows: R, options: LinearOptions, needs: NeedsGradient
+    ) -> LinearValues:
+        inputs = linear_inputs(list(heads), options)
+        kept = inputs.new_kept(rows.vocab_size, needs_grad=needs.needs_grad)
+        return LinearValues(*rows.values_like(inputs.hidden), *_pair(kept))
+
+    class _Derivatives:
+        operands: ClassVar[int] = _MODEL
+
+        @staticmethod
+        def save(
+            result: LinearValues,
+            heads: H,
+            active: Active,
+            rows: R,
+            options: LinearOptions,
+            needs: NeedsGradient,
+        ) -> Iterable[Fragment]:
+            return heads, active, rows, options, _Forward(*result[2:])
+
+        @staticmethod
+        def backward(
+            needs: Sequence[bool],
+            slope: Tensor,
+            heads: H,
+            active: Active,
+            rows: R,
+            options: LinearOptions,
+            saved: _Forward,
+        ) -> Sequence[Tensor | None]:
+            if wants_literal(rows.backend):
+                slope = torch.where(active.active, slope, 0.0)
+                own, others = _own_and_others(heads)
+                return gradients_of(
+                    lambda *student: _literal([*student, *others], rows), own, needs, slope
+                )
+            upstream = LinearUpstream(saved.state, slope, saved.kept, saved.ref_kept)
+            return tuple(
+                backward(heads, active, rows, options, upstream, NeedsGradients.of_needs(needs))
+            )
+
+        @staticmethod
+        def jvp(
+            tangents: Sequence[Tensor | None],
+            result: LinearValues,
+            heads: H,
+            active: Active,
+            rows: R,
+            options: LinearOptions,
+            needs: NeedsGradient,
+        ) -> Tensor | None:
+            wider = _Wider(heads, tangents)
+            wide = rebuilt(type(heads), wider.heads)
+            nothing = result.kept.new_empty(0)
+
+            def along(slope: Tensor) -> Tensor:
+                upstream = LinearUpstream(result.state, slope, nothing, nothing)
+                only_hidden = NeedsGradients.of_needs((True, False, False))
+                found = backward(wide, active, rows, options, upstream, only_hidden)
+                return wider.tangent(found.hidden_grad)
+
+            return of_unit_slopes(along, result.values)
+
+    values.differentiable(_Derivatives)
+    return values
+
+
+class _Wider:
+    """An lm_head whose hidden states' gradient also holds what a tangent of its weights needs.
+
+    With hidden states `[h, 0]` and weights `[W, W']` the logits are the same, and the gradient of
+    the added zeros is that of the logits times `W'`; likewise for the bias.
+    """
+
+    def __init__(self, heads: Fragment, tangents: Sequence[Tensor | None]) -> None:
+        hidden, weight, *others = heads
+        self._hidden, (self._t_hidden, t_weight, t_bias) = hidden, tangents
+        more = [] if t_weight is None else [t_weight]
+        self._of_bias = t_bias is not None
+        if t_bias is not None:
+            more.append(t_bias[:, None])
+        if more:
+            weight = torch.cat([weight, *more], 1)
+            width = weight.shape[1] - hidden.shape[1]
+            hidden = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], width)], 1)
+        self._of_weight = t_weight is not None
+        self.heads: list[Any] = [hidden, weight, *others]
+
+    def tangent(self, gradient: Tensor) -> Tensor:
+        """The tangent of what `gradient`, `[n, h']`, belongs to, `[n]`."""
+        exact, h = exact_dtype(gradient), self._hidden.shape[1]
+        gradient = gradient.to(exact)
+        found = gradient.new_zeros(gradient.shape[0])
+        if self._t_hidden is not None:
+            found = found + (gradient[:, :h] * self._t_hidden).sum(1)
+        if self._of_weight:
+            found = found + (gradient[:, h : 2 * h] * self._hidden).sum(1)
+        return found + gradient[:, -1] if self._of_bias else found
+
+
+def _pair(kept: list[Tensor]) -> list[Tensor]:
+    """What is kept of one model or of two as two tensors."""
+    return kept if len(kept) > 1 else [*kept, kept[0].new_empty(0)]
+
+
+def _own_and_others(heads: Fragment) -> tuple[list[Any], list[Any]]:
+    """The operands of the model that learns, and those of another one."""
+    models = list(heads)
+    return models[:_MODEL], models[_MODEL:]
+
+
+def _literal(models: Sequence[Tensor | None], rows: RowArguments) -> Tensor:
+    logits = []
+    for i in range(0, len(models), _MODEL):
+        hidden, weight, bias = models[i : i + _MODEL]
+        assert hidden is not None
+        assert weight is not None
+        logits.append(torch.nn.functional.linear(hidden, weight, bias))
+    return rows.literal(logits)
+
+
+linear_log_odds = linear_values_operator("linear_log_odds", Head, TokenRows)
+
+
+# ---- losses ------------------------------------------------------------------------------------
+
+
+class LossOfHead(NamedTuple):
+    """A reduced loss with its gradients.
+
+    Attributes:
+        loss: 0-d.
+        losses: `[n]`, weighted.
+        hidden_grad: See `HeadGradients`; as are the other two.
+        weight_grad: See there.
+        bias_grad: See there.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    hidden_grad: Tensor
+    weight_grad: Tensor
+    bias_grad: Tensor
+
+
+def linear_loss_operator(
+    name: str, heads: type[H], rows: type[R], loss: type[L]
+) -> Operator[[H, R, L, LinearOptions, NeedsGradients], LossOfHead]:
+    """Define the operator of a reduced loss of rows, which finishes its gradients at once."""
+
+    @operator(name, heads, rows, loss, LinearOptions, NeedsGradients, gives=LossOfHead)
+    def reduced(
+        heads: H, rows: R, loss: L, options: LinearOptions, needs: NeedsGradients
+    ) -> LossOfHead:
+        rows.check_labels()
+        models = list(heads)
+        inputs = linear_inputs(models, options)
+        row_loss = loss.loss(rows.problem(inputs.hidden))
+        losses, gradients = compacted_loss(inputs, row_loss, needs.needs())
+        total = loss.factor * losses.sum()
+        return LossOfHead(total, losses, *HeadGradients.of(gradients, models))
+
+    @reduced.fake
+    def _(heads: H, rows: R, loss: L, options: LinearOptions, needs: NeedsGradients) -> LossOfHead:
+        models = list(heads)
+        hidden = models[0]
+        dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
+        gradients = HeadGradients.like(needs, models, dtypes)
+        return LossOfHead(loss_like(hidden), losses_like(hidden), *gradients)
+
+    class _Derivatives:
+        operands: ClassVar[int] = _MODEL
+
+        @staticmethod
+        def save(
+            result: LossOfHead,
+            heads: H,
+            rows: R,
+            loss: L,
+            options: LinearOptions,
+            needs: NeedsGradients,
+        ) -> Iterable[Fragment]:
+            finished = HeadGradients(*result[2:])
+            saved = Saved(result.loss, next(iter(heads)).dtype, rows.backend)
+            return (finished, saved, *((heads, rows, loss) if rows.backend == "eager" else ()))
+
+        @staticmethod
+        def backward(
+            needs: Sequence[bool],
+            upstream: Tensor,
+            finished: HeadGradients,
+            saved: Saved,
+            *literal: Any,
+        ) -> Sequence[Tensor | None]:
+            if wants_literal(saved.backend):
+                heads, rows, loss = literal
+                own, others = _own_and_others(heads)
+
+                def total(*student: Tensor | None) -> Tensor:
+                    values = _literal([*student, *others], rows)
+                    found: Tensor = loss.literal(values, rows.vocab_size)
+                    return found
+
+                return gradients_of(total, own, needs, upstream)
+            return scaled_gradients(finished, needs, upstream, saved)
+
+        @staticmethod
+        def jvp(tangents: Sequence[Tensor | None], result: Any, *fragments: Any) -> Tensor | None:
+            return None  # `calls` takes the values of rows instead
+
+    reduced.differentiable(_Derivatives)
+    return reduced
+
+
+linear_objective_loss = linear_loss_operator(
+    "linear_objective_loss", Head, TokenRows, WeightedObjective
 )
-def _linear_log_odds(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    rows = row_problem(*args[:5], runner_up=args[10])
-    inputs = linear_inputs(hidden, weight, bias, *args[5:9])
-    kept = inputs.new_kept(rows.vocab_size, needs_grad=args[9])
-    values, state = compacted_values(inputs, active, rows, kept)
-    return *values_outputs(values, state, rows.labels), *kept
-
-
-@fake("linear_log_odds")
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    inputs = linear_inputs(hidden, weight, bias, *args[5:9])
-    kept = inputs.new_kept(args[3], needs_grad=args[9])
-    return *values_of(hidden, runner_up=args[10]), *kept
-
-
-@operator(
-    f"linear_log_odds_backward({_LINEAR}, Tensor active, {ROWS}, {OPTIONS}, Tensor state, "
-    f"Tensor kept, Tensor slope, {NEEDS}) "
-    "-> (Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
-)
-def _linear_log_odds_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    state, kept, slope, *needs = args[9:]
-    rows = row_problem(*args[:5], runner_up=has_runner_up(state))
-    inputs = linear_inputs(hidden, weight, bias, *args[5:9])
-    gradients = compacted_gradient(inputs, active, rows, Needs(*needs), state, slope, [kept])
-    return gradient_outputs(gradients, hidden, weight, finished=True)
-
-
-@fake("linear_log_odds_backward")
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gradient_shapes(args[-3:], hidden, weight)
-
-
-def _linear_log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, active, labels, *ctx.settings = inputs[:9]
-    ctx.options = inputs[9:13]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden, weight, bias, active, labels, *output[2:])
-    ctx.set_materialize_grads(False)
-
-
-def _linear_log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, active, labels, state, kept = ctx.saved_tensors
-    if slope is None:
-        return None, None, None
-    needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
-        check_twice_differentiable(ctx.settings[-1])
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        runner_up = has_runner_up(state)
-        values, valid = literal_values(logits, labels, *ctx.settings, runner_up=runner_up)
-        return tuple(grad_of_some((hidden, weight, bias), needs, values, slope[..., valid]))
-    gradients: tuple[Tensor, ...] = torch.ops.unilogit_kernels.linear_log_odds_backward(
-        hidden,
-        weight,
-        bias,
-        active,
-        labels,
-        *ctx.settings,
-        *ctx.options,
-        state,
-        kept,
-        slope,
-        *needs,
-    )
-    return gradients
-
-
-differentiable("linear_log_odds", _linear_log_odds_grad, _linear_log_odds_context)
-
-
-# ---- objectives of a fused linear --------------------------------------------------------------
-
-
-@operator(
-    f"linear_objective_loss({_LINEAR}, {ROWS}, {WEIGHTED}, {OPTIONS}, {NEEDS}) "
-    "-> (Tensor loss, Tensor losses, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
-)
-def _linear_objective_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    described = args[:-3]
-    weighted = weighted_objective(*described[5:-4])
-    rows = row_problem(*described[:5], runner_up=weighted.objective.needs_runner_up)
-    inputs = linear_inputs(hidden, weight, bias, *described[-4:])
-    losses, gradients = compacted_loss(inputs, ObjectiveLoss(rows, weighted), Needs(*args[-3:]))
-    return (
-        weighted.factor * losses.sum(),
-        losses,
-        *gradient_outputs(gradients, hidden, weight),
-    )
-
-
-@fake("linear_objective_loss")
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
-    return (
-        scalar_of(hidden),
-        losses_of(hidden),
-        *gradient_shapes(args[-3:], hidden, weight, dtypes),
-    )
-
-
-def _linear_objective_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
-    hidden, weight, bias, labels, *ctx.settings = inputs[:8]
-    row_weight, factor, *ctx.objective, tensors = inputs[8:-7]
-    literal = (hidden, weight, bias, labels, row_weight, *tensors)
-    if ctx.settings[-1] != "eager":
-        literal = (None,) * len(literal)
-    ctx.dtype = hidden.dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(factor, *output[2:], *literal)
-    ctx.set_materialize_grads(False)
-
-
-def _linear_objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # asked for once, as activation checkpointing wants it
-    factor, *gradients = saved[:4]
-    hidden, weight, bias, labels, row_weight, *tensors = saved[4:]
-    if upstream is None:
-        return None, None, None
-    needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
-        check_twice_differentiable(ctx.settings[-1])
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        objective = (*ctx.objective, tensors)
-        loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
-        return tuple(grad_of_some((hidden, weight, bias), needs, loss, upstream))
-    return tuple(
-        scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]) if need else None
-        for gradient, need in zip(gradients, needs, strict=True)
-    )
-
-
-differentiable("linear_objective_loss", _linear_objective_grad, _linear_objective_context)

@@ -1,135 +1,216 @@
-"""The operators on logits: the log-odds, and objectives finished in one visit."""
+"""The operators on logits: values of rows, and objectives finished in one pass."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels.maths.row_state import has_runner_up
-from unilogit_kernels.ops.registration import (
-    ROWS,
-    VALUES,
-    WEIGHTED,
-    check_twice_differentiable,
-    differentiable,
-    fake,
-    literal_objective,
-    literal_values,
-    losses_of,
-    operator,
-    or_empty,
-    row_problem,
-    scalar_of,
-    scaled,
-    shape_of,
-    values_of,
-    values_outputs,
-    weighted_objective,
+from unilogit_kernels.ops.arguments import (
+    Logits,
+    LogitsGradient,
+    NeedsGradient,
+    RowArguments,
+    Saved,
+    TokenRows,
+    Upstream,
+    Values,
+    WeightedObjective,
+    exact_dtype,
+    gradient_like,
+    loss_like,
+    losses_like,
 )
+from unilogit_kernels.ops.fragments import Fragment, rebuilt
+from unilogit_kernels.ops.literal import gradients_of, wants_literal
+from unilogit_kernels.ops.registration import Operator, operator
+from unilogit_kernels.ops.scaling import scaled_gradients
 from unilogit_kernels.rows.objective import logits_objective
 from unilogit_kernels.rows.whole import logits_gradient, logits_state
 
-# ---- log-odds of logits ------------------------------------------------------------------------
+M = TypeVar("M", bound=Fragment)
+R = TypeVar("R", bound=RowArguments)
 
 
-@operator(f"log_odds(Tensor logits, {ROWS}, bool runner_up) -> ({VALUES})")
-def _log_odds(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rows, runner_up = args
-    problem = row_problem(*rows, runner_up=runner_up)
-    state = logits_state([logits], problem)
-    return values_outputs(problem.values(state), state, problem.labels)
+def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M, R], Values]:
+    """Define the operator of the values of rows, and the one of their gradient.
+
+    Args:
+        name: Of the first; the other one's is `<name>_backward`.
+        matrices: Logits `[n, V]` of each model, first of the one that learns.
+        rows: What describes the rows.
+    """
+
+    @operator(f"{name}_backward", matrices, rows, Upstream, gives=LogitsGradient)
+    def backward(logits: M, rows: R, upstream: Upstream) -> LogitsGradient:
+        models = list(logits)
+        return LogitsGradient(logits_gradient(models, rows.problem(models[0]), *upstream))
+
+    @backward.fake
+    def _(logits: M, rows: R, upstream: Upstream) -> LogitsGradient:
+        student = next(iter(logits))
+        return LogitsGradient(torch.empty_like(student, memory_format=torch.contiguous_format))
+
+    backward.differentiable_no_more()
+
+    @operator(name, matrices, rows, gives=Values)
+    def values(logits: M, rows: R) -> Values:
+        rows.check_labels()
+        models = list(logits)
+        problem = rows.problem(models[0])
+        state = logits_state(models, problem)
+        return Values(problem.values(state), rows.column(state), state)
+
+    @values.fake
+    def _(logits: M, rows: R) -> Values:
+        return rows.values_like(next(iter(logits)))
+
+    class _Derivatives:
+        operands: ClassVar[int] = 1
+
+        @staticmethod
+        def save(result: Values, logits: M, rows: R) -> Iterable[Fragment]:
+            return logits, rows, _State(result.state)
+
+        @staticmethod
+        def backward(
+            needs: Sequence[bool], slope: Tensor, logits: M, rows: R, saved: _State
+        ) -> Sequence[Tensor | None]:
+            if wants_literal(rows.backend):
+                student, *others = logits
+                return gradients_of(lambda z: rows.literal([z, *others]), [student], needs, slope)
+            return backward(logits, rows, Upstream(saved.state, slope))
+
+        @staticmethod
+        def jvp(
+            tangents: Sequence[Tensor | None], result: Values, logits: M, rows: R
+        ) -> Tensor | None:
+            (tangent,) = tangents
+            assert tangent is not None
+            student, *others = logits
+            wide = rebuilt(matrices, [student.to(exact_dtype(student)), *others])
+
+            def along(slope: Tensor) -> Tensor:
+                gradient = backward(wide, rows, Upstream(result.state, slope)).logits_grad
+                return (gradient * tangent).sum(-1)
+
+            return of_unit_slopes(along, result.values)
+
+    values.differentiable(_Derivatives)
+    return values
 
 
-@fake("log_odds")
-def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return values_of(logits, runner_up=args[-1])
+class _State(NamedTuple):
+    state: Tensor
+
+
+def of_unit_slopes(along: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """The tangent of values, `[n]` or `[2, n]`, one value of a row at a time.
+
+    Args:
+        along: From an upstream gradient of the values to the tangent of what it selects, `[n]`.
+        values: Of the forward.
+    """
+    if values.dim() == 1:
+        return along(torch.ones_like(values))
+    slopes = torch.eye(values.shape[0], dtype=values.dtype, device=values.device)
+    return torch.stack([along(s[:, None].expand_as(values).contiguous()) for s in slopes])
+
+
+log_odds = values_operator("log_odds", Logits, TokenRows)
+
+
+# ---- objectives --------------------------------------------------------------------------------
+
+
+class ObjectiveOfLogits(NamedTuple):
+    """An objective's loss with its gradient.
+
+    Attributes:
+        loss: 0-d.
+        losses: `[n]`, weighted.
+        logits_grad: `[n, V]`, empty if it is not wanted.
+        row_scale: `[n]`, by which float16 rows are still to be multiplied; empty for other dtypes.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    logits_grad: Tensor
+    row_scale: Tensor
 
 
 @operator(
-    f"log_odds_backward(Tensor logits, {ROWS}, Tensor state, Tensor slope) -> Tensor logits_grad"
+    "objective_loss", Logits, TokenRows, WeightedObjective, NeedsGradient, gives=ObjectiveOfLogits
 )
-def _log_odds_backward(logits: Tensor, *args: Any) -> Tensor:
-    *rows, state, slope = args
-    problem = row_problem(*rows, runner_up=has_runner_up(state))
-    return logits_gradient([logits], problem, state, slope)
-
-
-@fake("log_odds_backward")
-def _(logits: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _log_odds_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, *ctx.settings, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(logits, labels, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _log_odds_grad(ctx: Any, slope: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    logits, labels, state = ctx.saved_tensors
-    if slope is None:
-        return (None,)
-    if torch.is_grad_enabled():
-        check_twice_differentiable(ctx.settings[-1])
-        runner_up = has_runner_up(state)
-        values, valid = literal_values(logits, labels, *ctx.settings, runner_up=runner_up)
-        return tuple(torch.autograd.grad(values, logits, slope[..., valid], create_graph=True))
-    gradient = torch.ops.unilogit_kernels.log_odds_backward(
-        logits, labels, *ctx.settings, state, slope
+def objective_loss(
+    operand: Logits, rows: TokenRows, loss: WeightedObjective, needs: NeedsGradient
+) -> ObjectiveOfLogits:
+    """Losses and the gradient of logits, both in one pass over them."""
+    rows.check_labels()
+    logits, weighted = operand.logits, loss.weighted()
+    found = logits_objective(
+        logits, rows.problem(logits), weighted, needs_gradient=needs.needs_grad
     )
-    return (gradient,)
+    empty = logits.new_empty(0)
+    return ObjectiveOfLogits(
+        loss.factor * found.losses.sum(),
+        found.losses,
+        empty if found.gradient is None else found.gradient,
+        loss.row_weight.new_empty(0) if found.row_scale is None else found.row_scale,
+    )
 
 
-differentiable("log_odds", _log_odds_grad, _log_odds_context)
+@objective_loss.fake
+def _(
+    operand: Logits, rows: TokenRows, loss: WeightedObjective, needs: NeedsGradient
+) -> ObjectiveOfLogits:
+    logits = operand.logits
+    scaled_later = logits.dtype == torch.float16 and needs.needs_grad
+    return ObjectiveOfLogits(
+        loss_like(logits),
+        losses_like(logits),
+        gradient_like(needs.needs_grad, logits),
+        gradient_like(scaled_later, losses_like(logits)),
+    )
 
 
-# ---- objectives of logits ----------------------------------------------------------------------
+class _Finished(NamedTuple):
+    gradient: Tensor
+    row_scale: Tensor
 
 
-@operator(
-    f"objective_loss(Tensor logits, {ROWS}, {WEIGHTED}, bool needs_grad) "
-    "-> (Tensor loss, Tensor losses, Tensor logits_grad)"
-)
-def _objective_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *described, needs_gradient = args
-    weighted = weighted_objective(*described[5:])
-    rows = row_problem(*described[:5], runner_up=weighted.objective.needs_runner_up)
-    losses, gradient = logits_objective(logits, rows, weighted, needs_gradient=needs_gradient)
-    return weighted.factor * losses.sum(), losses, or_empty(gradient, logits)
+class _ObjectiveDerivatives:
+    operands: ClassVar[int] = 1
+
+    @staticmethod
+    def save(
+        result: ObjectiveOfLogits,
+        operand: Logits,
+        rows: TokenRows,
+        loss: WeightedObjective,
+        needs: NeedsGradient,
+    ) -> Iterable[Fragment]:
+        finished = _Finished(result.logits_grad, result.row_scale)
+        saved = Saved(result.loss, operand.logits.dtype, rows.backend)
+        return (finished, saved, *((operand, rows, loss) if rows.backend == "eager" else ()))
+
+    @staticmethod
+    def backward(
+        needs: Sequence[bool], upstream: Tensor, finished: _Finished, saved: Saved, *literal: Any
+    ) -> Sequence[Tensor | None]:
+        if wants_literal(saved.backend):
+            operand, rows, loss = literal
+            return gradients_of(
+                lambda z: loss.literal(rows.literal([z]), rows.vocab_size), operand, needs, upstream
+            )
+        row_scale = finished.row_scale if saved.dtype == torch.float16 else None
+        return scaled_gradients([finished.gradient], needs, upstream, saved, row_scale)
+
+    @staticmethod
+    def jvp(tangents: Sequence[Tensor | None], result: Any, *fragments: Any) -> Tensor | None:
+        return None  # `calls` takes the values of rows instead
 
 
-@fake("objective_loss")
-def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return scalar_of(logits), losses_of(logits), shape_of(args[-1], logits)
-
-
-def _objective_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, *ctx.settings = inputs[:6]
-    row_weight, factor, *ctx.objective, tensors, _ = inputs[6:]
-    literal = (logits, labels, row_weight, *tensors)
-    if ctx.settings[-1] != "eager":
-        literal = (None,) * len(literal)
-    ctx.dtype = logits.dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(factor, output[2], *literal)
-    ctx.set_materialize_grads(False)
-
-
-def _objective_grad(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    factor, gradient, logits, labels, row_weight, *tensors = ctx.saved_tensors
-    if upstream is None:
-        return (None,)
-    if torch.is_grad_enabled():
-        check_twice_differentiable(ctx.settings[-1])
-        objective = (*ctx.objective, tensors)
-        loss = literal_objective(logits, labels, row_weight, factor, objective, ctx.settings)
-        return tuple(torch.autograd.grad(loss, logits, upstream, create_graph=True))
-    if ctx.dtype == torch.float16:
-        upstream = upstream * factor
-    return (scaled(gradient, upstream, ctx.dtype, ctx.settings[-1]),)
-
-
-differentiable("objective_loss", _objective_grad, _objective_context)
+objective_loss.differentiable(_ObjectiveDerivatives)

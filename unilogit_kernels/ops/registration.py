@@ -1,316 +1,325 @@
-"""How an operator is registered, and what the operators' arguments mean."""
+"""How an operator is registered: its schema from named fragments, its kernels, its derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from unilogit_kernels import objectives, reference
-from unilogit_kernels.backends import registry
-from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear.budget import LinearOptions
-from unilogit_kernels.fused_linear.compaction import LinearInputs
-from unilogit_kernels.fused_linear.gemm import GemmDtypes
-from unilogit_kernels.fused_linear.tiles import Gradients
-from unilogit_kernels.maths import row_state
-from unilogit_kernels.maths.row_state import Statistics
-from unilogit_kernels.rows.contract import weigh
-from unilogit_kernels.rows.objective import RowProblem, Weighted
+from unilogit_kernels.ops.fragments import Fragment, names, rebuilt, save, saved, schema
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The Python function behind each operator, so that `testing` can watch what it allocates."""
 
-ROWS = "Tensor labels, float scale, float softcap, int vocab_size, str backend"
-WEIGHTED = "Tensor row_weight, Tensor factor, str objective, float[] parameters, Tensor[] tensors"
-OPTIONS = "int memory_budget, float skip_below, bool compact, ScalarType? logits_dtype"
-VALUES = "Tensor log_odds, Tensor column, Tensor state"
-NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
+P = ParamSpec("P")
+R = TypeVar("R", bound=Fragment)
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the operator `schema`, for every device."""
+class Operator(Generic[P, R]):
+    """An operator that takes fragments and returns one.
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = schema.split("(")[0]
-        LIBRARY.define(schema)
+    Args:
+        function: What it computes, from fragments.
+        name: In the namespace `unilogit_kernels`.
+        takes: The classes of the fragments. The first one begins with the operands that may have
+            a gradient; a last one with `of_needs` says which are wanted.
+        gives: The class of the result, of tensors only.
+    """
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        name: str,
+        takes: Sequence[type[Fragment]],
+        gives: type[R],
+    ) -> None:
+        self.name = name
+        self._gives, self._several = gives, len(names(gives)) > 1
+        self._takes = takes
+        stops = list(itertools.accumulate(len(names(part)) for part in takes))
+        self._slices: list[tuple[Any, int, int]] = list(
+            zip(takes, [0, *stops], stops, strict=False)
+        )
+        LIBRARY.define(f"{name}({schema(takes)}) -> ({schema([gives])})")
+        self._overload = getattr(torch.ops.unilogit_kernels, name).default
+        run = self._real(function)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        IMPLEMENTATIONS[f"unilogit_kernels::{name}"] = run
+        torch.library.register_vmap(f"unilogit_kernels::{name}", self._vmap, lib=LIBRARY)
+
+    def __call__(self, *fragments: P.args, **_: P.kwargs) -> R:
+        """Call it, as torch calls any operator."""
+        flat = [value for fragment in fragments for value in cast(Fragment, fragment)]
+        return self._result(self._overload(*flat))
+
+    def fake(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorator of what the operator returns for tensors without data."""
+        of_fragments: Callable[..., R] = function
 
         def run(*args: Any) -> Any:
+            return self._output(of_fragments(*self._split(args)))
+
+        torch.library.register_fake(f"unilogit_kernels::{self.name}", run, lib=LIBRARY)
+        return function
+
+    def differentiable(self, derivatives: type[Derivatives]) -> None:
+        """Give the operator derivatives.
+
+        `torch.library.register_autograd` does so in more host time: it walks the arguments as a
+        tree several times a step, which on a few rows takes as long as the kernels. It also leaves
+        forward-mode AD at a silent zero.
+        """
+        call = _Call(self, derivatives)
+        operands = derivatives.operands
+
+        def run(*args: Any) -> Any:
+            first = args[:operands]
+            tangents = any_tangent(first)
+            if tangents or _requires_grad(first):
+                return _apply(_Differentiable, call, tangents, args[operands:], *first)
+            return self._below_autograd(args)
+
+        LIBRARY.impl(self.name, run, "Autograd")
+
+    def differentiable_no_more(self) -> None:
+        """Say of an operator that computes derivatives that it has none itself."""
+
+        def run(*args: Any) -> Any:
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            if _requires_grad(tensors) or any_tangent(tensors):
+                compute = functools.partial(self._below_autograd, args)
+                return first_derivatives_only(compute, self.name, tensors)
+            return self._below_autograd(args)
+
+        LIBRARY.impl(self.name, run, "Autograd")
+
+    def _real(self, function: Callable[..., R]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            device_type = args[0].device.type
+            if not torch.is_autocast_enabled(device_type):
+                return self._output(function(*self._split(args)))
             # A GEMM in here has chosen its dtypes; autocast would change them.
-            with torch.autocast(_device_type(args), enabled=False):
-                return function(*args)
+            with torch.autocast(device_type, enabled=False):
+                return self._output(function(*self._split(args)))
 
-        key = "CompositeExplicitAutograd"
-        LIBRARY.impl(name, run, key)
-        IMPLEMENTATIONS[f"unilogit_kernels::{name}"] = run
-        return function
+        return run
 
-    return decorate
+    def _vmap(self, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        """`torch.vmap`: one after the other, as a row kernel fills the device by itself."""
+
+        def at(i: int, arg: Any, dim: Any) -> Any:
+            if isinstance(arg, list):
+                return [at(i, *each) for each in zip(arg, dim or [None] * len(arg), strict=True)]
+            return arg if dim is None else arg.select(dim, i)
+
+        results: list[tuple[Tensor, ...]] = []
+        for i in range(info.batch_size):
+            output = self._overload(*(at(i, *each) for each in zip(args, in_dims, strict=True)))
+            results.append(output if self._several else (output,))
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
+
+    def _split(self, args: Sequence[Any]) -> list[Any]:
+        """The fragments of a flat list of arguments."""
+        # A class of NamedTuple takes its fields one by one, in Python; on few rows it is felt.
+        return [tuple.__new__(part, args[start:stop]) for part, start, stop in self._slices]
+
+    def _output(self, result: R) -> Any:
+        """What torch expects of an operator that returns `result`."""
+        values = tuple(result)
+        return values if self._several else values[0]
+
+    def _result(self, output: Any) -> R:
+        """The inverse."""
+        return rebuilt(self._gives, output if self._several else (output,))
+
+    def _below_autograd(self, args: Sequence[Any]) -> Any:
+        """Call it at the next level: below this one's autograd.
+
+        Autograd is off inside an autograd function, but not for levels of `torch.func` below.
+        """
+        if not torch._C._are_functorch_transforms_active():
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._overload(*args)
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return self._overload(*args)
+
+    def _needing(self, args: Sequence[Any], needs: Sequence[bool]) -> Sequence[Any]:
+        """The arguments with what autograd needs switched on, where the operator is told."""
+        last = self._takes[-1]
+        of_needs = getattr(last, "of_needs", None)
+        if of_needs is None:
+            return args
+        arity = len(names(last))
+        wanted = [a or b for a, b in zip(args[-arity:], of_needs(needs), strict=True)]
+        return *args[:-arity], *wanted
 
 
-def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as what the operator returns for tensors without data."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_fake(f"unilogit_kernels::{name}", function, lib=LIBRARY)
-        return function
-
-    return decorate
+def operator(
+    name: str, *takes: type[Fragment], gives: type[R]
+) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Decorator: register a function of fragments as an operator, for every device."""
+    return lambda function: Operator(function, name, takes, gives)
 
 
-def differentiable(
-    name: str,
-    backward: Callable[..., tuple[Tensor | None, ...]],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
-) -> None:
-    """Give an operator a gradient, as `torch.library.register_autograd` does in more host time.
+# ---- derivatives -------------------------------------------------------------------------------
 
-    torch's own walks the arguments of an operator with a list of tensors as a tree, several times
-    a step; on a few rows that takes as long as the kernels.
 
-    Args:
-        name: The operator.
-        backward: From the context and the results' gradients to those of the first arguments, of
-            which those that are not wanted are dropped; the others have none.
-        setup_context: From the context, the arguments and the results; saves what backward needs.
+class Derivatives(Protocol):
+    """The derivatives of an operator's first result by its first arguments; others have none.
+
+    Attributes:
+        operands: How many arguments these are.
     """
-    overload = getattr(torch.ops.unilogit_kernels, name).default
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        *flat, sizes = args
-        inputs = _nested(flat, sizes)
-        with torch._C._AutoDispatchBelowAutograd():
-            output = overload(*inputs)
-        ctx.arguments = len(args)
-        setup_context(ctx, inputs, output)
+    operands: ClassVar[int]
+
+    @staticmethod
+    def save(result: Any, *fragments: Any) -> Iterable[Fragment]:
+        """What the backward needs, which is handed on to `backward`."""
+
+    @staticmethod
+    def backward(needs: Sequence[bool], upstream: Tensor, *saved: Any) -> Sequence[Tensor | None]:
+        """The operands' gradients; those that are not wanted are dropped."""
+
+    @staticmethod
+    def jvp(tangents: Sequence[Tensor | None], result: Any, *fragments: Any) -> Tensor | None:
+        """The first result's tangent of those of the operands; None if that is not supported."""
+
+
+class _Call:
+    """An operator with its derivatives: what the autograd function below calls."""
+
+    def __init__(self, of: Operator[Any, Any], derivatives: type[Derivatives]) -> None:
+        self.operator, self.derivatives = of, derivatives
+
+
+class _Differentiable(_SingleLevelFunction):
+    """One level of autograd, of torch's own or of a transform of `torch.func`.
+
+    It runs behind the dispatcher, which has unwrapped the levels above; hence it is not an
+    `autograd.Function`, which would do so itself and can't without a `setup_context`.
+    """
+
+    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, tangents: bool, rest: tuple[Any, ...], *operands: Tensor | None
+    ) -> Any:
+        operator = call.operator
+        args = operator._needing((*operands, *rest), ctx.needs_input_grad[_BESIDE:])
+        output = operator._below_autograd(args)
+        result, fragments = operator._result(output), operator._split(args)
+        ctx.call = call
+        if operator._several:
+            ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        save(ctx, call.derivatives.save(result, *fragments))
+        if tangents:
+            ctx.of_jvp = result, fragments
         return output
 
-    def backward_all(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        first = backward(ctx, *gradients)
-        wanted = (g if n else None for g, n in zip(first, ctx.needs_input_grad, strict=False))
-        return *wanted, *(None,) * (ctx.arguments - len(first))
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs, upstream = ctx.needs_input_grad[_BESIDE:], gradients[0]
+        found: Sequence[Tensor | None] = [None] * len(needs)
+        if upstream is not None:
+            found = ctx.call.derivatives.backward(needs, upstream, *saved(ctx))
+        wanted = (g if need else None for g, need in zip(found, needs, strict=True))
+        return *(None,) * _BESIDE, *wanted
 
-    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_all)}
-    function: Any = type(f"{name}_function", (torch.autograd.Function,), functions)
-
-    def run(*args: Any) -> Any:
-        flat, sizes = _flat(args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
-            return function.apply(*flat, sizes)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
-
-    LIBRARY.impl(name, run, "Autograd")
-
-
-def _flat(args: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
-    """The arguments with lists of tensors spread out, and each one's length, -1 for no list."""
-    flat: list[Any] = []
-    sizes: list[int] = []
-    for argument in args:
-        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-            flat += argument
-            sizes.append(len(argument))
-        else:
-            flat.append(argument)
-            sizes.append(-1)
-    return flat, sizes
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        result, fragments = ctx.of_jvp
+        del ctx.of_jvp
+        tangent = ctx.call.derivatives.jvp(tangents[_BESIDE:], result, *fragments)
+        if tangent is None:
+            raise _no_forward_ad(ctx.call.operator.name)
+        others = len(list(result)) - 1
+        return (tangent, *(None,) * others) if others else tangent
 
 
-def _nested(flat: list[Any], sizes: list[int]) -> tuple[Any, ...]:
-    """The inverse of `_flat`."""
-    rest = iter(flat)
-    return tuple(next(rest) if n < 0 else [next(rest) for _ in range(n)] for n in sizes)
+_BESIDE = 3
+"""Arguments of `_Differentiable.forward` before the operands."""
 
 
-def _device_type(args: tuple[Any, ...]) -> str:
-    return next(a.device.type for a in args if isinstance(a, Tensor))
+class _FirstDerivative(_SingleLevelFunction):
+    """A derivative that depends on `anchors`, but can't be differentiated by them."""
 
+    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
-def row_problem(
-    labels: Tensor,
-    scale: float,
-    softcap: float,
-    vocab_size: int,
-    backend: str,
-    *,
-    runner_up: bool = False,
-) -> RowProblem:
-    """The arguments `ROWS` as the layers below take them."""
-    transform = LogitTransform(scale, softcap)
-    return RowProblem(labels, transform, vocab_size, registry.load(backend), runner_up)
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], Any], name: str, *anchors: Tensor) -> Any:
+        ctx.name = name
+        return compute()
 
-
-def weighted_objective(row_weight: Tensor, factor: Tensor, *packed: Any) -> Weighted:
-    """The arguments `WEIGHTED` as the layers below take them."""
-    return Weighted(objectives.unpack(*packed), row_weight, factor)
-
-
-def linear_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    memory_budget: int,
-    skip_below: float,
-    compact: bool,
-    logits_dtype: torch.dtype | None,
-) -> LinearInputs:
-    """Operands and the arguments `OPTIONS` as the layers below take them."""
-    options = LinearOptions(memory_budget, skip_below, compact)
-    return LinearInputs(hidden, weight, bias, logits_dtype, options)
-
-
-def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors; an unwanted gradient is an empty one."""
-    return like.new_empty(0) if gradient is None else gradient
-
-
-def shape_of(gradient_wanted: bool, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What a gradient looks like to a fake kernel: empty if it is not wanted."""
-    return torch.empty(
-        like.shape if gradient_wanted else (0,), dtype=dtype or like.dtype, device=like.device
-    )
-
-
-def grad_of_some(
-    inputs: Sequence[Tensor | None], needs: Sequence[bool], output: Tensor, upstream: Tensor
-) -> list[Tensor | None]:
-    """Differentiable gradients of `output` for the inputs that want one, None for the others."""
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
-    found = iter(torch.autograd.grad(output, wanted, upstream, create_graph=True))
-    return [next(found) if need else None for need in needs]
-
-
-def gradient_outputs(
-    gradients: Gradients, hidden: Tensor, weight: Tensor, *, finished: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of an lm_head's operands as an operator returns them.
-
-    Args:
-        gradients: Those that are wanted.
-        hidden: `[n, h]`.
-        weight: `[V, h]`.
-        finished: Whether they leave in the operands' dtypes; else in those they were added up in.
-    """
-    found = [or_empty(g, x) for g, x in zip(gradients, (hidden, weight, weight), strict=True)]
-    if finished:
-        found = [g.to(x.dtype) for g, x in zip(found, (hidden, weight, weight), strict=True)]
-    return found[0], found[1], found[2]
-
-
-def gradient_shapes(
-    needs: Sequence[bool], hidden: Tensor, weight: Tensor, dtypes: GemmDtypes | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `gradient_outputs` looks like to a fake kernel; `dtypes` where it is not finished."""
-    return (
-        shape_of(needs[0], hidden, dtypes and dtypes.results),
-        shape_of(needs[1], weight, dtypes and dtypes.results),
-        shape_of(needs[2], weight[:, 0], dtypes and dtypes.exact),
-    )
-
-
-def scalar_of(like: Tensor) -> Tensor:
-    """What a loss looks like to a fake kernel."""
-    return like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
-
-
-def losses_of(like: Tensor) -> Tensor:
-    """What the losses of the rows of `like` look like to a fake kernel."""
-    return like.new_empty(like.shape[0], dtype=torch.promote_types(like.dtype, torch.float32))
-
-
-def values_outputs(values: Tensor, state: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs `VALUES`.
-
-    Log-odds are `[n]`, and there is no column. With the runner-up its `log p` is a second row,
-    `[2, n]`, and its column int64 `[n]`.
-    """
-    if not row_state.has_runner_up(state):
-        return values, labels.new_empty(0), state
-    return values, row_state.runner_up(state, labels), state
-
-
-def values_of(like: Tensor, *, runner_up: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What these look like to a fake kernel, for the rows of `like`."""
-    n, dtype = like.shape[0], torch.promote_types(like.dtype, torch.float32)
-    return (
-        like.new_empty((2, n) if runner_up else (n,), dtype=dtype),
-        like.new_empty(n if runner_up else 0, dtype=torch.int64),
-        like.new_empty(4 if runner_up else 3, n, dtype=dtype),
-    )
-
-
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """`upstream * gradient` in `dtype`, at no cost where the upstream gradient is exactly 1.
-
-    The saved gradient is handed on itself, scaled in place where the backend can, but only if this
-    backward frees the graph: a graph that is kept will want it again, as it was.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and gradient.dtype == dtype
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
-        kernels = registry.scale_kernels(registry.load(backend))
-        if kernels is not None:
-            kernels.scale_(gradient, upstream)
-            return gradient
-        if upstream.device.type == "cpu" and upstream.item() == 1.0:
-            return gradient
-    return (gradient * upstream).to(dtype)
-
-
-# ---- the literal definition, for the eager backend's double backward ---------------------------
-
-
-def check_twice_differentiable(backend: str) -> None:
-    """Raise unless the backend is the one that runs the literal definition."""
-    if backend != "eager":
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            f"backend {backend!r} computes first derivatives only; for a double backward "
-            "(create_graph=True) pass backend='eager'"
+            f"unilogit_kernels::{ctx.name} computes first derivatives only; for a double backward "
+            "(create_graph=True) pass backend='eager', which knows reverse mode over reverse mode"
         )
 
-
-def literal_values(
-    logits: Tensor,
-    labels: Tensor,
-    scale: float,
-    softcap: float,
-    vocab_size: int,
-    backend: str,
-    *,
-    runner_up: bool,
-) -> tuple[Tensor, Tensor]:
-    """The values of the rows with a label by plain autograd, and which rows these are."""
-    valid = (labels >= 0) & (labels < vocab_size)
-    logits = logits[valid].to(torch.promote_types(logits.dtype, torch.float32))
-    transform: dict[str, Any] = {
-        "softcap": softcap or None,
-        "logit_scale": scale,
-        "vocab_size": vocab_size,
-    }
-    values = reference.target_log_odds(logits, labels[valid], **transform)
-    if runner_up:
-        log_prob = reference.runner_up_log_prob(logits, labels[valid], **transform)
-        values = torch.stack((values, log_prob))
-    return values, valid
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise _no_forward_ad(ctx.name)
 
 
-def literal_objective(
-    logits: Tensor,
-    labels: Tensor,
-    row_weight: Tensor,
-    factor: Tensor,
-    objective: tuple[str, list[float], Sequence[Tensor]],
-    settings: tuple[Any, ...],
-) -> Tensor:
-    """The loss of logits by plain autograd."""
-    function = objectives.unpack(*objective)
-    values, valid = literal_values(logits, labels, *settings, runner_up=function.needs_runner_up)
-    losses = function.at(valid).of_rows(Statistics.of(values), settings[2])
-    return factor * weigh(row_weight[valid], losses).sum()
+def first_derivatives_only(
+    compute: Callable[[], Any], name: str, anchors: Iterable[Tensor | None]
+) -> Any:
+    """`compute()`, attached to the graph of the `anchors`: to differentiate it again is an error.
+
+    Args:
+        compute: Of tensors, what the backward of an operator returns.
+        name: Of the operator.
+        anchors: What the result depends on.
+    """
+    return _apply(_FirstDerivative, compute, name, *anchors)
+
+
+def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
+    apply: Callable[..., Any] = function.apply  # type: ignore[attr-defined]  # of a base in C++
+    if not torch._C._are_functorch_transforms_active():
+        return apply(*args)
+    with enable_single_level_autograd_function():
+        return apply(*args)
+
+
+def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode AD carries a tangent of one of these."""
+    level = forward_ad._current_level
+    return level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x, level=level).tangent is not None
+        for x in tensors
+    )
+
+
+def _requires_grad(operands: Sequence[Tensor | None]) -> bool:
+    """Whether the graph has to see an operation on these."""
+    if torch.is_grad_enabled():
+        for x in operands:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def _no_forward_ad(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"Trying to use forward AD with unilogit_kernels::{name} that does not support it because "
+        "it has not been implemented yet. Of these losses forward AD knows first derivatives only."
+    )

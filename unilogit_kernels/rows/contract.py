@@ -78,6 +78,9 @@ class RowLoss(Protocol):
     def at(self, tokens: slice | Tensor) -> Self:
         """The same for some of the rows."""
 
+    def over(self, scale: Tensor) -> Self:
+        """The same loss with its weights divided by `scale` (0-d), and its factor multiplied."""
+
     def values(self, state: Tensor) -> Tensor:
         """Losses `[n]` before weights."""
 

@@ -118,6 +118,10 @@ class PairLoss(NamedTuple):
         """See `RowLoss.at`."""
         return PairLoss(self.rows.at(tokens), self.row_weight[tokens], self.factor)
 
+    def over(self, scale: Tensor) -> PairLoss:
+        """See `RowLoss.over`."""
+        return self._replace(row_weight=self.row_weight / scale, factor=self.factor * scale)
+
     def values(self, state: Tensor) -> Tensor:
         """See `RowLoss.values`."""
         return self.rows.values(state)

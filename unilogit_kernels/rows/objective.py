@@ -106,6 +106,10 @@ class Weighted(NamedTuple):
             objective=self.objective.at(tokens), row_weight=self.row_weight[tokens]
         )
 
+    def over(self, scale: Tensor) -> Weighted:
+        """See `RowLoss.over`."""
+        return self._replace(row_weight=self.row_weight / scale, factor=self.factor * scale)
+
     def slope_weight(self, *, fold_factor: bool) -> Tensor:
         """What `f'(d_i)` is multiplied by to give the slope of row i, `[n]`."""
         return self.row_weight * self.factor if fold_factor else self.row_weight
@@ -146,6 +150,10 @@ class ObjectiveLoss(NamedTuple):
         """See `RowLoss.at`."""
         return ObjectiveLoss(self.rows.at(tokens), self.weighted.at(tokens))
 
+    def over(self, scale: Tensor) -> ObjectiveLoss:
+        """See `RowLoss.over`."""
+        return self._replace(weighted=self.weighted.over(scale))
+
     def values(self, state: Tensor) -> Tensor:
         """See `RowLoss.values`."""
         return self.weighted.objective.evaluate(self.rows.statistics(state), self.rows.vocab_size)
@@ -160,7 +168,8 @@ class ObjectiveLoss(NamedTuple):
 
     def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
         """See `RowLoss.finish`."""
-        return finish_rows(logits[0], self.rows, self.weighted, out, fold_factor=fold_factor)
+        slope_weight = self.weighted.slope_weight(fold_factor=fold_factor)
+        return finish_rows(logits[0], self.rows, self.weighted.objective, slope_weight, out)[0]
 
     def sizes(self, gradient_rows: Tensor) -> Tensor | None:
         """A row's slope is its gradient at the label's column.
@@ -173,39 +182,101 @@ class ObjectiveLoss(NamedTuple):
         return gradient_rows.gather(1, column)[:, 0].abs().float()
 
 
+class LogitsObjective(NamedTuple):
+    """An objective of logits that exist as a whole.
+
+    Attributes:
+        losses: Weighted, `[n]`.
+        gradient: `[n, V]`, or None if it is not wanted.
+        row_scale: `[n]`, by which its rows are still to be multiplied; None for 1.
+    """
+
+    losses: Tensor
+    gradient: Tensor | None
+    row_scale: Tensor | None
+
+
 def logits_objective(
     logits: Tensor, rows: RowProblem, weighted: Weighted, *, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weighted losses `[n]`, and the gradient `[n, V]`: without the factor if that is float16."""
+) -> LogitsObjective:
+    """Losses and the gradient of logits `[n, V]`.
+
+    float16 spans twelve decades, fewer than weights and denominators may: its rows are stored at a
+    size of about 1, and each one's own scale waits in float32 for the upstream gradient.
+    """
     out = empty_gradient(logits, rows.vocab_size) if needs_gradient else None
-    real = slice(0, rows.vocab_size)
-    values = finish_rows(
+    scaled_later = needs_gradient and logits.dtype == torch.float16
+    slope_weight = weighted.slope_weight(fold_factor=True)
+    real, row_scale = slice(0, rows.vocab_size), None
+    values, sizes = finish_rows(
         logits[:, real],
         rows,
-        weighted,
+        weighted.objective,
+        slope_weight.sign() if scaled_later else slope_weight,
         None if out is None else out[:, real],
-        fold_factor=logits.dtype != torch.float16,
+        of_size_1=scaled_later,
     )
-    return weigh(weighted.row_weight, values), out
+    if scaled_later:
+        row_scale = slope_weight.abs() if sizes is None else slope_weight.abs() * sizes
+    return LogitsObjective(weigh(weighted.row_weight, values), out, row_scale)
 
 
 def finish_rows(
-    logits: Tensor, rows: RowProblem, weighted: Weighted, out: Tensor | None, *, fold_factor: bool
-) -> Tensor:
-    """Values `f` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`."""
-    kernels, objective = rows.kernels, weighted.objective
-    slope_weight = weighted.slope_weight(fold_factor=fold_factor)
+    logits: Tensor,
+    rows: RowProblem,
+    objective: Objective,
+    slope_weight: Tensor,
+    out: Tensor | None,
+    *,
+    of_size_1: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Values `f` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`.
+
+    Args:
+        logits: `[n, V]`.
+        rows: Labels and kernels.
+        objective: `f`.
+        slope_weight: `[n]`; what `f'` is multiplied by.
+        out: `[n, V]`, or None for the values alone.
+        of_size_1: Divide gradient rows by their sizes, where these are not of order 1 anyway.
+
+    Returns:
+        The values, and the sizes `[n]` that rows were divided by, or None.
+    """
+    kernels = rows.kernels
     sweep = sweep_kernels(kernels)
     if sweep is not None and objective.name in sweep.swept_objectives:
-        return sweep.log_odds_sweep(
+        values = sweep.log_odds_sweep(
             logits, rows.labels, slope_weight, objective.name, rows.vocab_size, out, rows.transform
         )
+        return values, None
     state = logits_state([logits], rows)
-    seen = rows.statistics(state)
+    seen, sizes = rows.statistics(state), None
     if out is not None:
         slope = weighted_slopes(objective, state, seen, slope_weight, rows.vocab_size)
+        if of_size_1:
+            sizes = finite_size(slope.abs() if slope.dim() == 1 else slope.abs().amax(0))
+            slope = slope / sizes
         rows.gradient([logits], 0, state, slope, out)
-    return objective.evaluate(seen, rows.vocab_size)
+    return objective.evaluate(seen, rows.vocab_size), sizes
+
+
+LARGEST_IN_FLOAT16 = 1024.0
+"""Of slopes that float16 rows hold: leaves as much as 64 below the largest finite number."""
+
+
+def finite_size(size: Tensor) -> Tensor:
+    """Sizes to divide by: 1 for those that are 0 or not finite."""
+    return torch.where((size > 0) & (size < float("inf")), size, 1.0)
+
+
+def float16_scale(slope: Tensor) -> Tensor:
+    """0-d; what to divide slopes, or weights of slopes, by, where float16 rows will hold them.
+
+    The largest finite one is then between 1 and `LARGEST_IN_FLOAT16`.
+    """
+    largest = finite_size(torch.where(slope.isfinite(), slope, 0.0).abs().amax())
+    return torch.where(largest < 1, largest, (largest / LARGEST_IN_FLOAT16).clamp(min=1))
 
 
 def weighted_slopes(

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
 
@@ -76,8 +78,18 @@ _CHECKED = (
     "stop_at_probability",
     "probability_steps",
     "vocab_size",
+    "memory_budget",
+    "skip_below",
 )
 """What this class adds to the Trainer's numbers, and must lie in its range."""
+
+
+LOGITS_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What `logits_dtype` may be."""
 
 
 @dataclass
@@ -102,6 +114,10 @@ class UnlearningArguments(TrainingArguments):
         probability_steps: check that every so many steps.
         vocab_size: number of real tokens, for a teacher whose vocabulary is padded to another size
             than the model's.
+        memory_budget: bytes that the losses' buffers may take, see `LinearOptions`.
+        logits_dtype: what logits are rounded to: `"float32"`, `"bfloat16"` or `"float16"`; None for
+            the most that the device's GEMM can write.
+        skip_below: tokens whose slope is below this share of the largest get no gradient.
 
     Raises:
         MethodError: there is no such method, or it has no such parameters.
@@ -118,6 +134,9 @@ class UnlearningArguments(TrainingArguments):
     stop_at_probability: float | None = field(default=None)
     probability_steps: int = field(default=5)
     vocab_size: int | None = field(default=None)
+    memory_budget: int | None = field(default=None)
+    logits_dtype: str | None = field(default=None)
+    skip_below: float = field(default=0.0)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -130,8 +149,16 @@ class UnlearningArguments(TrainingArguments):
             known = ", ".join(RETAIN_LOSSES)
             raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
         check_numbers(vars(self), _CHECKED)
+        if self.logits_dtype is not None and self.logits_dtype not in LOGITS_DTYPES:
+            known = ", ".join(LOGITS_DTYPES)
+            raise ValueError(f"logits_dtype must be one of {known}, got {self.logits_dtype!r}")
         if self.learning_rate != 0:  # Which trains nothing, and may be meant.
             check_numbers(vars(self), ["learning_rate"])
+
+    def linear_options(self) -> LinearOptions:
+        """How the losses of the lm_head may run."""
+        dtype = None if self.logits_dtype is None else LOGITS_DTYPES[self.logits_dtype]
+        return LinearOptions(self.memory_budget, dtype, self.skip_below)
 
     def resolved_method(self) -> Method:
         """The method with its parameters.

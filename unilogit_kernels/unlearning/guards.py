@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from unilogit_kernels.unlearning.errors import TrainingError, reading
 from unilogit_kernels.unlearning.record import newest_checkpoint
 
-_WATCHED = ("loss", "grad_norm", "forget_loss", "retain_loss")
+_WATCHED = ("loss", "grad_norm", "forget_loss", "retain_loss", "auxiliary_loss")
 
 
 class StopAtNonFinite(TrainerCallback):

@@ -43,14 +43,16 @@ class Range(NamedTuple):
             return "a number"
         if not math.isfinite(value):
             return "a finite number"
-        if self.low < value < self.high:
+        too_low = value < self.low or (self.open_low and value == self.low)
+        too_high = value > self.high or (self.open_high and value == self.high)
+        if not too_low and not too_high:
             return None
         if self.open_low and self.open_high:
             return f"between {self.low:g} and {self.high:g}"
-        if value < self.low or (value == self.low and self.open_low):
+        if too_low:
             least = "positive" if self.low == 0 else f"more than {self.low:g}"
             return least if self.open_low else f"at least {self.low:.10g}"
-        return f"at most {self.high:.10g}" if value > self.high else None
+        return f"less than {self.high:g}" if self.open_high else f"at most {self.high:.10g}"
 
 
 def _count(low: int = 1, high: int = _LARGEST_COUNT, *, optional: bool = False) -> Range:
@@ -76,6 +78,9 @@ RANGES: Mapping[str, Range] = {
     "train_layers": _count(optional=True),
     "max_length": _count(),
     "vocab_size": _count(optional=True),
+    "memory_budget": _count(2**20, 2**50, optional=True),
+    "memory_budget_mib": _count(optional=True),
+    "skip_below": Range(0.0, 1.0, open_high=True),
 }
 """Of the settings of a run, and of what an evaluation takes."""
 

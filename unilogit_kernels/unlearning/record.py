@@ -110,8 +110,8 @@ def digests(
 ) -> dict[str, str]:
     """What a run is given, in a form that is small and changes with it.
 
-    The weights are hashed whole, in as many threads as torch has: about a second for each 2 GB of
-    them and a core, once per start.
+    The weights are hashed whole, in as many threads as torch has: about a second for each GB of
+    them and core, once per start.
 
     Args:
         model: loaded.

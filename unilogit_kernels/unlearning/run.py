@@ -25,6 +25,7 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
+from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
 from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
@@ -40,7 +41,6 @@ from unilogit_kernels.unlearning.record import (
 from unilogit_kernels.unlearning.trainer import (
     UnlearningArguments,
     UnlearningTrainer,
-    train_only_top_layers,
 )
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
@@ -70,6 +70,9 @@ class Settings:
         retain_weight: factor of that loss.
         stop_at_probability: stop at this mean probability of a forget token, or None.
         train_layers: train only so many of the top layers, or None for all parameters.
+        memory_budget_mib: MiB that the losses' buffers may take, or None for the device's default.
+        logits_dtype: see `UnlearningArguments`.
+        skip_below: see `UnlearningArguments`.
         max_length: rows are cut after so many tokens.
         chat_template: see `Encoding`.
         template_arguments: see `Encoding`.
@@ -99,6 +102,9 @@ class Settings:
     retain_weight: float = 1.0
     stop_at_probability: float | None = None
     train_layers: int | None = None
+    memory_budget_mib: int | None = None
+    logits_dtype: str | None = None
+    skip_below: float = 0.0
     max_length: int = 512
     chat_template: bool | None = None
     template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -327,6 +333,7 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
 def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArguments:
     """The Trainer's arguments for a run."""
+    budget = settings.memory_budget_mib
     return UnlearningArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
@@ -358,6 +365,9 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         retain_weight=settings.retain_weight,
         retain_per_forget=settings.retain_per_forget,
         stop_at_probability=settings.stop_at_probability,
+        memory_budget=None if budget is None else budget << 20,
+        logits_dtype=settings.logits_dtype,
+        skip_below=settings.skip_below,
     )
 
 

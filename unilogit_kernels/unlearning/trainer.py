@@ -15,10 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
@@ -29,6 +25,7 @@ from unilogit_kernels.huggingface.two_heads import (
 )
 from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
+from unilogit_kernels.unlearning.callbacks import Begin, StopAtProbability
 from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
@@ -38,11 +35,10 @@ from unilogit_kernels.unlearning.data import (
     collate_pairs,
     rows_of_pairs,
 )
-from unilogit_kernels.unlearning.early_stop import StopAtProbability
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities
 from unilogit_kernels.unlearning.methods import MethodError
 
-__all__ = ["UnlearningArguments", "UnlearningTrainer", "train_only_top_layers"]
+__all__ = ["UnlearningArguments", "UnlearningTrainer"]
 
 _LOGGED = ("forget_loss", "retain_loss", "auxiliary_loss")
 """What is logged beside the loss; the last one where the model has such a loss of its own."""
@@ -139,7 +135,7 @@ class UnlearningTrainer(Trainer):
         )
         if self._teacher is not None:
             self._teacher.to(args.device)
-        self.add_callback(_Begin(self))
+        self.add_callback(Begin(self))
         self.add_callback(WarnOfCoarseWeights(self))
         if args.stop_at_probability is not None:
             self.add_callback(StopAtProbability(self, forget, pad_id))
@@ -305,6 +301,7 @@ class UnlearningTrainer(Trainer):
             retain.long(),
             weights=(self.args.forget_weight, self.args.retain_weight),
             num_items_in_batch=counts,
+            options=self.args.linear_options(),
         )
         return torch.cat([mixed.loss[None], mixed.parts])
 
@@ -321,21 +318,31 @@ class UnlearningTrainer(Trainer):
         Refusals and answers are two halves of one call, in which retain rows have no other half;
         and a loss against a teacher is another one than a loss of the label alone.
         """
-        forget, retain = (
-            slice(None, self._forget_rows(labels)),
-            slice(self._forget_rows(labels), None),
-        )
+        count = self._forget_rows(labels)
+        forget, retain = slice(None, count), slice(count, None)
         items = (None, None) if counts is None else counts.unbind()
-        vocab_size = self.args.vocab_size
+        vocab_size, options = self.args.vocab_size, self.args.linear_options()
+        # A divergence skips no rows.
+        of_divergence = options._replace(skip_below=0.0)
         if teacher is not None and self._method.needs_teacher:
-            options = {"num_items_in_batch": items[0], **self._method.divergence()}
             dropped = heads_kl_loss(
-                head, teacher, labels[forget], rows=forget, vocab_size=vocab_size, **options
+                head,
+                teacher,
+                labels[forget],
+                rows=forget,
+                vocab_size=vocab_size,
+                num_items_in_batch=items[0],
+                options=of_divergence,
+                **self._method.divergence(),
             )
         else:
             objective = self._method.objective(None if reference is None else reference[forget])
             dropped = head.objective_loss(
-                labels[forget], objective, rows=forget, num_items_in_batch=items[0]
+                labels[forget],
+                objective,
+                rows=forget,
+                num_items_in_batch=items[0],
+                options=options,
             )
         if teacher is not None and self.args.retain_loss == "kl":
             kept = heads_kl_loss(
@@ -345,10 +352,15 @@ class UnlearningTrainer(Trainer):
                 rows=retain,
                 vocab_size=vocab_size,
                 num_items_in_batch=items[1],
+                options=of_divergence,
             )
         else:
             kept = head.objective_loss(
-                labels[retain], "cross_entropy", rows=retain, num_items_in_batch=items[1]
+                labels[retain],
+                "cross_entropy",
+                rows=retain,
+                num_items_in_batch=items[1],
+                options=options,
             )
         loss = self.args.forget_weight * dropped + self.args.retain_weight * kept
         return torch.stack([loss, dropped, kept])
@@ -368,44 +380,3 @@ class UnlearningTrainer(Trainer):
             logs.update(self._to_log)
             self._to_log = {}
         super().log(logs, start_time)
-
-
-class _Begin(TrainerCallback):
-    """Tells the Trainer when a training begins: also one that is resumed, or is its second."""
-
-    def __init__(self, trainer: UnlearningTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.trainer.begin()
-
-
-def train_only_top_layers(model: PreTrainedModel, layers: int) -> list[str]:
-    """Freeze everything but the last decoder layers.
-
-    Args:
-        model: a Hugging Face causal LM.
-        layers: how many of its layers stay trainable.
-
-    Returns:
-        The names of the parameters that stay trainable.
-
-    Raises:
-        ValueError: the model does not have so many layers, or they cannot be found.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(stacks) != 1:
-        raise ValueError(f"{type(model).__name__} has no single stack of {depth} decoder layers")
-    if not 1 <= layers <= depth:
-        raise ValueError(f"the model has {depth} layers; cannot train the top {layers}")
-    model.requires_grad_(False)
-    for layer in stacks[0][depth - layers :]:
-        layer.requires_grad_(True)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Ends a training once the forget set is forgotten far enough."""
+"""What is done when the Trainer says where it is: at the start of a training, and after steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unilogit_kernels.unlearning.arguments import UnlearningArguments
 from unilogit_kernels.unlearning.data import Features, count_labels
@@ -18,6 +18,9 @@ from unilogit_kernels.unlearning.evaluation import token_probabilities
 class Training(Protocol):
     """What is asked of the Trainer."""
 
+    def begin(self) -> None:
+        """A training begins."""
+
     def share_of(self, count: int) -> list[int]:
         """The positions of `count` things that this process takes."""
 
@@ -26,6 +29,27 @@ class Training(Protocol):
 
     def log(self, logs: dict[str, float]) -> None:
         """Log figures."""
+
+
+class Begin(TrainerCallback):
+    """Tells the Trainer when a training begins: also one that is resumed, or is its second.
+
+    Args:
+        trainer: is told.
+    """
+
+    def __init__(self, trainer: Training) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tell it."""
+        self.trainer.begin()
 
 
 class StopAtProbability(TrainerCallback):

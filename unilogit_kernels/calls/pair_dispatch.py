@@ -1,0 +1,83 @@
+"""From what a user passes of two models to what an operator takes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from unilogit_kernels import ops
+from unilogit_kernels.calls import pair_validation
+from unilogit_kernels.calls.options import CallOptions, TeacherOptions
+from unilogit_kernels.calls.validation import LossCall, cast_for_autocast
+from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.ops.arguments import NO_GRADIENT, NO_GRADIENTS
+from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
+from unilogit_kernels.ops.linear import Active
+from unilogit_kernels.ops.registration import any_tangent
+from unilogit_kernels.rows.contract import weigh
+
+Head = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight and bias of one model, as the user gave them."""
+
+
+def of_logits(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor | None,
+    options: CallOptions,
+    teacher: TeacherOptions,
+) -> Tensor:
+    """The reduced divergence of logits; see `pair_validation.describe_logits` for errors."""
+    ref_logits = _detached(ref_logits)
+    pair = pair_validation.describe_logits(logits, ref_logits, labels, options, teacher)
+    found = ops.divergence.divergence(LogitsPair(_flat(logits), _flat(ref_logits)), pair.rows())
+    return _reduced(found.values, pair.call)
+
+
+def of_heads(
+    student: Head,
+    teacher: Head,
+    labels: Tensor | None,
+    options: CallOptions,
+    teacher_options: TeacherOptions,
+    linear: LinearOptions | None,
+) -> Tensor:
+    """The reduced divergence of two lm_heads; see `pair_validation.describe_linear` for errors."""
+    student = _for_autocast(student)
+    hidden, weight, bias = teacher
+    teacher = _for_autocast(
+        (_detached(hidden), _detached(weight), None if bias is None else _detached(bias))
+    )
+    pair = pair_validation.describe_linear(
+        student, teacher, labels, options, teacher_options, linear or LinearOptions()
+    )
+    call, rows = pair.call, pair.rows()
+    heads = HeadPair(_flat(student[0]), *student[1:], _flat(teacher[0]), *teacher[1:])
+    if call.reduction == "none" or any_tangent(student):
+        # What is finished in one pass has no tangents; the values of rows do.
+        active = Active(call.row_weight != 0)
+        found = ops.divergence.linear_divergence(heads, active, rows, call.linear, NO_GRADIENT)
+        return _reduced(found.values, call)
+    weights = Weights(call.row_weight, call.factor)
+    return ops.divergence.linear_divergence_loss(
+        heads, rows, weights, call.linear, NO_GRADIENTS
+    ).loss
+
+
+def _detached(teacher: Tensor) -> Tensor:
+    # What is no tensor is refused below.
+    return teacher.detach() if isinstance(teacher, Tensor) else teacher
+
+
+def _for_autocast(head: Head) -> Head:
+    hidden, weight, bias = head
+    bias = None if bias is None else cast_for_autocast(bias)
+    return cast_for_autocast(hidden), cast_for_autocast(weight), bias
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _reduced(values: Tensor, call: LossCall) -> Tensor:
+    losses = weigh(call.row_weight, values)
+    return losses.reshape(call.shape) if call.reduction == "none" else call.factor * losses.sum()

@@ -1,0 +1,46 @@
+"""How a fused linear call may run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""Default bytes that the buffers of one fused linear call may take, by device type."""
+
+
+class LinearOptions(NamedTuple):
+    """How a fused linear call may run; none of it changes what it computes beyond rounding.
+
+    Attributes:
+        memory_budget: Bytes that buffers of logits and partial sums may take beside operands and
+            gradients, at least 1 MiB; None for 256 MiB on GPUs, 64 MiB on CPU. See `explain_plan`.
+        logits_dtype: What the logits are rounded to before their statistics. None for float32 where
+            the device's GEMM can write it (GPUs, and CPUs on which float32 GEMMs are the faster
+            ones), else hidden's dtype. hidden's dtype reproduces an eager Hugging Face model;
+            float32 on CPU takes float32 GEMMs.
+        skip_below: Tokens whose slope (weight times `f'(d)`) is below this share of the largest get
+            no gradient. 0 skips only exact zeros, and on CPU none of a frozen `weight`, whose
+            gradient comes along with the loss. A skipped token's own gradient is off by at most
+            `2 * skip_below * max slope * max |W_j|`.
+        compact: Whether tokens that cannot matter are dropped before each GEMM. Counting them
+            synchronises a GPU; False does without, for CUDA graphs, at full cost.
+
+    Example:
+        >>> import torch
+        >>> from unilogit_kernels import LinearOptions, linear_unilogit_loss
+        >>> hidden, weight = torch.randn(4, 16), torch.randn(1000, 16)
+        >>> small = LinearOptions(memory_budget=1 << 20)
+        >>> linear_unilogit_loss(hidden, weight, torch.arange(4), options=small).shape
+        torch.Size([])
+    """
+
+    memory_budget: int | None = None
+    logits_dtype: torch.dtype | None = None
+    skip_below: float = 0.0
+    compact: bool = True
+
+    def budget(self, device_type: str) -> int:
+        """Bytes for buffers."""
+        return self.memory_budget or MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])

@@ -1,0 +1,355 @@
+"""The fragments that operators are made of, and what the layers below make of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from unilogit_kernels import objectives
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.fused_linear.compaction import HeadInputs, LinearInputs
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.fused_linear.tiles import Gradients
+from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.ops import literal
+from unilogit_kernels.ops.fragments import Fragment
+from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
+from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
+
+CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
+"""Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
+
+# ---- operands ----------------------------------------------------------------------------------
+
+
+class Logits(NamedTuple):
+    """`[n, V]`."""
+
+    logits: Tensor
+
+
+class Head(NamedTuple):
+    """An lm_head and the hidden states that enter it: `[n, h]`, `[V, h]`, and `[V]` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+Operands = Logits | Head
+"""What the logits of a call come from: themselves, or an lm_head."""
+
+
+def linear_inputs(heads: Sequence[Tensor | None], options: LinearOptions) -> LinearInputs:
+    """The operands of one lm_head or of two as the layers below take them."""
+    (hidden, weight, bias), reference = heads[:3], heads[3:]
+    assert hidden is not None
+    assert weight is not None
+    inputs = LinearInputs(hidden, weight, bias, options)
+    if not reference:
+        return inputs
+    ref_hidden, ref_weight, ref_bias = reference
+    assert ref_hidden is not None
+    assert ref_weight is not None
+    return inputs._replace(reference=HeadInputs(ref_hidden, ref_weight, ref_bias))
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+
+class RowArguments(Fragment, Protocol):
+    """What describes the rows of one model, or of two: a fragment."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the whole vocabulary."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the one that runs the row kernels."""
+
+    def check_labels(self) -> None:
+        """Raise an IndexError for a label that is none, where looking costs nothing."""
+
+    def problem(self, like: Tensor) -> Rows:
+        """The rows as the layers below take them; `like` has as many."""
+
+    def column(self, state: Tensor) -> Tensor:
+        """The runner-up's of complete states, int64 `[n]`; empty where nobody asked for it."""
+
+    def values_like(self, like: Tensor) -> Values:
+        """What that looks like to a fake kernel."""
+
+    def literal(self, logits: Sequence[Tensor]) -> Tensor:
+        """The values by plain autograd; 0 for a row whose label is none."""
+
+
+class TokenRows(NamedTuple):
+    """Rows of one model's logits.
+
+    Attributes:
+        labels: int64 `[n]`.
+        ignore_index: Label of rows that do not count.
+        scale: See `LogitTransform`.
+        softcap: See `LogitTransform`.
+        vocab_size: Size of the whole vocabulary.
+        runner_up: Whether to look for the largest logit but the label's.
+        backend: Name of the one that runs the row kernels.
+    """
+
+    labels: Tensor
+    ignore_index: int
+    scale: float
+    softcap: float
+    vocab_size: int
+    runner_up: bool
+    backend: str
+
+    def check_labels(self) -> None:
+        """See `RowArguments`."""
+        check_label_range(self.labels, self.ignore_index, self.vocab_size)
+
+    def problem(self, like: Tensor) -> RowProblem:
+        """See `RowArguments`."""
+        transform = LogitTransform(self.scale, self.softcap)
+        kernels = registry.load(self.backend)
+        return RowProblem(self.labels, transform, self.vocab_size, kernels, self.runner_up)
+
+    def column(self, state: Tensor) -> Tensor:
+        """See `RowArguments`."""
+        return row_state.runner_up(state, self.labels) if self.runner_up else no_column(state)
+
+    def values_like(self, like: Tensor) -> Values:
+        """See `RowArguments`."""
+        n, dtype = like.shape[0], exact_dtype(like)
+        return Values(
+            like.new_empty((2, n) if self.runner_up else (n,), dtype=dtype),
+            like.new_empty(n if self.runner_up else 0, dtype=torch.int64),
+            like.new_empty(4 if self.runner_up else 3, n, dtype=dtype),
+        )
+
+    def literal(self, logits: Sequence[Tensor]) -> Tensor:
+        """See `RowArguments`."""
+        transform = LogitTransform(self.scale, self.softcap)
+        return literal.values(
+            logits[0], self.labels, transform, self.vocab_size, runner_up=self.runner_up
+        )
+
+
+def no_column(like: Tensor) -> Tensor:
+    """Of rows whose runner-up nobody asked for."""
+    return like.new_empty(0, dtype=torch.int64)
+
+
+def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """On CPU, where it costs nothing; on accelerators a bad label gives NaN for its row instead.
+
+    Raises:
+        IndexError: A label is neither in `[0, vocab_size)` nor `ignore_index`.
+    """
+    if labels.numel() == 0:
+        return
+    if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS_VARIABLE) != "1":
+        return
+    least, largest = labels.aminmax()
+    if least.item() >= 0 and largest.item() < vocab_size:
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bad.any():
+        position = int(bad.nonzero()[0])
+        raise IndexError(
+            f"labels must be in [0, {vocab_size}) or ignore_index, "
+            f"got {int(labels[position])} at flat position {position}"
+        )
+
+
+class Values(NamedTuple):
+    """What complete rows say.
+
+    Attributes:
+        values: `[n]`: log-odds, or divergences. With the runner-up its `log p` is a second row.
+        column: The runner-up's, int64 `[n]`; empty where nobody asked for it.
+        state: `[k, n]`.
+    """
+
+    values: Tensor
+    column: Tensor
+    state: Tensor
+
+
+class Upstream(NamedTuple):
+    """What the gradient of `Values` takes: complete states, and the gradient of the values."""
+
+    state: Tensor
+    slope: Tensor
+
+
+# ---- losses ------------------------------------------------------------------------------------
+
+_RowsT = TypeVar("_RowsT", bound=Rows, contravariant=True)
+
+
+class LossArguments(Fragment, Protocol[_RowsT]):
+    """What makes a loss of rows: a fragment."""
+
+    @property
+    def factor(self) -> Tensor:
+        """0-d; what the weighted sum of values is multiplied by."""
+
+    def loss(self, problem: _RowsT) -> RowLoss:
+        """The loss as the layers below take it."""
+
+    def literal(self, values: Tensor, vocab_size: int) -> Tensor:
+        """The reduced loss of `RowArguments.literal`, by plain autograd."""
+
+
+class WeightedObjective(NamedTuple):
+    """`rows.Weighted`, the objective as `objectives.pack` makes it.
+
+    Attributes:
+        row_weight: `[n]`; 0 drops a row, whatever it holds.
+        factor: 0-d; what the weighted sum is multiplied by.
+        objective: Name.
+        parameters: Its floats.
+        tensors: Its tensors.
+    """
+
+    row_weight: Tensor
+    factor: Tensor
+    objective: str
+    parameters: list[float]
+    tensors: list[Tensor]
+
+    def weighted(self) -> Weighted:
+        """The arguments as the layers below take them."""
+        return Weighted(objectives.unpack(*self[2:]), self.row_weight, self.factor)
+
+    def loss(self, problem: RowProblem) -> ObjectiveLoss:
+        """See `LossArguments`."""
+        return ObjectiveLoss(problem, self.weighted())
+
+    def literal(self, values: Tensor, vocab_size: int) -> Tensor:
+        """See `LossArguments`."""
+        losses = self.weighted().objective.of_rows(Statistics.of(values), vocab_size)
+        return self.factor * weigh(self.row_weight, losses).sum()
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+class LogitsGradient(NamedTuple):
+    """`[n, V]`."""
+
+    logits_grad: Tensor
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of an lm_head's operands; an unwanted one is empty."""
+
+    hidden_grad: Tensor
+    weight_grad: Tensor
+    bias_grad: Tensor
+
+    @staticmethod
+    def of(gradients: Gradients, head: Sequence[Tensor | None]) -> HeadGradients:
+        """Those that are wanted, in the dtypes that they were added up in."""
+        like = head[0]
+        assert like is not None
+        return HeadGradients(*(like.new_empty(0) if g is None else g for g in gradients))
+
+    @staticmethod
+    def like(
+        needs: NeedsGradients, head: Sequence[Tensor | None], dtypes: GemmDtypes | None = None
+    ) -> HeadGradients:
+        """What these look like to a fake kernel; finished if no `dtypes` are given."""
+        hidden, weight = head[:2]
+        assert hidden is not None
+        assert weight is not None
+        return HeadGradients(
+            gradient_like(needs[0], hidden, dtypes and dtypes.results),
+            gradient_like(needs[1], weight, dtypes and dtypes.results),
+            gradient_like(needs[2], weight[:, 0], dtypes and dtypes.exact),
+        )
+
+    def finished(self, head: Sequence[Tensor | None]) -> HeadGradients:
+        """In the operands' dtypes."""
+        hidden, weight = head[:2]
+        assert hidden is not None
+        assert weight is not None
+        return HeadGradients(
+            self[0].to(hidden.dtype), self[1].to(weight.dtype), self[2].to(weight.dtype)
+        )
+
+
+class NeedsGradient(NamedTuple):
+    """Whether any operand wants a gradient; autograd switches it on."""
+
+    needs_grad: bool
+
+    @staticmethod
+    def of_needs(needs: Sequence[bool]) -> NeedsGradient:
+        """From which of the operands do."""
+        return NeedsGradient(any(needs))
+
+
+class NeedsGradients(NamedTuple):
+    """Which operands of an lm_head want a gradient; autograd switches them on."""
+
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+
+    @staticmethod
+    def of_needs(needs: Sequence[bool]) -> NeedsGradients:
+        """From which of the operands do."""
+        return NeedsGradients(*needs)
+
+    def needs(self) -> Needs:
+        """The same as the layers below take it."""
+        return Needs(*self)
+
+
+NO_GRADIENT = NeedsGradient(needs_grad=False)
+NO_GRADIENTS = NeedsGradients(needs_hidden=False, needs_weight=False, needs_bias=False)
+"""What a caller says: autograd knows better which gradients are wanted."""
+
+
+class Saved(NamedTuple):
+    """What a finished loss saves for its backward beside gradients.
+
+    Attributes:
+        loss: Its own result, by which a derivative of a gradient would be taken.
+        dtype: Of the operands.
+        backend: Name of the backend.
+    """
+
+    loss: Tensor
+    dtype: torch.dtype
+    backend: str
+
+
+def gradient_like(wanted: bool, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a gradient looks like to a fake kernel: empty if it is not wanted."""
+    return like.new_empty(like.shape if wanted else (0,), dtype=dtype or like.dtype)
+
+
+def exact_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of statistics and losses."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def loss_like(like: Tensor) -> Tensor:
+    """What a loss looks like to a fake kernel."""
+    return like.new_empty((), dtype=exact_dtype(like))
+
+
+def losses_like(like: Tensor) -> Tensor:
+    """What the losses of the rows of `like` look like to a fake kernel."""
+    return like.new_empty(like.shape[0], dtype=exact_dtype(like))

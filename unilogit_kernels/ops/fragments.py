@@ -1,0 +1,98 @@
+"""Fragments: arguments of an operator that belong together, by name.
+
+A fragment is a `NamedTuple`. It gives a piece of a schema, how many arguments that is, and access
+to them, so that nobody counts positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import EllipsisType
+from typing import Any, Protocol, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+_SCHEMA_TYPES: tuple[tuple[object, str], ...] = (
+    (Tensor, "Tensor"),
+    (Tensor | None, "Tensor?"),
+    (list[Tensor], "Tensor[]"),
+    (float, "float"),
+    (list[float], "float[]"),
+    (int, "int"),
+    (int | None, "int?"),
+    (bool, "bool"),
+    (str, "str"),
+    (torch.dtype | None, "ScalarType?"),
+)
+
+
+class Fragment(Protocol):
+    """What an operator takes or returns, in part: a `NamedTuple` of what a schema can say."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The arguments in order."""
+
+
+F = TypeVar("F", bound=Fragment)
+
+
+def names(fragment: type[Fragment]) -> tuple[str, ...]:
+    """The names of its arguments."""
+    fields: tuple[str, ...] = fragment._fields  # type: ignore[attr-defined]  # of a NamedTuple
+    return fields
+
+
+def rebuilt(fragment: type[F], values: Iterable[Any]) -> F:
+    """A fragment of that class with these values."""
+    make: Callable[..., F] = fragment
+    return make(*values)
+
+
+def schema(fragments: Sequence[type[Fragment]]) -> str:
+    """What they say in a schema, one after the other."""
+    return ", ".join(
+        f"{_schema_type(hint)} {name}"
+        for fragment in fragments
+        for name, hint in get_type_hints(fragment).items()
+        if name in names(fragment)
+    )
+
+
+def _schema_type(hint: object) -> str:
+    return next(text for kind, text in _SCHEMA_TYPES if kind == hint)
+
+
+def save(ctx: FunctionCtx, fragments: Iterable[Fragment]) -> None:
+    """Save the tensors of fragments as autograd wants it, and the rest beside them."""
+    tensors: list[Tensor] = []
+    layout: list[tuple[type[Fragment], list[Any]]] = []
+    for fragment in fragments:
+        rest: list[Any] = []
+        for value in fragment:
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                rest.append(...)
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+                tensors += value
+                rest.append([...] * len(value))
+            else:
+                rest.append(value)
+        layout.append((type(fragment), rest))
+    ctx.save_for_backward(*tensors)
+    ctx.layout = layout  # type: ignore[attr-defined]
+
+
+def saved(ctx: Any) -> list[Fragment]:
+    """What `save` saved."""
+    tensors = iter(ctx.saved_tensors)  # asked for once, as activation checkpointing wants it
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, EllipsisType):
+            return next(tensors)
+        if isinstance(value, list) and value and isinstance(value[0], EllipsisType):
+            return [next(tensors) for _ in value]
+        return value
+
+    return [rebuilt(part, map(restored, rest)) for part, rest in ctx.layout]
