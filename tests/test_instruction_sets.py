@@ -89,6 +89,6 @@ def test_an_instruction_set_is_forced(forced: str) -> None:
 def test_numerical_tests_pass(forced: str) -> None:
     files = map(str, numerical_tests())
     # Kernels for GPUs, which are executed, round alike on every processor.
-    selection = "-m", "", "-k", "not cuda"
-    result = run(forced, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", *selection, *files)
+    options = "--tb=line", "-p", "no:cacheprovider", "-k", "not cuda"
+    result = run(forced, "-m", "pytest", *options, *files)
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr

@@ -39,6 +39,7 @@ SELECTION = {
 }
 """Tests and a filter. The interpreter is slow; compiled, the kernels run the whole suite."""
 
+REST = (pytest.mark.pinned_triton, pytest.mark.prove)
 NEWEST = ("shapes and hard rows", "two rows")
 """What tells one triton's interpreter from another's: every operation that the kernels use."""
 
@@ -46,10 +47,7 @@ NEWEST = ("shapes and hard rows", "two rows")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "part",
-    [
-        pytest.param(part, marks=[] if part in NEWEST else pytest.mark.pinned_triton)
-        for part in SELECTION
-    ],
+    [pytest.param(part, marks=[] if part in NEWEST else REST) for part in SELECTION],
 )
 def test_shared_suite(part: str) -> None:
     tests, matching = SELECTION[part]

@@ -11,6 +11,7 @@ import torch
 from tests.backends.triton.aot import TARGETS
 from tests.backends.triton.costs import Compiled, compile_ours
 
+pytestmark = pytest.mark.prove
 V_ODD, V_EVEN = 50_257, 128_256
 WHOLE_ACCESS = 128
 KERNELS = {

@@ -9,6 +9,7 @@ import pytest
 from ptxsim import PtxError
 from ptxsim.cuda_cpu import Sanitizer, build, run
 
+pytestmark = pytest.mark.prove
 SELFTEST = Path(__file__).with_name("selftest.cpp")
 IN_SEQUENCE, RANDOM = "0", "7"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptxsim import KernelFaultError, Launch, Schedule, zoo_kernels
 from ptxsim.triton_device import triton_device
 
+pytestmark = pytest.mark.prove
 SCHEDULES = (
     Schedule(),
     Schedule("reversed", early_copies=True),
