@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import EllipsisType
 from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast, get_type_hints
 
 import torch
@@ -54,8 +53,9 @@ def _names(fragment: type[Fragment]) -> tuple[str, ...]:
 
 def rebuilt(fragment: type[F], values: Iterable[Any]) -> F:
     """A fragment of that class with these values."""
-    make: Callable[..., F] = fragment
-    return make(*values)
+    # A class of NamedTuple takes its fields one by one, in Python; on few rows it is felt.
+    make: Callable[..., F] = tuple.__new__
+    return make(fragment, values)
 
 
 P = ParamSpec("P")
@@ -82,9 +82,9 @@ class Operator(Generic[P, R]):
     ) -> None:
         self.name = name
         self._gives, self._several = gives, len(_names(gives)) > 1
-        self._takes = takes
+        self._of_needs = getattr(takes[-1], "of_needs", None)
         stops = list(itertools.accumulate(len(_names(part)) for part in takes))
-        self._slices: list[tuple[Any, int, int]] = list(
+        self._slices: list[tuple[type[Any], int, int]] = list(
             zip(takes, [0, *stops], stops, strict=False)
         )
         LIBRARY.define(f"{name}({_schema(takes)}) -> ({_schema([gives])})")
@@ -168,8 +168,7 @@ class Operator(Generic[P, R]):
 
     def _split(self, args: Sequence[Any]) -> list[Any]:
         """The fragments of a flat list of arguments."""
-        # A class of NamedTuple takes its fields one by one, in Python; on few rows it is felt.
-        return [tuple.__new__(part, args[start:stop]) for part, start, stop in self._slices]
+        return [rebuilt(part, args[start:stop]) for part, start, stop in self._slices]
 
     def _output(self, result: R) -> Any:
         """What torch expects of an operator that returns `result`."""
@@ -197,13 +196,12 @@ class Operator(Generic[P, R]):
 
     def _needing(self, args: Sequence[Any], needs: Sequence[bool]) -> Sequence[Any]:
         """The arguments with what autograd needs switched on, where the operator is told."""
-        last = self._takes[-1]
-        of_needs = getattr(last, "of_needs", None)
-        if of_needs is None:
+        if self._of_needs is None:
             return args
-        arity = len(_names(last))
-        wanted = [a or b for a, b in zip(args[-arity:], of_needs(needs), strict=True)]
-        return *args[:-arity], *wanted
+        switched_on = self._of_needs(needs)
+        first = len(args) - len(switched_on)
+        wanted = (a or b for a, b in zip(args[first:], switched_on, strict=True))
+        return *args[:first], *wanted
 
 
 def operator(
@@ -401,9 +399,9 @@ def _saved(ctx: Any) -> list[Fragment]:
     tensors = iter(ctx.saved_tensors)  # asked for once, as activation checkpointing wants it
 
     def restored(value: Any) -> Any:
-        if isinstance(value, EllipsisType):
+        if value is ...:
             return next(tensors)
-        if isinstance(value, list) and value and isinstance(value[0], EllipsisType):
+        if isinstance(value, list) and value and value[0] is ...:
             return [next(tensors) for _ in value]
         return value
 
