@@ -20,6 +20,7 @@ from tests.support.divergence_pairs import (
     plain_loss,
 )
 from unilogit_kernels import Shift, Uniform, kl_loss, reference
+from unilogit_kernels.maths import pair_state
 from unilogit_kernels.testing import assert_sum_within_budget
 
 
@@ -147,3 +148,19 @@ def test_unilogit_is_the_reverse_divergence_from_its_own_target(two_row_backend:
     exact, plain = literal(torch.float64), literal(torch.float32)
     assert_sum_within_budget(ours, exact[0], plain[0])
     check_gradient(found, exact[1], plain[1])
+
+
+def test_evaluates_the_log_odds_once_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    log_odds = pair_state.log_odds
+
+    def watched(state: Tensor, *others: Any) -> Tensor:
+        seen.append(state)
+        return log_odds(state, *others)
+
+    monkeypatch.setattr(pair_state, "log_odds", watched)
+    logits = torch.randn(2, 7, requires_grad=True)
+    loss = kl_loss(logits, torch.randn(2, 7))
+    assert len(seen) == 1
+    loss.backward()
+    assert len(seen) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -152,9 +151,7 @@ def mixture_of(
     row_factor = torch.zeros_like(call.row_weight)
     for index, factor in enumerate((factor_of * common / counts).unbind()):
         row_factor = torch.where(segments == index, factor, row_factor)
-    call = dataclasses.replace(
-        call, row_weight=call.row_weight * row_factor, factor=common.reciprocal()
-    )
+    call = call._replace(row_weight=call.row_weight * row_factor, factor=common.reciprocal())
     total, losses = finish(operands, call, Mixture(tuple(placed), segments))
     sums = torch.stack([torch.where(segments == k, losses, 0.0).sum() for k in range(len(parts))])
     return total, torch.where(factor_of == 0, 0.0, call.factor * sums / factor_of)
@@ -205,7 +202,7 @@ def _place_sequences(
     factor = call.factor
     if call.reduction == "mean" and not call.items_given:
         factor = objective.groups().clamp(min=1).to(factor.dtype).reciprocal()
-    return objective, dataclasses.replace(call, factor=factor)
+    return objective, call._replace(factor=factor)
 
 
 def _losses(

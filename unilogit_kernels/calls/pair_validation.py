@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +18,7 @@ from unilogit_kernels.maths.rewrites import Mask, Rewrite
 from unilogit_kernels.ops.divergence import PairRows
 
 
-@dataclass(frozen=True)
-class PairCall:
+class PairCall(NamedTuple):
     """A validated call on a student and a teacher.
 
     Attributes:
@@ -129,7 +126,7 @@ def _pair_call(call: LossCall, labels: Tensor | None, teacher: TeacherOptions) -
             "infinite; use direction='forward' or another rewrite"
         )
     return PairCall(
-        dataclasses.replace(call, transform=call.transform.at_temperature(temperature)),
+        call._replace(transform=call.transform.at_temperature(temperature)),
         transform.at_temperature(temperature),
         Divergence(cast(Direction, direction), rewrite.at_temperature(temperature)),
     )

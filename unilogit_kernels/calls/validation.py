@@ -1,15 +1,14 @@
 """Validation: each user-facing error is raised here, before anything is computed.
 
-A call is checked once and described by one frozen `LossCall`, which the layers below trust.
+A call is checked once and described by one `LossCall`, which the layers below trust.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ MIN_MEMORY_BUDGET = 1 << 20
 _DEFAULT = LinearOptions()
 
 
-@dataclass(frozen=True)
-class LossCall:
+class LossCall(NamedTuple):
     """A validated call.
 
     Attributes:
@@ -116,7 +114,7 @@ def describe_linear(
         columns_of="weight's rows",
         options=options,
     )
-    return dataclasses.replace(call, linear=linear)
+    return call._replace(linear=linear)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
@@ -193,7 +191,7 @@ def _describe(
         labels = labels.reshape(-1).to(torch.int64).contiguous()
         valid = labels != options.ignore_index
     dtype = statistics_dtype(tensor.dtype)
-    row_weight = valid.to(dtype)
+    row_weight = counted = valid.to(dtype)
     if options.token_weights is not None:
         weights = _check_token_weights(options.token_weights, shape, name, tensor)
         row_weight = torch.where(valid, weights.reshape(-1).to(dtype), 0.0)
@@ -202,7 +200,7 @@ def _describe(
         labels=labels,
         ignore_index=int(options.ignore_index),
         row_weight=row_weight,
-        factor=_factor(options.reduction, options.num_items_in_batch, valid, dtype),
+        factor=_factor(options.reduction, options.num_items_in_batch, counted),
         reduction=options.reduction,
         weighted=options.token_weights is not None,
         items_given=options.num_items_in_batch is not None,
@@ -327,12 +325,8 @@ def _check_token_weights(
     return token_weights
 
 
-def _factor(
-    reduction: str,
-    num_items_in_batch: int | Tensor | None,
-    valid: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _factor(reduction: str, num_items_in_batch: int | Tensor | None, counted: Tensor) -> Tensor:
+    """What the weighted sum is multiplied by; `counted` is 1 where a row counts, else 0."""
     if num_items_in_batch is not None:
         if reduction != "mean":
             raise ValueError(
@@ -345,11 +339,11 @@ def _factor(
                     "num_items_in_batch must hold one number, "
                     f"got shape {list(num_items_in_batch.shape)}"
                 )
-            items = num_items_in_batch.detach().reshape(()).to(valid.device, dtype)
+            items = num_items_in_batch.detach().reshape(()).to(counted.device, counted.dtype)
             return items.clamp(min=1).reciprocal()
         if num_items_in_batch < 0:
             raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}")
-        return valid.new_full((), 1 / max(num_items_in_batch, 1), dtype=dtype)
+        return counted.new_full((), 1 / max(num_items_in_batch, 1))
     if reduction != "mean":
-        return valid.new_ones((), dtype=dtype)
-    return valid.sum().clamp(min=1).to(dtype).reciprocal()
+        return counted.new_ones(())
+    return counted.sum().clamp_(min=1).reciprocal_()

@@ -93,7 +93,8 @@ def _loss_by_columns(
     dtypes, rows = heads[0].dtypes, loss.rows
 
     def slope_of(state: Tensor, tokens: slice) -> Tensor:
-        return loss.at(tokens).slope(state, fold_factor=dtypes.rows_hold_factor)
+        part = loss if state.shape[1] == loss.row_weight.shape[0] else loss.at(tokens)
+        return part.slope(state, fold_factor=dtypes.rows_hold_factor)
 
     if plan.order == "one_visit":
         assert gradients.hidden is not None

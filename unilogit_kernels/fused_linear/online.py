@@ -51,11 +51,12 @@ def gradient_in_one_visit(
         slope = slope_of(state, tokens)
         _add_labels(head, rows.labels[tokens], label_entry, total)
         # A row of slope 0 gets no gradient, whatever it holds.
-        total.mul_(slope[:, None]).masked_fill_(slope[:, None] == 0, 0.0)
+        slope = slope[:, None]
+        total.mul_(slope).masked_fill_(slope.logical_not(), 0.0)
         if out is not total:
             out.copy_(total)
         states.append(state)
-    return torch.cat(states, dim=1)
+    return torch.cat(states, dim=1) if len(states) > 1 else states[0]
 
 
 def _sum_rest(
@@ -71,33 +72,35 @@ def _sum_rest(
     one = torch.ones(m, device=device, dtype=dtypes.exact)
     label_entry = torch.zeros_like(one)
     scratch = allocate((m * plan.columns,), dtypes.logits, device)
-    row_scratch = scratch
+    row_scratch = None
     if dtypes.operands != dtypes.logits:
         row_scratch = allocate((m * plan.columns,), dtypes.operands, device)
     for columns in slices(rows.vocab_size, plan.columns):
-        logits, out = (tile_view(x, tokens, columns) for x in (scratch, row_scratch))
+        logits = tile_view(scratch, tokens, columns)
+        out = logits if row_scratch is None else tile_view(row_scratch, tokens, columns)
         weight = head.weight_columns(columns)
         head.project(hidden, columns, weight, out=logits)
-        before = state.clone()
+        before = state.clone() if columns.start else None
         rows.update([logits], columns.start, state)
         # Under the statistics so far: `onehot_y t_y - r t`.
         so_far = row_state.with_some_rest(state)
         rows.gradient([logits], columns.start, so_far, one, out)
         _take_labels(out, rows.labels - columns.start, label_entry)
-        if columns.start:
+        if before is not None:
             total.mul_(row_state.rest_share(before, state)[:, None])
-        dtypes.multiply(out, weight, total, accumulate=columns.start > 0)
+        dtypes.multiply(out, weight, total, accumulate=before is not None)
         del weight  # which may be a copy, before the next one is made
     return state, label_entry
 
 
 def _take_labels(gradient_rows: Tensor, column: Tensor, label_entry: Tensor) -> None:
     """Move the labels' entries out of the rows: they are final, and must not be scaled."""
-    here = ((column >= 0) & (column < gradient_rows.shape[1]))[:, None]
-    column = column.clamp(0, gradient_rows.shape[1] - 1)[:, None]
-    entry = gradient_rows.gather(1, column)
-    label_entry += torch.where(here, entry, 0.0)[:, 0]
-    gradient_rows.scatter_(1, column, torch.where(here, 0.0, entry))
+    column = column[:, None]
+    nearest = column.clamp(0, gradient_rows.shape[1] - 1)
+    here = column == nearest
+    entry = gradient_rows.gather(1, nearest)
+    label_entry += entry.masked_fill(~here, 0.0)[:, 0]
+    gradient_rows.scatter_(1, nearest, entry.masked_fill_(here, 0.0))
 
 
 def _add_labels(head: LinearHead, labels: Tensor, label_entry: Tensor, total: Tensor) -> None:

@@ -11,6 +11,7 @@ first visit found, which spares the second visit a GEMM.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -112,6 +113,7 @@ class Plan:
             object.__setattr__(self, "row_columns", self.tile_columns)
 
 
+@functools.lru_cache(maxsize=256)
 def plan_linear(
     shape: LinearShape,
     options: LinearOptions | None = None,

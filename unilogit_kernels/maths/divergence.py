@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.maths import pair_state
-from unilogit_kernels.maths.elementwise import softplus
 from unilogit_kernels.maths.rewrites import Rewrite
 
 Direction = Literal["forward", "reverse"]
@@ -51,10 +50,9 @@ class Divergence:
             labels: int64 `[n]`, or None if the rows were folded without one.
             vocab_size: Size of the whole vocabulary.
         """
-        d_a, d_b = self._log_odds(state, labels, vocab_size)
-        not_label = torch.sigmoid(-d_a)
-        rest = torch.where(not_label == 0, 0.0, not_label * pair_state.rest_divergence(state))
-        return binary_divergence(d_a, d_b) + rest
+        d = self._log_odds(state, labels, vocab_size)
+        rest = _product(torch.sigmoid(-d[0]), pair_state.rest_divergence(state))
+        return binary_divergence(d) + rest
 
     def coefficients(
         self, state: Tensor, labels: Tensor | None, vocab_size: int, weight: Tensor
@@ -67,61 +65,68 @@ class Divergence:
             vocab_size: As in `values`.
             weight: `[n]`, the gradient of each value; a row of weight 0 gets zeros.
         """
-        d_a, d_b = self._log_odds(state, labels, vocab_size)
-        value = self.values(state, labels, vocab_size)
-        not_a, a_sum = torch.sigmoid(-d_a), state[pair_state.A_SUM]
-        a_scale = torch.where(not_a == 0, 0.0, weight * not_a / a_sum)
-        zero = torch.zeros_like(value)
+        d = self._log_odds(state, labels, vocab_size)
+        is_label, not_label = torch.sigmoid(d), torch.sigmoid(-d)
+        rest, sums = pair_state.rest_divergence(state), pair_state.sums(state)
+        scale = (weight * not_label / sums).masked_fill_(not_label.logical_not(), 0.0)
+        rest_term = _product(not_label[0], rest)
+        zero = torch.zeros_like(rest)
         if self.student == "b":
             # dKL/db = p_b - p_a
-            not_b = torch.sigmoid(-d_b)
-            b_scale = torch.where(not_b == 0, 0.0, weight * not_b / state[pair_state.B_SUM])
-            found = torch.stack((-a_scale, zero, b_scale, weight * _sigmoid_difference(d_b, d_a)))
-            undefined = value.isnan()
+            at_label = weight * _sigmoid_difference(d, is_label, not_label)
+            found = torch.stack((-scale[0], zero, scale[1], at_label))
+            undefined = d.isnan().any(0) | rest_term.isnan()
         else:
             # dKL/da_j = p_a_j (log p_a_j - log p_b_j - KL). With D = d_a - d_b - C the brackets are
             # s_j - t_j - mean - sigmoid(d_a) D off the label and sigmoid(-d_a) D at it, in which
             # nothing is left to cancel.
-            is_a = torch.sigmoid(d_a)
-            excess = d_a - d_b - pair_state.rest_divergence(state)
-            at_label = torch.where(is_a * not_a == 0, 0.0, weight * is_a * not_a * excess)
-            mean = state[pair_state.A_DOT] / a_sum
-            drift = mean + torch.where(is_a == 0, 0.0, is_a * excess)
-            alpha = torch.where(a_scale == 0, 0.0, -a_scale * drift)
-            found = torch.stack((alpha, a_scale, zero, at_label))
-            undefined = ~value.isfinite()
-        found = torch.where(undefined, math.nan, found)
-        return torch.where(weight == 0, 0.0, found)
+            is_a, a_scale, excess = is_label[0], scale[0], d[0] - d[1] - rest
+            spread = is_a * not_label[0]
+            at_label = (weight * spread * excess).masked_fill_(spread.logical_not(), 0.0)
+            drift = state[pair_state.A_DOT] / sums[0] + _product(is_a, excess)
+            found = torch.stack((_product(-a_scale, drift), a_scale, zero, at_label))
+            undefined = ~(binary_divergence(d) + rest_term).isfinite()
+        return found.masked_fill_(undefined, math.nan).masked_fill_(weight.logical_not(), 0.0)
 
-    def _log_odds(
-        self, state: Tensor, labels: Tensor | None, vocab_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """`d_a` and `d_b`, the teacher's rewritten."""
-        d_a, d_b = pair_state.log_odds(state, labels, vocab_size)
-        if self.student == "b":
-            return self.rewrite.log_odds(d_a, vocab_size), d_b
-        return d_a, self.rewrite.log_odds(d_b, vocab_size)
+    def _log_odds(self, state: Tensor, labels: Tensor | None, vocab_size: int) -> Tensor:
+        """`d_a` and `d_b`, `[2, n]`, the teacher's rewritten."""
+        d = pair_state.log_odds(state, labels, vocab_size)
+        teacher = d[0 if self.student == "b" else 1]
+        rewritten = self.rewrite.log_odds(teacher, vocab_size)
+        if rewritten is not teacher:
+            teacher.copy_(rewritten)
+        return d
 
 
-def binary_divergence(d_a: Tensor, d_b: Tensor) -> Tensor:
-    """KL of two Bernoulli distributions from their log-odds, elementwise, in nats.
+def binary_divergence(d: Tensor) -> Tensor:
+    """KL of two Bernoulli distributions from their log-odds `[2, n]`, in nats, `[n]`.
 
     `softplus(d_b) - softplus(d_a) + sigmoid(d_a) (d_a - d_b)`, mirrored to `d_a <= 0`, where the
     last term is the small one: exact 0 for equal arguments, accurate for every size of both.
     """
-    sign = torch.where(d_a > 0, -1.0, 1.0)
-    a, b = sign * d_a, sign * d_b
-    p = torch.sigmoid(a)
+    size = d.abs()
+    tail = torch.log1p(torch.exp(-size))
+    a, b = -size[0], torch.where(d[0].signbit(), d[1], -d[1])
+    # Finite where b is +inf, so that it takes nothing from an infinite softplus.
+    gap = (a - b).clamp_(min=torch.finfo(d.dtype).min)
     # An outcome of probability 0 contributes nothing, however impossible it is to the other.
-    tilt = torch.where(p == 0, 0.0, p * (a - b))
-    value = torch.where(b == math.inf, b, softplus(b) - softplus(a) + tilt)
-    value = torch.where(a.isnan() | b.isnan(), math.nan, value)
-    return value.clamp(min=0)
+    tilt = _product(torch.sigmoid(a), gap)
+    return (b.relu() + tail[1] - tail[0] + tilt).relu_()
 
 
-def _sigmoid_difference(x: Tensor, y: Tensor) -> Tensor:
-    """`sigmoid(x) - sigmoid(y)` with all its digits, also where both are near 0 or near 1."""
-    high, low = torch.maximum(x, y), torch.minimum(x, y)
-    gap = torch.where(high == low, 0.0, high - low)
-    size = torch.sigmoid(high) * torch.sigmoid(-low) * -torch.expm1(-gap)
-    return torch.where(x < y, -size, size)
+def _sigmoid_difference(d: Tensor, is_label: Tensor, not_label: Tensor) -> Tensor:
+    """`sigmoid(d_b) - sigmoid(d_a)` with all its digits, also where both are near 0 or near 1.
+
+    Args:
+        d: `[2, n]`.
+        is_label: `sigmoid(d)`.
+        not_label: `sigmoid(-d)`.
+    """
+    gap = (d[1] - d[0]).masked_fill_(d[0] == d[1], 0.0)
+    size = is_label.amax(0) * not_label.amax(0) * -torch.expm1(-gap.abs())
+    return size.copysign_(gap)
+
+
+def _product(share: Tensor, value: Tensor) -> Tensor:
+    """`share * value`, and 0 where the share is 0, whatever the value."""
+    return (share * value).masked_fill_(share.logical_not(), 0.0)

@@ -20,8 +20,10 @@ from unilogit_kernels.maths import row_state
 A_MAX, A_SUM, A_DOT, B_MAX, B_SUM, A_TARGET, B_TARGET = range(7)
 """Rows of a state tensor of shape `[7, n]`, float32 (float64 on the eager backend)."""
 
-_A = (A_MAX, A_SUM, A_TARGET)
-_B = (B_MAX, B_SUM, B_TARGET)
+_MAXIMA = slice(A_MAX, B_MAX + 1, B_MAX - A_MAX)
+_SUMS = slice(A_SUM, B_SUM + 1, B_SUM - A_SUM)
+_TARGETS = slice(A_TARGET, B_TARGET + 1)
+"""Of both rows at once, `a` first."""
 
 
 def empty_state(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,8 +65,8 @@ def merge_parts(parts: Tensor) -> Tensor:
     )
 
 
-def log_odds(state: Tensor, labels: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """The label's log-odds in both rows, `d_a` and `d_b`, each `[n]`, of complete states.
+def log_odds(state: Tensor, labels: Tensor | None, vocab_size: int) -> Tensor:
+    """The label's log-odds in both rows, `d_a` and `d_b`, `[2, n]`, of complete states.
 
     Args:
         state: `[7, n]`.
@@ -72,12 +74,14 @@ def log_odds(state: Tensor, labels: Tensor | None, vocab_size: int) -> tuple[Ten
             without a label (-1): then both are -inf, or NaN where every logit is -inf.
         vocab_size: Size of the whole vocabulary.
     """
-    if labels is None:
-        labels = state.new_zeros(state.shape[1], dtype=torch.int64)
-    return (
-        row_state.log_odds(torch.stack([state[i] for i in _A]), labels, vocab_size),
-        row_state.log_odds(torch.stack([state[i] for i in _B]), labels, vocab_size),
+    return row_state.log_odds_of_parts(
+        state[_TARGETS], state[_MAXIMA], state[_SUMS], labels, vocab_size
     )
+
+
+def sums(state: Tensor) -> Tensor:
+    """The sums of exponentials of both rows, `[2, n]`."""
+    return state[_SUMS]
 
 
 def rest_divergence(state: Tensor) -> Tensor:
@@ -86,8 +90,8 @@ def rest_divergence(state: Tensor) -> Tensor:
     `r^x` is row x's softmax over the columns other than the label's. `+inf` where a token has
     weight in `r^a` and none in `r^b`; NaN where `r^a` does not exist (every logit -inf).
     """
-    mean = state[A_DOT] / state[A_SUM]
-    # One logarithm of a ratio: exact 0 for equal rows. Both sums are at least 1, or the rest empty.
-    divergence = mean + torch.log(state[B_SUM] / state[A_SUM])
-    unbounded = (mean == float("inf")) & ~state[B_SUM].isnan()
-    return torch.where(unbounded, mean, divergence).clamp(min=0)
+    a_sum = state[A_SUM]
+    # One logarithm of a ratio: exact 0 for equal rows. Both sums are about 1 at least, or the rest
+    # is empty: that of `b` must not take an infinite mean back.
+    log_ratio = torch.log(state[B_SUM].clamp(min=0.5) / a_sum)
+    return (state[A_DOT] / a_sum + log_ratio).clamp_(min=0)

@@ -79,20 +79,24 @@ def rest_share(part: Tensor, whole: Tensor) -> Tensor:
 
     `whole` holds the columns of `part` and others. A part without a finite logit has none of it.
     """
-    scaled = part[ROW_SUM] * torch.exp(part[ROW_MAX] - finite_shift(whole[ROW_MAX]))
-    return torch.where(part[ROW_MAX] == float("-inf"), 0.0, scaled / whole[ROW_SUM])
+    row_max = part[ROW_MAX]
+    scaled = part[ROW_SUM] * torch.exp(row_max - finite_shift(whole[ROW_MAX]))
+    return (scaled / whole[ROW_SUM]).masked_fill_(row_max.isneginf(), 0.0)
 
 
 def with_some_rest(part: Tensor) -> Tensor:
     """The state, with a rest that has no finite logit yet taken for 1: its columns then get 0."""
-    empty = part[ROW_MAX] == float("-inf")
-    row_max = torch.where(empty, 0.0, part[ROW_MAX])
-    return torch.stack((row_max, torch.where(empty, 1.0, part[ROW_SUM]), part[TARGET]))
+    part = part.clone()
+    row_max = part[ROW_MAX]
+    empty = row_max.isneginf()
+    row_max.masked_fill_(empty, 0.0)
+    part[ROW_SUM].masked_fill_(empty, 1.0)
+    return part
 
 
 def finite_shift(row_max: Tensor) -> Tensor:
     """What is subtracted from a row before `exp`: its maximum, or 0 if every logit is -inf."""
-    return torch.where(row_max == float("-inf"), 0.0, row_max)
+    return row_max.masked_fill(row_max.isneginf(), 0.0)
 
 
 def log_odds(state: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
@@ -101,15 +105,19 @@ def log_odds(state: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     The maximum is subtracted first, so a common offset of the logits costs nothing. A label outside
     `[0, vocab_size)` was found in no column; it gives NaN, as does a label whose logit is `+inf`.
     """
-    target = state[TARGET]
-    bad = (target == float("inf")) | (labels < 0) | (labels >= vocab_size)
-    d = (target - state[ROW_MAX]) - torch.log(state[ROW_SUM])
+    return log_odds_of_parts(state[TARGET], state[ROW_MAX], state[ROW_SUM], labels, vocab_size)
+
+
+def log_odds_of_parts(
+    target: Tensor, row_max: Tensor, row_sum: Tensor, labels: Tensor | None, vocab_size: int
+) -> Tensor:
+    """`log_odds` of the rows of a state, `[..., n]` each; without labels none of them is wrong."""
     # An empty rest (all -inf) has sum 0 and max -inf: d is +inf, unless the label is -inf too.
-    empty_rest = state[ROW_MAX] == float("-inf")
-    d = torch.where(
-        empty_rest, torch.where(target == float("-inf"), float("nan"), target + float("inf")), d
-    )
-    return torch.where(bad, float("nan"), d)
+    d = (target - row_max) - torch.log(row_sum)
+    bad = target.isposinf()
+    if labels is not None:
+        bad = bad | (labels != labels.clamp(0, vocab_size - 1))
+    return d.masked_fill_(bad, float("nan"))
 
 
 # ---- the runner-up -----------------------------------------------------------------------------

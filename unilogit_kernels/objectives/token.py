@@ -38,10 +38,11 @@ class UnilogitReverse(Objective):
         u = uniform_log_odds(vocab_size)
         softplus_u = math.log1p(1 / (vocab_size - 1))
         d = log_odds.clamp(-2 * _SATURATED, 2 * _SATURATED)
-        tail = torch.sigmoid(-d.abs())
-        log1p_term = torch.log1p(torch.exp(-d.abs()))
-        below = tail * (d - u) - log1p_term + softplus_u
-        above = (softplus_u - u) - tail * (d - u) - log1p_term
+        smaller = -d.abs()
+        tilt = torch.sigmoid(smaller) * (d - u)
+        log1p_term = torch.log1p(torch.exp(smaller))
+        below = tilt - log1p_term + softplus_u
+        above = (softplus_u - u) - tilt - log1p_term
         return torch.where(d > 0, above, below).clamp(min=0)
 
     def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:

@@ -46,8 +46,9 @@ def names(fragment: type[Fragment]) -> tuple[str, ...]:
 
 def rebuilt(fragment: type[F], values: Iterable[Any]) -> F:
     """A fragment of that class with these values."""
-    make: Callable[..., F] = fragment
-    return make(*values)
+    # A class of NamedTuple takes its fields one by one, in Python; on few rows it is felt.
+    make: Callable[..., F] = tuple.__new__
+    return make(fragment, values)
 
 
 def schema(fragments: Sequence[type[Fragment]]) -> str:

@@ -44,9 +44,9 @@ class Operator(Generic[P, R]):
     ) -> None:
         self.name = name
         self._gives, self._several = gives, len(names(gives)) > 1
-        self._takes = takes
+        self._of_needs = getattr(takes[-1], "of_needs", None)
         stops = list(itertools.accumulate(len(names(part)) for part in takes))
-        self._slices: list[tuple[Any, int, int]] = list(
+        self._slices: list[tuple[type[Any], int, int]] = list(
             zip(takes, [0, *stops], stops, strict=False)
         )
         LIBRARY.define(f"{name}({schema(takes)}) -> ({schema([gives])})")
@@ -130,8 +130,7 @@ class Operator(Generic[P, R]):
 
     def _split(self, args: Sequence[Any]) -> list[Any]:
         """The fragments of a flat list of arguments."""
-        # A class of NamedTuple takes its fields one by one, in Python; on few rows it is felt.
-        return [tuple.__new__(part, args[start:stop]) for part, start, stop in self._slices]
+        return [rebuilt(part, args[start:stop]) for part, start, stop in self._slices]
 
     def _output(self, result: R) -> Any:
         """What torch expects of an operator that returns `result`."""
@@ -159,13 +158,12 @@ class Operator(Generic[P, R]):
 
     def _needing(self, args: Sequence[Any], needs: Sequence[bool]) -> Sequence[Any]:
         """The arguments with what autograd needs switched on, where the operator is told."""
-        last = self._takes[-1]
-        of_needs = getattr(last, "of_needs", None)
-        if of_needs is None:
+        if self._of_needs is None:
             return args
-        arity = len(names(last))
-        wanted = [a or b for a, b in zip(args[-arity:], of_needs(needs), strict=True)]
-        return *args[:-arity], *wanted
+        switched_on = self._of_needs(needs)
+        first = len(args) - len(switched_on)
+        wanted = (a or b for a, b in zip(args[first:], switched_on, strict=True))
+        return *args[:first], *wanted
 
 
 def operator(

@@ -96,4 +96,4 @@ class RowLoss(Protocol):
 
 def weigh(row_weight: Tensor, values: Tensor) -> Tensor:
     """`w_i f_i`, `[n]`, and 0 where the weight is 0, whatever the value."""
-    return torch.where(row_weight == 0, 0.0, row_weight * values)
+    return (row_weight * values).masked_fill(row_weight.logical_not(), 0.0)

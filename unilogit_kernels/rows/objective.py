@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.objectives import Objective
 from unilogit_kernels.rows.contract import weigh
-from unilogit_kernels.rows.whole import empty_gradient, logits_state
-
-if TYPE_CHECKING:
-    pass
+from unilogit_kernels.rows.whole import empty_gradient, logits_state, real_columns
 
 
 class RowProblem(NamedTuple):
@@ -161,10 +158,8 @@ class ObjectiveLoss(NamedTuple):
 
     def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
         """See `RowLoss.slope`."""
-        weight, seen = (
-            self.weighted.slope_weight(fold_factor=fold_factor),
-            self.rows.statistics(state),
-        )
+        weight = self.weighted.slope_weight(fold_factor=fold_factor)
+        seen = self.rows.statistics(state)
         return weighted_slopes(self.weighted.objective, state, seen, weight, self.rows.vocab_size)
 
     def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
@@ -208,13 +203,13 @@ def logits_objective(
     out = empty_gradient(logits, rows.vocab_size) if needs_gradient else None
     scaled_later = needs_gradient and logits.dtype == torch.float16
     slope_weight = weighted.slope_weight(fold_factor=True)
-    real, row_scale = slice(0, rows.vocab_size), None
+    row_scale = None
     values, sizes = finish_rows(
-        logits[:, real],
+        real_columns(logits, rows.vocab_size),
         rows,
         weighted.objective,
         slope_weight.sign() if scaled_later else slope_weight,
-        None if out is None else out[:, real],
+        None if out is None else real_columns(out, rows.vocab_size),
         of_size_1=scaled_later,
     )
     if scaled_later:
