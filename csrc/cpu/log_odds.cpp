@@ -64,7 +64,7 @@ class Update {
   }
 
   // The first column whose logit is the maximum, which only the first block that has it is searched
-  // for; so the kernels that visit all columns know nothing of it.
+  // for; so the kernels that pass all columns know nothing of it.
   std::int32_t runner_up_of(int64_t row, const Part* parts, int64_t blocks, float max) const {
     const auto has_max = [max](const Part& part) { return part.max == max; };
     const int64_t b = std::find_if(parts, parts + blocks, has_max) - parts;

@@ -1,5 +1,5 @@
 // The row kernels for NVIDIA GPUs: statistics of rows and their merge, gradient rows, both in one
-// visit, and a scale. The contract of unilogit_kernels/backends says what they compute.
+// pass, and a scale. The contract of unilogit_kernels/backends says what they compute.
 //
 // Any number of threads that is a multiple of a warp and at most 1024 will do for a block. Rows are
 // blockIdx.x; where gridDim.y is more than 1, so many blocks share a row.
@@ -167,7 +167,7 @@ UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels,
   }
 }
 
-// Statistics, objective and gradient of whole rows in one visit: the second read comes from the
+// Statistics, objective and gradient of whole rows in one pass: the second read comes from the
 // cache. `out` may lie where the logits do; its data is null for the values alone.
 template <class Logits, class Out, bool kCapped>
 UNILOGIT_DEVICE void sweep(const Matrix<Logits>& logits, const int64* labels,

@@ -207,7 +207,7 @@ class RestStatistics {
 // ---- gradient rows -----------------------------------------------------------------------------
 
 // Writes this thread's share of a gradient row, which may lie where the logits do. From the end to
-// the start: what an earlier visit read last is still in the cache.
+// the start: what an earlier pass read last is still in the cache.
 template <class Logits, class Out, bool kCapped, class Row>
 class GradientWriter {
   using RunnerUp = RunnerUpOf<Row>;

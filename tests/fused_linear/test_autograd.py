@@ -25,7 +25,7 @@ from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
-from unilogit_kernels.fused_linear.saved import KeptInGradient, KeptLogits
+from unilogit_kernels.fused_linear.saved import SavedInGradient, SavedLogits
 from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.objectives import CrossEntropy
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
@@ -149,7 +149,7 @@ def test_every_way_of_keeping(monkeypatch: pytest.MonkeyPatch, backend: str, pla
         "tokens": [Plan("token_chunks", 7, v, 40)],
     }[plan_of]
     for plan in plans:
-        plan = Plan(**{**plan.__dict__, "kept_tokens": min(plan.kept_tokens, m)})
+        plan = Plan(**{**plan.__dict__, "saved_tokens": min(plan.saved_tokens, m)})
         monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
         check(
             problem,
@@ -190,7 +190,7 @@ class TestGpuBranch:
         monkeypatch.setattr("unilogit_kernels.fused_linear.gemm.writes_wider", lambda _: True)
         dtypes = GemmDtypes.of(dtype, "cuda")
         needs = Needs(hidden=True, weight=train_weight, bias=False)
-        plan = plan_linear(LinearShape(n, h, v, dtypes, dtype, "cuda", needs), visits=2)
+        plan = plan_linear(LinearShape(n, h, v, dtypes, dtype, "cuda", needs), passes=2)
         products: list[tuple[torch.dtype, torch.dtype]] = []
 
         multiply = GemmDtypes.multiply
@@ -243,13 +243,13 @@ def test_kept_tiles_beyond_32_bits() -> None:
     """CASES 23: V * H and n * V beyond 2^32 entries; without data, offsets are what matters."""
     v, h, n = 1 << 21, 4096, 70_000
     gradient = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
-    kept = KeptInGradient(gradient, [torch.bfloat16], h, finished=True)
+    kept = SavedInGradient(gradient, [torch.bfloat16], h, finished=True)
     columns = slice(v - 512, v)
     place = kept.place(slice(4000, h), columns)
     assert place is not None
     assert place[0].shape == (96, 512)
     assert place[0].storage_offset() == (v - 512) * h + 4000 * 512 > 1 << 32
-    logits = KeptLogits([torch.empty(n * v, device="meta")], n)
+    logits = SavedLogits([torch.empty(n * v, device="meta")], n)
     place = logits.place(slice(n - 5, n), columns)
     assert place is not None
     assert place[0].shape == (5, 512)

@@ -71,7 +71,7 @@ def test_any_cut_is_within_the_budget(
     monkeypatch: pytest.MonkeyPatch, kept: int, tokens: int, columns: int
 ) -> None:
     problem = linear_problem(40, 24, 130, BFLOAT16)
-    plan = Plan("vocabulary_chunks", tokens, columns, kept_tokens=kept)
+    plan = Plan("vocabulary_chunks", tokens, columns, saved_tokens=kept)
     monkeypatch.setattr(compaction, "plan_linear", lambda *_, **__: plan)
     _, exact = problem.plain(torch.float64)
     _, plain = problem.plain(BFLOAT16)

@@ -17,7 +17,7 @@ from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     CHUNK_BYTES,
     MIN_TILE_COLUMNS,
-    ONE_VISIT_COLUMNS,
+    ONLINE_COLUMNS,
     Plan,
     plan_linear,
 )
@@ -85,7 +85,7 @@ def test_guard_counts_live_bytes() -> None:
 
 def _plans(n: int, h: int, v: int) -> list[Plan]:
     return [
-        Plan("vocabulary_chunks", tokens, columns, kept_tokens=kept)
+        Plan("vocabulary_chunks", tokens, columns, saved_tokens=kept)
         for tokens in (n, 7, 1)
         for columns in (v, 100, 1)
         for kept in (0, min(n, h))
@@ -124,14 +124,14 @@ def test_one_visit_is_within_the_budget(
     v = 130
     problem = linear_problem(17, 24, v, dtype, bias=True, softcap=softcap)
     for tokens, columns in ((17, v), (17, 50), (5, 17), (1, 7), (3, 1)):
-        plan = Plan("one_visit", tokens, columns)
+        plan = Plan("online", tokens, columns)
         monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
         _check_frozen(problem, backend, (0,))
 
 
 def test_one_visit_never_launders(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """A row that overflows or holds NaN poisons its own gradient; a column of -inf, none."""
-    plan = Plan("one_visit", 3, 100)
+    plan = Plan("online", 3, 100)
     monkeypatch.setattr(compaction, "plan_linear", lambda *_, **__: plan)
     hidden = torch.tensor([[1.0, 0.0], [0.0, 10.0], [2.0, 0.0], [torch.nan, 1.0]]).requires_grad_()
     weight, bias = torch.randn(400, 2), torch.zeros(400)
@@ -185,7 +185,7 @@ class TestPlan:
         dtypes = GemmDtypes.of(torch.bfloat16, device)
         needs = Needs(hidden=True, weight=weight, bias=False)
         shape = LinearShape(n, h, v, dtypes, torch.bfloat16, device, needs)
-        return plan_linear(shape, LinearOptions(skip_below=skip_below), visits=2)
+        return plan_linear(shape, LinearOptions(skip_below=skip_below), passes=2)
 
     def test_frozen_weight_goes_by_tokens_within_the_budget(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=False, device="cuda")
@@ -202,17 +202,17 @@ class TestPlan:
 
     def test_frozen_weight_takes_one_visit_on_a_cpu(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=False)
-        assert plan.order == "one_visit"
+        assert plan.order == "online"
         assert plan.tokens == 1024
         assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
 
     def test_one_visit_takes_tokens_in_groups_of_one_size(self) -> None:
         plan = self.plan(100_001, 64, 131_072, weight=False)
-        assert plan.order == "one_visit"
+        assert plan.order == "online"
         groups = -(-100_001 // plan.tokens)
         assert groups > 1
         assert plan.tokens - (100_001 - (groups - 1) * plan.tokens) < groups
-        assert plan.columns >= ONE_VISIT_COLUMNS
+        assert plan.columns >= ONLINE_COLUMNS
 
     def test_rows_to_be_skipped_go_by_tokens(self) -> None:
         """One visit knows the slopes only when every GEMM is done."""
@@ -222,21 +222,21 @@ class TestPlan:
     def test_trainable_weight_goes_by_columns_and_keeps_the_logits(self) -> None:
         plan = self.plan(1024, 1024, 131_072, weight=True)
         assert plan.order == "vocabulary_chunks"
-        assert plan.kept_tokens == 1024
+        assert plan.saved_tokens == 1024
         assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
 
     def test_float32_logits_are_kept_as_finished_bfloat16_rows(self) -> None:
         plan = self.plan(8192, 4096, 128_256, weight=True, device="cuda")
-        assert plan.keeps_rows
-        assert plan.kept_tokens == 4096
+        assert plan.saves_rows
+        assert plan.saved_tokens == 4096
 
     def test_a_gradient_row_holds_whole_logits(self) -> None:
         """Float32 logits of a coupled loss, which finishes no rows, in 33 bfloat16 numbers."""
         dtypes = GemmDtypes.of(torch.bfloat16, "cuda")
         shape = LinearShape(64, 33, 1000, dtypes, torch.bfloat16, "cuda", Needs(True, True, False))
-        assert plan_linear(shape, visits=2, coupled=True).kept_tokens == 0
+        assert plan_linear(shape, passes=2, coupled=True).saved_tokens == 0
         # Few tokens more: with many, adding the weight's gradient up is cheaper.
-        assert self.plan(36, 33, 1000, weight=True, device="cpu").kept_tokens == 33
+        assert self.plan(36, 33, 1000, weight=True, device="cpu").saved_tokens == 33
 
     def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
         plan = self.plan(4096, 64, 1 << 23, weight=False, device="cuda")

@@ -55,7 +55,7 @@ def test_any_cut_is_within_the_budget(
     assert pair.labels is not None
     active = int((pair.labels != -100).sum())
     plans = [
-        Plan("vocabulary_chunks", tokens, columns, kept_tokens=kept)
+        Plan("vocabulary_chunks", tokens, columns, saved_tokens=kept)
         for tokens, columns in ((active, v), (active, 31), (7, 100), (3, 7))
         for kept in (0, min(active, h // 2))
     ]
@@ -264,7 +264,7 @@ def test_the_plan_of_a_gpu_runs_on_tensors_without_data(
     dtypes = GemmDtypes.of(dtype, "cuda")
     needs = Needs(hidden=True, weight=train_weight, bias=False)
     shape = LinearShape(n, h, v, dtypes, dtype, "cuda", needs, HeadShape(h, dtypes, dtype))
-    plan = plan_linear(shape, visits=2)
+    plan = plan_linear(shape, passes=2)
     with FakeTensorMode():
         hidden, weight = (torch.empty(size, h, dtype=dtype, device="meta") for size in (n, v))
         heads = (LinearHead(hidden, weight, None, dtypes),) * 2

@@ -14,7 +14,7 @@ from unilogit_kernels import LinearOptions, explain_plan, linear_kl_loss, linear
 from unilogit_kernels.functional.explain import ACCELERATORS, PlanReport
 from unilogit_kernels.fused_linear import compaction
 from unilogit_kernels.fused_linear.options import MEMORY_BUDGET
-from unilogit_kernels.fused_linear.plan import Plan, plan_keeping, plan_linear
+from unilogit_kernels.fused_linear.plan import Plan, plan_linear, plan_saving
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "kept whole": (96, 128, {}),
@@ -112,7 +112,7 @@ def test_a_pair_needs_no_gemm_beyond_its_own(n: int, train_weight: bool, gemms: 
     """In bfloat16 on CPU: two heads' logits and the gradients, up to H tokens of a trained head."""
     report = explain_plan(n, 128, 32_000, device="cpu", ref_h=128, train_weight=train_weight)
     assert report.gemms == gemms
-    assert report.kept_share == (1.0 if train_weight else 0.0)
+    assert report.saved_share == (1.0 if train_weight else 0.0)
 
 
 def test_a_float32_pair_adds_up_where_its_logits_do_not_fit() -> None:
@@ -168,7 +168,7 @@ def test_the_plan_is_the_one_that_a_call_follows(
     """Operations and bytes could agree by chance; the cut of the call is the cut explained."""
     n, h, options = CASES[case]
     followed: list[Plan] = []
-    for function in (plan_linear, plan_keeping):
+    for function in (plan_linear, plan_saving):
 
         def spy(*args: Any, function: Callable[..., Plan] = function, **kwargs: Any) -> Plan:
             followed.append(function(*args, **kwargs))
@@ -199,7 +199,7 @@ def test_kept_share_grows_with_the_budget() -> None:
             device="cpu",
             reduction="none",
             options=LinearOptions(memory_budget=budget << 20),
-        ).kept_share
+        ).saved_share
         for budget in (8, 25, 45, 120)
     ]
     assert shares[0] == 0.0

@@ -24,7 +24,7 @@ WAVES = 4
 leaves a GPU idle for a fifth of the time at most."""
 
 LEAST_EFFICIENCY = 2 / 3
-"""A sweep moves two thirds of the bytes of two visits: it pays while no more of the device idles
+"""A sweep moves two thirds of the bytes of two passes: it pays while no more of the device idles
 in the last wave of rows."""
 
 
@@ -154,7 +154,7 @@ def tiles_of_a_part(n: int, tiles: int, at_a_time: int) -> int:
 
 
 def sweep_pays(n: int, at_a_time: int) -> bool:
-    """Whether two visits of whole rows by one program beat parts of rows that are visited twice.
+    """Whether two passes of whole rows by one program beat parts of rows that are read twice.
 
     Too few rows would leave multiprocessors idle, and nearly all of them fit into the cache.
 
@@ -169,9 +169,9 @@ def sweep_pays(n: int, at_a_time: int) -> bool:
 def sweep_size(
     row_bytes: int, multiprocessors: int, cache_bytes: int, *, smallest: int, resident: int
 ) -> int:
-    """Size of a program that visits its row twice, in warps or in threads.
+    """Size of a program that passes its row twice, in warps or in threads.
 
-    The fewer rows are in flight, the more of them stay in the cache between the two visits; so
+    The fewer rows are in flight, the more of them stay in the cache between the two passes; so
     programs are as large as it takes to keep all rows in flight within three quarters of it.
 
     Args:

@@ -13,7 +13,7 @@ from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.cost import Costs, loss_costs, recomputing_costs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.fused_linear.plan import Plan, keep_capacity, plan_keeping, plan_linear
+from unilogit_kernels.fused_linear.plan import Plan, plan_linear, plan_saving, saved_capacity
 from unilogit_kernels.fused_linear.recorder import Launch, Read
 
 
@@ -63,7 +63,7 @@ class PlanReport:
         moved_bytes: Bytes that the launches read and write, caches apart.
         launches: Kernels on the device.
         peak_bytes: Most bytes alive at a time beside operands and gradients.
-        kept_share: Share of the logits, or of their gradient rows, that is not projected again.
+        saved_share: Share of the logits, or of their gradient rows, that is not projected again.
         predicted_seconds: By GPU, from its data sheet: a prediction, never a measurement.
         bare_gemm_seconds: The same for the matrix products alone, each in one piece.
     """
@@ -75,7 +75,7 @@ class PlanReport:
     moved_bytes: int
     launches: int
     peak_bytes: int
-    kept_share: float
+    saved_share: float
     predicted_seconds: dict[str, float]
     bare_gemm_seconds: dict[str, float]
 
@@ -88,11 +88,11 @@ class PlanReport:
             f"  chunks           {plan.tokens:,} tokens x {plan.columns:,} columns, "
             f"projected {plan.tile_columns:,} columns at a time",
         ]
-        what = "finished gradient rows" if plan.keeps_rows else "logits"
-        if plan.keeps_rows:
+        what = "finished gradient rows" if plan.saves_rows else "logits"
+        if plan.saves_rows:
             lines.append(f"  finished         by {plan.row_tokens:,} tokens")
         lines += [
-            f"  kept             {self.kept_share:.0%} of the {what}",
+            f"  saved             {self.saved_share:.0%} of the {what}",
             f"  GEMMs            {self.gemms:.2f} x 2nhV = {self.gemm_flops / 1e12:.2f} TFLOP",
             f"  moved            {self.moved_bytes / 1e9:.2f} GB in {self.launches:,} launches",
             f"  peak memory      {self.peak_bytes / 2**20:.1f} MiB beside operands and gradients",
@@ -185,17 +185,17 @@ def explain_plan(
 
 
 def _finished(shape: LinearShape, options: LinearOptions) -> list[Costs]:
-    return [loss_costs(shape, plan_linear(shape, options, visits=2))]
+    return [loss_costs(shape, plan_linear(shape, options, passes=2))]
 
 
 def _recomputing(shape: LinearShape, options: LinearOptions) -> list[Costs]:
     everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
-    saved = keep_capacity(everything, options) if shape.needs.any() else 0
+    saved = saved_capacity(everything, options) if shape.needs.any() else 0
     nothing = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
-    forward = plan_linear(nothing, options, visits=1)
-    backward = plan_linear(shape, options, visits=1) if shape.needs.any() else None
+    forward = plan_linear(nothing, options, passes=1)
+    backward = plan_linear(shape, options, passes=1) if shape.needs.any() else None
     if saved:
-        forward = backward = plan_keeping(shape, options, shape.n)
+        forward = backward = plan_saving(shape, options, shape.n)
     return recomputing_costs(shape, forward, backward, saved)
 
 
@@ -222,7 +222,7 @@ def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
         moved_bytes=sum(call.moved() for call in calls),
         launches=len(launches),
         peak_bytes=max(call.peak_bytes for call in calls),
-        kept_share=passes - projected / once,
+        saved_share=passes - projected / once,
         predicted_seconds=predicted,
         bare_gemm_seconds=bare,
     )

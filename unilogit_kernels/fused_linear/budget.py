@@ -40,7 +40,7 @@ class LinearShape(NamedTuple):
         device_type: `"cpu"`, `"cuda"`, ...
         needs: Which gradients the call computes.
         reference: The reference model's lm_head, if there is one: its logits exist beside those of
-            the model that learns, tile by tile.
+            the student, tile by tile.
     """
 
     n: int
@@ -54,7 +54,7 @@ class LinearShape(NamedTuple):
 
     @property
     def heads(self) -> tuple[HeadShape, ...]:
-        """Every lm_head, the one that learns first."""
+        """Every lm_head, the student's first."""
         own = HeadShape(self.h, self.dtypes, self.input_dtype)
         return (own,) if self.reference is None else (own, self.reference)
 

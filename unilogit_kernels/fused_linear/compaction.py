@@ -14,8 +14,8 @@ from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.fused_linear.plan import keep_capacity, plan_keeping, plan_linear
-from unilogit_kernels.fused_linear.saved import KeptLogits
+from unilogit_kernels.fused_linear.plan import plan_linear, plan_saving, saved_capacity
+from unilogit_kernels.fused_linear.saved import SavedLogits
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
@@ -73,7 +73,7 @@ class LinearInputs(NamedTuple):
         return self._head(HeadInputs(*self[:3]), active, index)
 
     def heads(self, active: Tensor, index: Tensor | None) -> Heads:
-        """The lm_heads of all models, the one that learns first."""
+        """The lm_heads of all models, the student's first."""
         own = self.head(active, index)
         if self.reference is None:
             return (own,)
@@ -92,10 +92,10 @@ class LinearInputs(NamedTuple):
             bias = self.weight.new_zeros(self.weight.shape[0], dtype=exact)
         return Gradients(hidden, weight, bias)
 
-    def new_kept(self, vocab_size: int, *, needs_grad: bool) -> list[Tensor]:
-        """Memory for each model's logits that are kept for a backward, as the budget leaves it."""
+    def new_saved(self, vocab_size: int, *, needs_grad: bool) -> list[Tensor]:
+        """Memory for each model's logits that are saved for a backward, as the budget leaves it."""
         shape = self.shape(self.hidden.shape[0], vocab_size, EVERYTHING)
-        elements = keep_capacity(shape, self.options) if needs_grad else 0
+        elements = saved_capacity(shape, self.options) if needs_grad else 0
         return [self.hidden.new_empty((elements,), dtype=h.dtypes.logits) for h in shape.heads]
 
     def _dtypes_of(self, hidden: Tensor) -> GemmDtypes:
@@ -112,7 +112,7 @@ class LinearInputs(NamedTuple):
 
 
 def compacted_values(
-    inputs: LinearInputs, active: Tensor, rows: Rows, keep: Sequence[Tensor]
+    inputs: LinearInputs, active: Tensor, rows: Rows, memory: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Values `[..., n]` and states `[k, n]`; rows that are not active get 0 and an empty state.
 
@@ -120,7 +120,7 @@ def compacted_values(
         inputs: Operands and options.
         active: bool `[n]`.
         rows: Labels and kernels.
-        keep: 1-d, one in the logits' dtype of each model: filled with as many of them as fit.
+        memory: 1-d, one in the logits' dtype of each model: filled with as many of them as fit.
     """
     n, dtype = inputs.hidden.shape[0], inputs.dtypes.exact
     index = inputs.positions(active)
@@ -131,10 +131,10 @@ def compacted_values(
     part = rows if index is None else rows.at(index)
     m = heads[0].hidden.shape[0]
     shape = inputs.shape(m, rows.vocab_size, NOTHING)
-    plan = plan_linear(shape, inputs.options, visits=1)
-    if keep[0].numel():
-        plan = plan_keeping(shape, inputs.options, m)
-    part_state = linear_state(heads, part, plan, KeptLogits(keep, m))
+    plan = plan_linear(shape, inputs.options, passes=1)
+    if memory[0].numel():
+        plan = plan_saving(shape, inputs.options, m)
+    part_state = linear_state(heads, part, plan, SavedLogits(memory, m))
     part_values = part.values(part_state)
     if index is None:
         return torch.where(active, part_values, 0.0), part_state
@@ -150,7 +150,7 @@ def compacted_gradient(
     needs: Needs,
     state: Tensor,
     upstream: Tensor,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
 ) -> Gradients:
     """Gradients of `sum_i upstream_i values_i`, for the rows whose upstream gradient counts.
 
@@ -161,7 +161,7 @@ def compacted_gradient(
         needs: Which gradients are wanted.
         state: From the forward.
         upstream: `[..., n]`.
-        kept: What the forward kept.
+        saved: What the forward saved.
     """
     gradients = inputs.new_gradients(rows.vocab_size, needs)
     upstream = significant(torch.where(active, upstream, 0.0), inputs.options.skip_below)
@@ -171,15 +171,15 @@ def compacted_gradient(
         return _zeroed(gradients)
     heads = inputs.heads(counts, index)
     m = heads[0].hidden.shape[0]
-    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, visits=1)
-    saved, position = None, None
-    if kept[0].numel():
+    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, passes=1)
+    saved_logits, position = None, None
+    if saved[0].numel():
         # The cut of the forward, which saw every active row.
         first = inputs.positions(active)
         forward_tokens = active.numel() if first is None else first.numel()
         shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
-        plan = plan_keeping(shape, inputs.options, m)
-        saved = KeptLogits(kept, forward_tokens)
+        plan = plan_saving(shape, inputs.options, m)
+        saved_logits = SavedLogits(saved, forward_tokens)
         if index is not None:
             position = (active.cumsum(0) - 1)[index] if first is not None else index
     if index is not None:
@@ -188,7 +188,9 @@ def compacted_gradient(
     part = gradients
     if index is not None and gradients.hidden is not None:
         part = gradients._replace(hidden=gradients.hidden[:m])
-    linear_gradient(VocabularyLoop(heads, rows, plan, saved, position), state, upstream, part)
+    linear_gradient(
+        VocabularyLoop(heads, rows, plan, saved_logits, position), state, upstream, part
+    )
     return _spread(gradients, index)
 
 
@@ -204,7 +206,7 @@ def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[T
     m = heads[0].hidden.shape[0]
     shape = inputs.shape(m, vocab_size, needs)
     plan = plan_linear(
-        shape, inputs.options, visits=2, coupled=loss.coupled, runner_up=loss.runner_up
+        shape, inputs.options, passes=2, coupled=loss.coupled, runner_up=loss.runner_up
     )
     part, every_weight = gradients, loss.row_weight
     if index is not None:

@@ -1,6 +1,6 @@
 """The chunk loops of a fused linear call: GEMMs, row kernels and losses, tile by tile.
 
-They run on one lm_head or on two, that of a model which learns and that of its reference: what is a
+They run on one lm_head or on two, that of a student and that of its reference: what is a
 tile of logits here is then a tile of each.
 """
 
@@ -14,10 +14,10 @@ from unilogit_kernels.fused_linear.active_rows import (
     significant,
     worthwhile_index,
 )
-from unilogit_kernels.fused_linear.online import gradient_in_one_visit
+from unilogit_kernels.fused_linear.online import gradient_online
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
-from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
+from unilogit_kernels.fused_linear.saved import Saved, SavedInGradient
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.token_chunks import _InactiveRows, by_tokens
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop, _some_gradients
@@ -25,15 +25,15 @@ from unilogit_kernels.rows.contract import RowLoss, Rows
 from unilogit_kernels.rows.objective import RowProblem, float16_scale
 
 
-def linear_state(heads: Heads, rows: Rows, plan: Plan, kept: Kept | None = None) -> Tensor:
+def linear_state(heads: Heads, rows: Rows, plan: Plan, saved: Saved | None = None) -> Tensor:
     """The complete state `[k, n]` of the logits of `heads`."""
-    return VocabularyLoop(heads, rows, plan, kept).statistics()
+    return VocabularyLoop(heads, rows, plan, saved).statistics()
 
 
 def linear_gradient(
     loop: VocabularyLoop, state: Tensor, upstream: Tensor, gradients: Gradients
 ) -> None:
-    """Gradients of `sum_i upstream_i values_i`, with logits kept from the forward or made again."""
+    """Gradients of `sum_i upstream_i values_i`, with logits saved in the forward or made again."""
     rows, scale = loop.rows, None
     if not loop.student.dtypes.rows_hold_factor:
         scale = float16_scale(upstream)
@@ -96,24 +96,24 @@ def _loss_by_columns(
         part = loss if state.shape[1] == loss.row_weight.shape[0] else loss.at(tokens)
         return part.slope(state, fold_factor=dtypes.rows_hold_factor)
 
-    if plan.order == "one_visit":
+    if plan.order == "online":
         assert gradients.hidden is not None
         assert isinstance(rows, RowProblem)
-        state = gradient_in_one_visit(heads[0], rows, plan, slope_of, gradients.hidden)
+        state = gradient_online(heads[0], rows, plan, slope_of, gradients.hidden)
         return loss.values(state)
-    kept = None
-    if gradients.weight is not None and plan.kept_tokens:
-        kept_dtypes = [head.dtypes.logits for head in heads]
-        if plan.keeps_rows:
-            kept_dtypes = [dtypes.operands]
-        kept = KeptInGradient(
-            gradients.weight, kept_dtypes, plan.kept_tokens, finished=plan.keeps_rows
+    saved = None
+    if gradients.weight is not None and plan.saved_tokens:
+        saved_dtypes = [head.dtypes.logits for head in heads]
+        if plan.saves_rows:
+            saved_dtypes = [dtypes.operands]
+        saved = SavedInGradient(
+            gradients.weight, saved_dtypes, plan.saved_tokens, finished=plan.saves_rows
         )
-    loop = VocabularyLoop(heads, rows, plan, kept)
+    loop = VocabularyLoop(heads, rows, plan, saved)
     states = []
-    if kept is not None and kept.finished:
-        states.append(loop.finish_kept_rows(kept, slope_of))
-    states.append(loop.statistics(first_token=plan.kept_tokens if states else 0))
+    if saved is not None and saved.finished:
+        states.append(loop.finish_saved_rows(saved, slope_of))
+    states.append(loop.statistics(first_token=plan.saved_tokens if states else 0))
     state = torch.cat(states, dim=1)
     if any(gradient is not None for gradient in gradients):
         slope = significant(slope_of(state, slice(0, loop.tokens)), options.skip_below)

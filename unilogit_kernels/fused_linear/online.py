@@ -1,4 +1,4 @@
-"""The fused linear of a frozen lm_head in one visit of the vocabulary: two GEMMs, no logit kept.
+"""The fused linear of a frozen lm_head in one pass over the vocabulary: two GEMMs, no logit saved.
 
 The gradient of a token's log-odds is `dd/dhidden = W_y - sum_{j != y} r_j W_j`, and the rest's
 distribution `r` is a softmax. So its sum runs along with the statistics, as the output of
@@ -26,7 +26,7 @@ LABEL_ROWS = 256
 """Tokens whose labels' weight rows are gathered at a time: 4 MiB in float32 at h = 4096."""
 
 
-def gradient_in_one_visit(
+def gradient_online(
     head: LinearHead,
     rows: RowProblem,
     plan: Plan,
@@ -38,7 +38,7 @@ def gradient_in_one_visit(
     Args:
         head: With the tokens that count.
         rows: Their labels, and the kernels.
-        plan: In the order `one_visit`.
+        plan: In the order `online`.
         slope_of: From the complete states of some tokens, and which they are, to their slopes.
         d_hidden: `[n, h]`, to be written.
     """

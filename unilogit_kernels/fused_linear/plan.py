@@ -1,12 +1,12 @@
 """How a fused linear call is cut into chunks: a function of shapes, dtypes and needs alone.
 
 Three orders. *Token chunks* hold a few tokens' logits over the whole vocabulary, so a gradient row
-is finished at once; they suit a frozen lm_head. *One visit* does without that many logits where a
+is finished at once; they suit a frozen lm_head. *Online* does without that many logits where a
 chunk's sums are cheap, on a CPU: a frozen lm_head's columns come chunk by chunk and never again
-(`one_visit.py`). *Vocabulary chunks* hold all tokens' logits over a few columns and visit them
+(`online.py`). *Vocabulary chunks* hold all tokens' logits over a few columns and pass them
 twice, statistics first and gradients second; each piece of the weight's gradient is then complete
-when it is written, so it needs no accumulator, and until it is written its memory keeps what the
-first visit found, which spares the second visit a GEMM.
+when it is written, so it needs no accumulator, and until it is written its memory saves what the
+first pass found, which spares the second pass a GEMM.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ LIBRARY_SHARE = 5
 MIN_CHUNK_TOKENS = 16
 """Below this many tokens, token chunks would read the whole weight for too little work."""
 
-KEPT_PARTS = 8
-"""Chunks of columns, at least, where some are kept for a recomputing backward."""
+SAVED_PARTS = 8
+"""Chunks of columns, at least, where some are saved for a recomputing backward."""
 
-ONE_VISIT_COLUMNS = 2048
-"""Columns that a chunk of the order "one visit" has at least: the GEMM into the hidden states'
+ONLINE_COLUMNS = 2048
+"""Columns that a chunk of the order "one pass" has at least: the GEMM into the hidden states'
 gradient reads and writes its sums once a chunk."""
 
 MIN_REPROJECTED = 1.125
-"""Tokens, as a multiple of those that can be kept, from which on the vocabulary order projects so
+"""Tokens, as a multiple of those that can be saved, from which on the vocabulary order projects so
 many of them twice that adding the weight's gradient up over token chunks is cheaper."""
 
 MAX_SHARE = 2
 """At most 1 / this of the room for buffers goes to float32 sums of the weight's gradient over token
-chunks, to a chunk of one visit, or to a copy of the hidden states in the GEMMs' dtype. Instead of a
+chunks, to a chunk of one pass, or to a copy of the hidden states in the GEMMs' dtype. Instead of a
 larger copy there are copies of groups of tokens, up to half as large, anew for each chunk."""
 
 MIN_BUFFER_SHARE = {"cpu": 4, "cuda": 2}
@@ -90,19 +90,19 @@ class Plan:
         tokens: Tokens per chunk.
         columns: Vocabulary columns per chunk: the width of the GEMMs of the gradients.
         tile_columns: Columns per tile: logits are projected, and read, this many at a time.
-        kept_tokens: How many leading tokens keep something in the memory of the weight's gradient
-            between the two visits of the vocabulary order.
-        keeps_rows: Whether these are finished gradient rows, not logits.
+        saved_tokens: How many leading tokens keep something in the memory of the weight's gradient
+            between the two passes over the vocabulary order.
+        saves_rows: Whether these are finished gradient rows, not logits.
         row_tokens: Tokens per chunk of the pass that finishes these rows.
         row_columns: Columns per tile of that pass.
     """
 
-    order: Literal["token_chunks", "one_visit", "vocabulary_chunks"]
+    order: Literal["token_chunks", "online", "vocabulary_chunks"]
     tokens: int
     columns: int
     tile_columns: int = 0
-    kept_tokens: int = 0
-    keeps_rows: bool = False
+    saved_tokens: int = 0
+    saves_rows: bool = False
     row_tokens: int = 0
     row_columns: int = 0
 
@@ -118,7 +118,7 @@ def plan_linear(
     shape: LinearShape,
     options: LinearOptions | None = None,
     *,
-    visits: int,
+    passes: int,
     coupled: bool = False,
     runner_up: bool = False,
 ) -> Plan:
@@ -127,53 +127,53 @@ def plan_linear(
     Args:
         shape: What is computed.
         options: How it may run.
-        visits: 2 if statistics and gradients are computed in one call, else 1.
+        passes: 2 if statistics and gradients are computed in one call, else 1.
         coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
-        runner_up: Whether a row has a second entry of its own, which one visit finds too late.
+        runner_up: Whether a row has a second entry of its own, which one pass finds too late.
     """
     given = (options or LinearOptions()).budget(shape.device_type)
     library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
     # What grows with the tokens; logits get their share of the budget all the same.
     budget = _left(given, library + vector_bytes(shape), shape)
     skips = options is not None and options.skip_below > 0
-    if visits == 2 and not (coupled or skips or runner_up) and _suits_one_visit(shape):
-        return _one_visit(shape, budget)
-    if not coupled and _suits_tokens(shape, budget, visits=visits):
+    if passes == 2 and not (coupled or skips or runner_up) and _suits_online(shape):
+        return _online(shape, budget)
+    if not coupled and _suits_tokens(shape, budget, passes=passes):
         left = _left(budget, weight_sum_bytes(shape), shape)
         tokens = _token_chunk(shape, left, row_bytes(shape))
         if tokens >= MIN_CHUNK_TOKENS:
             return Plan("token_chunks", tokens, shape.vocab_size, _row_tile(shape, tokens))
-    kept, row_tokens, keeps_rows = 0, 0, False
-    if visits == 2 and shape.needs.weight:
+    saved, row_tokens, saves_rows = 0, 0, False
+    if passes == 2 and shape.needs.weight:
         # Finished rows are narrower than logits, so more of them fit.
         row_tokens = _token_chunk(shape, budget, shape.logit_bytes)
-        keeps_rows = not coupled and row_tokens >= MIN_CHUNK_TOKENS and _suits_rows(shape)
-        kept = _kept_tokens(shape, rows=keeps_rows)
+        saves_rows = not coupled and row_tokens >= MIN_CHUNK_TOKENS and _suits_rows(shape)
+        saved = _saved_tokens(shape, rows=saves_rows)
     tokens, columns, tile_columns = _vocabulary_chunk(shape, budget)
-    if not (keeps_rows and kept):
-        return Plan("vocabulary_chunks", tokens, columns, tile_columns, kept)
-    row_tokens = min(row_tokens, kept)
+    if not (saves_rows and saved):
+        return Plan("vocabulary_chunks", tokens, columns, tile_columns, saved)
+    row_tokens = min(row_tokens, saved)
     return Plan(
         "vocabulary_chunks",
         tokens,
         columns,
         tile_columns,
-        kept,
-        keeps_rows=True,
+        saved,
+        saves_rows=True,
         row_tokens=row_tokens,
         row_columns=_row_tile(shape, row_tokens),
     )
 
 
-def plan_keeping(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
-    """The cut of a forward of `shape.n` tokens that keeps logits, and of its backward of `m`.
+def plan_saving(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
+    """The cut of a forward of `shape.n` tokens that saves logits, and of its backward of `m`.
 
-    Both must have one cut of the columns. It has at least `KEPT_PARTS` chunks, so that what is kept
-    fills the room for it.
+    Both must have one cut of the columns. It has at least `SAVED_PARTS` chunks, so that what is
+    saved fills the room for it.
     """
     everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
-    plan = plan_linear(everything, options, visits=1, coupled=True)
-    part = -(-shape.vocab_size // KEPT_PARTS)
+    plan = plan_linear(everything, options, passes=1, coupled=True)
+    part = -(-shape.vocab_size // SAVED_PARTS)
     columns = min(plan.columns, max(part, MIN_TILE_COLUMNS))
     columns = aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
     return replace(
@@ -185,7 +185,7 @@ def plan_keeping(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
     )
 
 
-def keep_capacity(shape: LinearShape, options: LinearOptions) -> int:
+def saved_capacity(shape: LinearShape, options: LinearOptions) -> int:
     """How many logits of each head a forward may keep for its backward: what the budget leaves.
 
     Never all of them: the last chunk of columns is always projected again. It is arithmetic of
@@ -237,7 +237,7 @@ def _row_tile(shape: LinearShape, tokens: int) -> int:
     )
 
 
-def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
+def _suits_tokens(shape: LinearShape, budget: int, *, passes: int) -> bool:
     """Whether token chunks are the better order: with them each logit is projected once."""
     if not shape.needs.any() or shape.casts_weight:
         return False
@@ -248,11 +248,11 @@ def _suits_tokens(shape: LinearShape, budget: int, *, visits: int) -> bool:
         return False
     if not shape.widens and _suits_rows(shape):
         # Finished rows would wait for nothing: sums in float32 are the gradient itself.
-        return visits == 2
-    return visits == 2 and shape.n > MIN_REPROJECTED * _kept_tokens(shape, rows=_suits_rows(shape))
+        return passes == 2
+    return passes == 2 and shape.n > MIN_REPROJECTED * _saved_tokens(shape, rows=_suits_rows(shape))
 
 
-def _suits_one_visit(shape: LinearShape) -> bool:
+def _suits_online(shape: LinearShape) -> bool:
     """Whether the hidden states' gradient is all there is, on a device where sums are cheap.
 
     A GPU would read and write its sums more often than a few token chunks do their logits. The
@@ -263,10 +263,10 @@ def _suits_one_visit(shape: LinearShape) -> bool:
     return alone and shape.device_type == "cpu"
 
 
-def _one_visit(shape: LinearShape, budget: int) -> Plan:
-    """As many tokens at a time as leave `ONE_VISIT_COLUMNS` to a chunk, in groups of one size."""
+def _online(shape: LinearShape, budget: int) -> Plan:
+    """As many tokens at a time as leave `ONLINE_COLUMNS` to a chunk, in groups of one size."""
     chunk = min(per_device(CHUNK_BYTES, shape.device_type), budget // MAX_SHARE)
-    most = chunk // (ONE_VISIT_COLUMNS * row_bytes(shape))
+    most = chunk // (ONLINE_COLUMNS * row_bytes(shape))
     token_bytes = hidden_sum_bytes(shape._replace(n=1)) + hidden_copy_bytes(shape, 1)
     if token_bytes:
         most = min(most, (budget - chunk) // token_bytes)
@@ -277,10 +277,10 @@ def _one_visit(shape: LinearShape, budget: int) -> Plan:
     if weight_bytes:
         columns = min(columns, (budget - chunk - tokens * token_bytes) // weight_bytes)
     columns = aligned_size(max(1, columns), per_device(ALIGNED_COLUMNS, shape.device_type))
-    return Plan("one_visit", tokens, columns)
+    return Plan("online", tokens, columns)
 
 
-def _kept_tokens(shape: LinearShape, *, rows: bool) -> int:
+def _saved_tokens(shape: LinearShape, *, rows: bool) -> int:
     """How many tokens fit, a column's entries into the memory of that column's gradient.
 
     Args:
@@ -296,12 +296,12 @@ def _suits_rows(shape: LinearShape) -> bool:
     """Whether finished gradient rows are the better thing to keep: they are narrower than logits.
 
     They are finished token chunk by token chunk, over the whole vocabulary, of which no copy in
-    another dtype may be made. Where the logits of all tokens fit too, two models' are kept: their
+    another dtype may be made. Where the logits of all tokens fit too, two models' are saved: their
     GEMMs then take all tokens at once.
     """
     if shape.dtypes.operands.itemsize >= shape.logit_bytes or shape.casts_weight:
         return False
-    return shape.reference is None or _kept_tokens(shape, rows=False) < shape.n
+    return shape.reference is None or _saved_tokens(shape, rows=False) < shape.n
 
 
 def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:

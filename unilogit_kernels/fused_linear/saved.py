@@ -1,4 +1,4 @@
-"""Where one visit of a vocabulary chunk keeps what spares the next visit a GEMM."""
+"""Where one pass of a vocabulary chunk saves what spares the next pass a GEMM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 
-class Kept(Protocol):
+class Saved(Protocol):
     """Tiles that outlive their chunk.
 
     Attributes:
         finished: Whether they are gradient rows rather than logits.
         in_gradient: Whether their memory is the weight's gradient, which is written chunk by chunk.
-        tokens: How many leading tokens may be kept.
+        tokens: How many leading tokens may be saved.
     """
 
     finished: bool
@@ -29,19 +29,19 @@ class Kept(Protocol):
         """
 
 
-class KeptInGradient:
+class SavedInGradient:
     """In the memory of a weight gradient that is not written yet.
 
     Columns `[a, b)` of the vocabulary own rows `[a, b)` of the gradient, `(b - a) * h` elements,
-    which hold what is kept of these columns for up to `h` tokens (`h / 2` where float32 logits, or
-    the logits of two models, are kept in a 16-bit gradient). Tiles of several models lie one after
+    which hold what is saved of these columns for up to `h` tokens (`h / 2` where float32 logits, or
+    the logits of two models, are saved in a 16-bit gradient). Tiles of several models lie one after
     the other, the widest dtype first, so that each is aligned.
 
     Args:
         weight_gradient: `[V, h]`, contiguous.
-        dtypes: Of what is kept: of gradient rows, or of each model's logits.
-        tokens: How many leading tokens are kept.
-        finished: See `Kept`.
+        dtypes: Of what is saved: of gradient rows, or of each model's logits.
+        tokens: How many leading tokens are saved.
+        finished: See `Saved`.
     """
 
     in_gradient = True
@@ -59,7 +59,7 @@ class KeptInGradient:
         self._gradient, self._dtypes = weight_gradient, dtypes
 
     def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
-        """See `Kept.place`."""
+        """See `Saved.place`."""
         if tokens.stop > self.tokens:
             return None
         v = columns.stop - columns.start
@@ -74,11 +74,11 @@ class KeptInGradient:
         return [tiles[i] for i in range(len(tiles))]
 
 
-class KeptLogits:
+class SavedLogits:
     """Logits in flat tensors of their own, whole chunks of columns from the first one on.
 
     Args:
-        memories: 1-d, one of each model; as many chunks are kept as fit.
+        memories: 1-d, one of each model; as many chunks are saved as fit.
         tokens: How many tokens there are.
     """
 
@@ -90,7 +90,7 @@ class KeptLogits:
         self._memories = memories
 
     def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
-        """See `Kept.place`."""
+        """See `Saved.place`."""
         first, last = columns.start * self.tokens, columns.stop * self.tokens
         if last > self._memories[0].numel():
             return None

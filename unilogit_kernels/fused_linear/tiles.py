@@ -14,7 +14,7 @@ from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.rows.contract import Rows
 
 Heads = tuple[LinearHead, ...]
-"""The lm_heads of a call, the one that learns first."""
+"""The lm_heads of a call, the student's first."""
 
 
 class Gradients(NamedTuple):
@@ -88,9 +88,9 @@ def longest_of(tiles: list[slice]) -> int:
 
 
 def token_tiles(n: int, plan: Plan) -> list[slice]:
-    """Tiles that do not straddle the border between kept and recomputed tokens."""
-    kept = [*slices(plan.kept_tokens, plan.tokens)]
-    return [*kept, *slices(n, plan.tokens, start=plan.kept_tokens)]
+    """Tiles that do not straddle the border between saved and recomputed tokens."""
+    saved = [*slices(plan.saved_tokens, plan.tokens)]
+    return [*saved, *slices(n, plan.tokens, start=plan.saved_tokens)]
 
 
 def token_groups(n: int, plan: Plan, *, start: int = 0) -> list[list[slice]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from unilogit_kernels.fused_linear.active_rows import spread
 from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
-from unilogit_kernels.fused_linear.saved import Kept, KeptInGradient
+from unilogit_kernels.fused_linear.saved import Saved, SavedInGradient
 from unilogit_kernels.fused_linear.tiles import (
     Gradients,
     Heads,
@@ -34,25 +34,25 @@ from unilogit_kernels.rows.contract import Rows
 
 @dataclass(frozen=True)
 class VocabularyLoop:
-    """The visits of the vocabulary order: statistics of all columns, then gradients.
+    """The passes over the vocabulary order: statistics of all columns, then gradients.
 
     Attributes:
         heads: With the tokens that count; the first one learns.
         rows: Their labels, and the kernels.
         plan: The cut.
-        kept: What the first visit keeps for the second, if anything.
-        index: Ascending, which of the first visit's tokens these are; None for all of them.
+        saved: What the first pass saves for the second, if anything.
+        index: Ascending, which of the first pass's tokens these are; None for all of them.
     """
 
     heads: Heads
     rows: Rows
     plan: Plan
-    kept: Kept | None = None
+    saved: Saved | None = None
     index: Tensor | None = None
 
     @property
     def student(self) -> LinearHead:
-        """The head that learns."""
+        """The student's."""
         return self.heads[0]
 
     @property
@@ -61,18 +61,18 @@ class VocabularyLoop:
         return self.student.hidden.shape[0]
 
     def select(self, index: Tensor) -> VocabularyLoop:
-        """The loop over some of the tokens, after the first visit saw all of them."""
+        """The loop over some of the tokens, after the first pass saw all of them."""
         heads = tuple(replace(head, hidden=head.hidden[index]) for head in self.heads)
-        still_kept = int((index < self.plan.kept_tokens).sum())
-        plan = replace(self.plan, kept_tokens=still_kept)
-        return VocabularyLoop(heads, self.rows.at(index), plan, self.kept, index)
+        still_saved = int((index < self.plan.saved_tokens).sum())
+        plan = replace(self.plan, saved_tokens=still_saved)
+        return VocabularyLoop(heads, self.rows.at(index), plan, self.saved, index)
 
     def statistics(self, first_token: int = 0) -> Tensor:
         """The complete states of the tokens from `first_token` on, `[k, m]`.
 
-        Logits are kept where there is room; otherwise one tile of them exists at a time.
+        Logits are saved where there is room; otherwise one tile of them exists at a time.
         """
-        plan, kept = self.plan, self.kept
+        plan, saved = self.plan, self.saved
         groups = token_groups(self.tokens, plan, start=first_token)
         tiles = [tile for group in groups for tile in group]
         if not tiles:
@@ -86,7 +86,9 @@ class VocabularyLoop:
                 together = span_of(group)
                 hidden = operand_rows.at(together)
                 for tokens in group:
-                    place = None if kept is None or kept.finished else kept.place(tokens, columns)
+                    place = (
+                        None if saved is None or saved.finished else saved.place(tokens, columns)
+                    )
                     rows, own_rows = self.rows.at(tokens), inside(tokens, together)
                     own = [x[own_rows] for x in hidden]
                     for part, here in column_tiles(columns, plan):
@@ -98,10 +100,10 @@ class VocabularyLoop:
             del weights  # copies in another dtype, if they are: never two chunks of them
         return torch.cat([*states.values()], dim=1)
 
-    def finish_kept_rows(
-        self, kept: KeptInGradient, slope_of: Callable[[Tensor, slice], Tensor]
+    def finish_saved_rows(
+        self, saved: SavedInGradient, slope_of: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        """States of the kept tokens, whose gradient rows are finished into `kept`.
+        """States of the saved tokens, whose gradient rows are finished into `saved`.
 
         They go by token chunks: `slope_of(state, tokens)` needs the statistics of its tokens alone.
         """
@@ -110,7 +112,7 @@ class VocabularyLoop:
         buffers = logit_buffers(heads, plan.row_tokens * self.rows.vocab_size)
         operand_rows = OperandRows(heads, plan.row_tokens)
         states = []
-        for tokens in slices(kept.tokens, plan.row_tokens):
+        for tokens in slices(saved.tokens, plan.row_tokens):
             rows, hidden = self.rows.at(tokens), operand_rows.at(tokens)
             logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
             state = empty_state_of(heads, rows, tokens)
@@ -120,7 +122,7 @@ class VocabularyLoop:
                 rows.update(tiles, part.start, state)
             slope = slope_of(state, tokens)
             for columns in slices(rows.vocab_size, plan.columns):
-                place = kept.place(tokens, columns)
+                place = saved.place(tokens, columns)
                 assert place is not None
                 tiles = [z[:, columns] for z in logits]
                 rows.gradient(tiles, columns.start, state, slope, place[0])
@@ -140,8 +142,8 @@ class VocabularyLoop:
         hidden_sum = d_hidden
         if d_hidden is not None and d_hidden.dtype != exact:
             hidden_sum = torch.empty_like(d_hidden, dtype=exact)
-        # Several groups add up in float32, and not where something kept is still to be read.
-        in_gradient = self.kept is not None and self.kept.in_gradient
+        # Several groups add up in float32, and not where something saved is still to be read.
+        in_gradient = self.saved is not None and self.saved.in_gradient
         adds_up = len(groups) > 1 and (in_gradient or dtypes.results != exact)
         for columns in slices(self.rows.vocab_size, plan.columns):
             weights = weight_tiles(self.heads, columns)
@@ -200,9 +202,9 @@ class VocabularyLoop:
         scratch: list[Tensor | None],
         out: Tensor,
     ) -> None:
-        """Gradient rows `[tokens, columns]`: as kept, or from logits kept or projected again."""
-        sources, index = self._kept_tiles(tokens, columns)
-        if sources is not None and self.kept is not None and self.kept.finished:
+        """Gradient rows `[tokens, columns]`: as saved, or from logits saved or projected again."""
+        sources, index = self._saved_tiles(tokens, columns)
+        if sources is not None and self.saved is not None and self.saved.finished:
             take_rows(sources[0], index, out)
             return
         rows = self.rows.at(tokens)
@@ -218,16 +220,16 @@ class VocabularyLoop:
                     take_rows(source[:, here], index, tile)
             rows.gradient(logits, part.start, state, slope, out[:, here])
 
-    def _kept_tiles(
+    def _saved_tiles(
         self, tokens: slice, columns: slice
     ) -> tuple[list[Tensor] | None, Tensor | None]:
-        """What is kept of a tile, and which rows of it to take (None for all)."""
-        kept = self.kept
-        if kept is None or (kept.in_gradient and tokens.stop > self.plan.kept_tokens):
+        """What is saved of a tile, and which rows of it to take (None for all)."""
+        saved = self.saved
+        if saved is None or (saved.in_gradient and tokens.stop > self.plan.saved_tokens):
             return None, None
         if self.index is None:
-            return kept.place(tokens, columns), None
-        return kept.place(slice(0, kept.tokens), columns), self.index[tokens]
+            return saved.place(tokens, columns), None
+        return saved.place(slice(0, saved.tokens), columns), self.index[tokens]
 
 
 def _some_gradients(

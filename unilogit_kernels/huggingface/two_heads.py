@@ -131,7 +131,7 @@ def heads_kl_loss(
     """`linear_kl_loss` of the sequences `rows`.
 
     Args:
-        student: the inputs of the head that learns.
+        student: the inputs of the student's head.
         teacher: those of the other.
         labels: int64 `[B', T]`, as Hugging Face takes them: not shifted.
         rows: which of the B sequences the labels belong to.

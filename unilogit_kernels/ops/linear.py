@@ -50,27 +50,27 @@ class Active(NamedTuple):
 
 
 class LinearValues(NamedTuple):
-    """`Values`, and the logits of each model that are kept for the backward, 1-d."""
+    """`Values`, and the logits of each model that are saved for the backward, 1-d."""
 
     values: Tensor
     column: Tensor
     state: Tensor
-    kept: Tensor
+    saved: Tensor
     ref_kept: Tensor
 
 
 class LinearUpstream(NamedTuple):
-    """`Upstream`, and the logits that the forward kept."""
+    """`Upstream`, and the logits that the forward saved."""
 
     state: Tensor
     slope: Tensor
-    kept: Tensor
+    saved: Tensor
     ref_kept: Tensor
 
 
 class _Forward(NamedTuple):
     state: Tensor
-    kept: Tensor
+    saved: Tensor
     ref_kept: Tensor
 
 
@@ -84,7 +84,7 @@ def linear_values_operator(
 
     Args:
         name: Of the first; the other one's is `<name>_backward`.
-        heads: The operands of each model, first of the one that learns.
+        heads: The operands of each model, first of the student.
         rows: What describes the rows.
     """
 
@@ -103,7 +103,7 @@ def linear_values_operator(
     ) -> HeadGradients:
         models = list(heads)
         inputs = linear_inputs(models, options)
-        kept = [upstream.kept, upstream.ref_kept][: len(models) // _MODEL]
+        saved = [upstream.saved, upstream.ref_kept][: len(models) // _MODEL]
         gradients = compacted_gradient(
             inputs,
             active.active,
@@ -111,7 +111,7 @@ def linear_values_operator(
             needs.needs(),
             upstream.state,
             upstream.slope.contiguous(),
-            kept,
+            saved,
         )
         return HeadGradients.of(gradients, models).finished(models)
 
@@ -135,17 +135,17 @@ def linear_values_operator(
         rows.check_labels()
         inputs = linear_inputs(list(heads), options)
         problem = rows.problem(inputs.hidden)
-        kept = inputs.new_kept(rows.vocab_size, needs_grad=needs.needs_grad)
-        found, state = compacted_values(inputs, active.active, problem, kept)
-        return LinearValues(found, rows.column(state), state, *_pair(kept))
+        saved = inputs.new_saved(rows.vocab_size, needs_grad=needs.needs_grad)
+        found, state = compacted_values(inputs, active.active, problem, saved)
+        return LinearValues(found, rows.column(state), state, *_pair(saved))
 
     @values.fake
     def _(
         heads: H, active: Active, rows: R, options: LinearOptions, needs: NeedsGradient
     ) -> LinearValues:
         inputs = linear_inputs(list(heads), options)
-        kept = inputs.new_kept(rows.vocab_size, needs_grad=needs.needs_grad)
-        return LinearValues(*rows.values_like(inputs.hidden), *_pair(kept))
+        saved = inputs.new_saved(rows.vocab_size, needs_grad=needs.needs_grad)
+        return LinearValues(*rows.values_like(inputs.hidden), *_pair(saved))
 
     class _Derivatives:
         operands: ClassVar[int] = _MODEL
@@ -177,7 +177,7 @@ def linear_values_operator(
                 return gradients_of(
                     lambda *student: _literal([*student, *others], rows), own, needs, slope
                 )
-            upstream = LinearUpstream(saved.state, slope, saved.kept, saved.ref_kept)
+            upstream = LinearUpstream(saved.state, slope, saved.saved, saved.ref_kept)
             return tuple(
                 backward(heads, active, rows, options, upstream, NeedsGradients.of_needs(needs))
             )
@@ -194,7 +194,7 @@ def linear_values_operator(
         ) -> Tensor | None:
             wider = _Wider(heads, tangents)
             wide = rebuilt(type(heads), wider.heads)
-            nothing = result.kept.new_empty(0)
+            nothing = result.saved.new_empty(0)
 
             def along(slope: Tensor) -> Tensor:
                 upstream = LinearUpstream(result.state, slope, nothing, nothing)
@@ -241,13 +241,13 @@ class _Wider:
         return found + gradient[:, -1] if self._of_bias else found
 
 
-def _pair(kept: list[Tensor]) -> list[Tensor]:
-    """What is kept of one model or of two as two tensors."""
-    return kept if len(kept) > 1 else [*kept, kept[0].new_empty(0)]
+def _pair(saved: list[Tensor]) -> list[Tensor]:
+    """What is saved of one model or of two as two tensors."""
+    return saved if len(saved) > 1 else [*saved, saved[0].new_empty(0)]
 
 
 def _own_and_others(heads: Fragment) -> tuple[list[Any], list[Any]]:
-    """The operands of the model that learns, and those of another one."""
+    """The operands of the student, and those of another one."""
     models = list(heads)
     return models[:_MODEL], models[_MODEL:]
 

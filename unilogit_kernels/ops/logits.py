@@ -39,7 +39,7 @@ def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M,
 
     Args:
         name: Of the first; the other one's is `<name>_backward`.
-        matrices: Logits `[n, V]` of each model, first of the one that learns.
+        matrices: Logits `[n, V]` of each model, first of the student.
         rows: What describes the rows.
     """
 

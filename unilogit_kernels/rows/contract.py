@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Rows of logits over tiles of columns; the first of each list of tiles is of who learns."""
+    """Rows of logits over tiles of columns; the first of each list of tiles is of the student."""
 
     @property
     def vocab_size(self) -> int:

@@ -73,7 +73,7 @@ class CpuKernels(RowKernels):
     def log_odds_sweep(
         self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
     ) -> Tensor:
-        """See `RowKernels`; the second visit of a row finds it in the cache."""
+        """See `RowKernels`; the second pass of a row finds it in the cache."""
         values = torch.empty(tile.logits.shape[0], dtype=torch.float32)
         _run(
             "unilogit_log_odds_sweep",

@@ -1,4 +1,4 @@
-"""Launches of the log-odds kernels: one stage or two, and whole rows in one visit."""
+"""Launches of the log-odds kernels: one stage or two, and whole rows in one pass."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def walk_over(v: int, matrices: Matrices, lanes: int, threads: int) -> Walk:
 
 
 class Shares(NamedTuple):
-    """How the rows of a matrix are shared among programs that visit each column once.
+    """How the rows of a matrix are shared among programs that pass each column once.
 
     Attributes:
         parts: Programs of a row.
@@ -182,7 +182,7 @@ class Shares(NamedTuple):
         """One program for each row where that keeps the device busy, else as many as it takes.
 
         Args:
-            matrix: Any of those that are visited.
+            matrix: Any of those that are passed over.
             matrices: All of them.
             lanes: Elements of the leading matrix that a thread holds at once.
         """

@@ -1,4 +1,4 @@
-"""Launches of the log-odds kernels: one stage or two, and whole rows in one visit."""
+"""Launches of the log-odds kernels: one stage or two, and whole rows in one pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGEST_TILE = 16384
 twice as many costs more instructions than rescaling the sum half as often saves."""
 
 SWEEP_WARPS = 4
-"""Least of a program that visits its row twice."""
+"""Least of a program that passes its row twice."""
 
 
 def _lanes(transform: LogitTransform, chosen: Settings, *, runner_up: bool = False) -> int:
@@ -146,7 +146,7 @@ class LogOddsLaunches(GpuKernels):
         n, v = logits.shape
         multiprocessors, cache_bytes = settings.sizes(logits, chosen)
         row_bytes = v * logits.element_size()
-        warps = chosen.warps  # without a gradient a row is visited once
+        warps = chosen.warps  # without a gradient a row is passed over once
         if out is not None:
             warps = gpu.sweep_size(
                 row_bytes,

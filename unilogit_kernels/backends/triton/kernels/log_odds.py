@@ -1,4 +1,4 @@
-"""The log-odds kernels: statistics of rows, their merge, gradient rows, and all in one visit."""
+"""The log-odds kernels: statistics of rows, their merge, gradient rows, and all in one pass."""
 
 import triton
 import triton.language as tl
@@ -277,7 +277,7 @@ def log_odds_sweep_kernel(
     LOGITS: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    """Statistics, objective and gradient of whole rows in one visit; grid `(n,)`.
+    """Statistics, objective and gradient of whole rows in one pass; grid `(n,)`.
 
     Args:
         row_weight: `[n]`; a row of weight 0 is not read.

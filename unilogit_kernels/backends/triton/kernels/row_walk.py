@@ -1,4 +1,4 @@
-"""The walk over a row: which columns a program visits, in what tiles, and how it accesses them.
+"""The walk over a row: which columns a program passes, in what tiles, and how it accesses them.
 
 A program walks over a row in three kinds of tiles. The body is full tiles from the row's first
 16-byte boundary on, without masks; the tail is what is left of it in whole vectors, in smaller
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which columns of a row a program visits: of body tiles some, and maybe tail and ends.
+    """Which columns of a row a program passes: of body tiles some, and maybe tail and ends.
 
     Attributes:
         peeled: Columns before the first 16-byte boundary.
@@ -95,7 +95,7 @@ def body_of(row, share, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def share_of_row(leading, v, part, parts, blocks_per_part, WALK: tl.constexpr):
-    """What one of the programs that share a row visits. The last part owns tail and ends."""
+    """What one of the programs that share a row passes. The last part owns tail and ends."""
     beyond = (leading.start % WALK.alignment).to(tl.int32)
     peeled = tl.minimum((WALK.alignment - beyond) % WALK.alignment, v)
     BLOCK: tl.constexpr = WALK.unroll * WALK.threads * WALK.vector
@@ -171,7 +171,7 @@ def zero_tile(row, columns, inside, label, label_is_near, KIND: tl.constexpr, WA
     store_columns(row, columns, inside, tl.full(columns.shape, 0.0, tl.float32), WALK.strided)
 
 
-# ---- visits --------------------------------------------------------------------------------------
+# ---- passes --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def write_row(
 ):
     """Write a program's share of a row, tile by tile.
 
-    From its end to its start: what an earlier visit read last is still in the cache.
+    From its end to its start: what an earlier pass read last is still in the cache.
 
     Args:
         whole: What `WRITE` needs of the row, at column 0.
