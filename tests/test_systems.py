@@ -148,7 +148,7 @@ def test_compile_with_a_function_of_the_log_odds(backend: str) -> None:
 def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch."""
     # Memory for logits to keep is not all written, and two runs would differ there.
-    monkeypatch.setattr("unilogit_kernels.compaction.keep_capacity", lambda *_: 0)
+    monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.keep_capacity", lambda *_: 0)
     logits, hidden, weight = torch.randn(4, 30), torch.randn(4, 6), torch.randn(30, 6)
     for x in (logits, hidden, weight):
         x.requires_grad_()
