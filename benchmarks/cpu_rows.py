@@ -21,7 +21,7 @@ import torch
 
 from unilogit_kernels import unilogit_loss
 from unilogit_kernels.backends import memory
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cpu import library
 from unilogit_kernels.backends.cpu.kernels import CpuKernels
 from unilogit_kernels.maths import row_state
@@ -50,7 +50,7 @@ def kernels(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object
     labels = torch.randint(0, v, (n,))
     weight = torch.ones(n)
     state = row_state.empty_state(n, logits.device)
-    rows.log_odds_update(logits, labels, 0, state, transform)
+    rows.log_odds_update(Tile(logits, labels, transform=transform), state)
     scratch_state = state.clone()
     size = logits.numel() * logits.element_size()
     leaf = logits.clone().requires_grad_()
@@ -69,13 +69,17 @@ def kernels(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object
         "copy into new memory": lambda: library.stream_copy(logits, torch.empty_like(logits)),
         "loss and gradient": call,
         "loss and gradient, nothing kept": call_with_nothing_kept,
-        "sweep": lambda: rows.log_odds_sweep(logits, labels, weight, "unilogit", v, out, transform),
-        "sweep, loss alone": lambda: rows.log_odds_sweep(
-            logits, labels, weight, "unilogit", v, None, transform
+        "sweep": lambda: rows.log_odds_sweep(
+            Tile(logits, labels, transform=transform), weight, "unilogit", v, out
         ),
-        "update": lambda: rows.log_odds_update(logits, labels, 0, scratch_state, transform),
+        "sweep, loss alone": lambda: rows.log_odds_sweep(
+            Tile(logits, labels, transform=transform), weight, "unilogit", v, None
+        ),
+        "update": lambda: rows.log_odds_update(
+            Tile(logits, labels, transform=transform), scratch_state
+        ),
         "gradient": lambda: rows.log_odds_gradient(
-            logits, labels, 0, state, weight, out, transform
+            Tile(logits, labels, transform=transform), state, weight, out
         ),
     }
 

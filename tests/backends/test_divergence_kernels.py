@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unilogit_kernels import reference
 from unilogit_kernels.backends import registry
-from unilogit_kernels.backends.contract import DivergenceKernels, LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, TilePair
 from unilogit_kernels.maths import pair_state
 from unilogit_kernels.testing import assert_within_budget
 
@@ -28,8 +28,8 @@ Student = Literal["a", "b"]
 
 
 @pytest.fixture
-def kernels(two_row_backend: str) -> DivergenceKernels:
-    return registry.load_divergence(two_row_backend)
+def kernels(two_row_backend: str) -> RowKernels:
+    return registry.load(two_row_backend)
 
 
 def transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
@@ -54,7 +54,7 @@ def found_state(state: Tensor, v: int, labels: Tensor | None) -> Tensor:
 
 
 def fold(
-    kernels: DivergenceKernels,
+    kernels: RowKernels,
     a: Tensor,
     b: Tensor,
     labels: Tensor,
@@ -66,7 +66,9 @@ def fold(
     state = pair_state.empty_state(a.shape[0], a.device, dtype)
     for first, last in zip((0, *cuts), (*cuts, a.shape[1]), strict=True):
         part = slice(first, last)
-        kernels.divergence_update(a[:, part], b[:, part], labels, first, state, *transforms)
+        kernels.divergence_update(
+            TilePair(a[:, part], b[:, part], labels, first, *transforms), state
+        )
     return state
 
 
@@ -79,7 +81,7 @@ def rows(
 
 
 def check_state(
-    kernels: DivergenceKernels,
+    kernels: RowKernels,
     a: Tensor,
     b: Tensor,
     labels: Tensor,
@@ -104,7 +106,7 @@ def check_state(
 @pytest.mark.parametrize("transforms", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("cuts", [(), (1, 100, 480)])
 def test_state(
-    kernels: DivergenceKernels,
+    kernels: RowKernels,
     dtype: torch.dtype,
     transforms: tuple[LogitTransform, LogitTransform],
     cuts: tuple[int, ...],
@@ -113,19 +115,17 @@ def test_state(
 
 
 @pytest.mark.parametrize(("n", "v"), [(1, 2), (3, 7), (5, 501), (2, 4099), (9, 128), (2, 50_257)])
-def test_state_of_odd_sizes(kernels: DivergenceKernels, dtype: torch.dtype, n: int, v: int) -> None:
+def test_state_of_odd_sizes(kernels: RowKernels, dtype: torch.dtype, n: int, v: int) -> None:
     check_state(kernels, *rows(n, v, dtype))
 
 
 @pytest.mark.parametrize("b_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_state_of_two_dtypes(
-    kernels: DivergenceKernels, dtype: torch.dtype, b_dtype: torch.dtype
-) -> None:
+def test_state_of_two_dtypes(kernels: RowKernels, dtype: torch.dtype, b_dtype: torch.dtype) -> None:
     # Enough rows that plain torch's largest error is not small by luck.
     check_state(kernels, *rows(64, 333, dtype, b_dtype))
 
 
-def test_rows_at_a_distance_of_zero(kernels: DivergenceKernels) -> None:
+def test_rows_at_a_distance_of_zero(kernels: RowKernels) -> None:
     """test_layouts.py has every other layout, of all matrices."""
     a, b, labels = rows(5, 200, torch.float32)
     same = a[:1].expand(5, -1)
@@ -136,9 +136,7 @@ def test_rows_at_a_distance_of_zero(kernels: DivergenceKernels) -> None:
             check_gradient(kernels, *operands, labels, student)
 
 
-def test_without_a_label_the_rests_are_the_rows(
-    kernels: DivergenceKernels, dtype: torch.dtype
-) -> None:
+def test_without_a_label_the_rests_are_the_rows(kernels: RowKernels, dtype: torch.dtype) -> None:
     a, b, _ = rows(4, 300, dtype)
     labels = torch.full((4,), -1)
     found = found_state(fold(kernels, a, b, labels, (128,)), 300, None)
@@ -148,14 +146,14 @@ def test_without_a_label_the_rests_are_the_rows(
 
 
 @pytest.mark.parametrize("offsets", [(1e4, 0.0), (0.0, -1e4), (1e6, 1e6), (1e8, -1e8)])
-def test_common_offsets(kernels: DivergenceKernels, offsets: tuple[float, float]) -> None:
+def test_common_offsets(kernels: RowKernels, offsets: tuple[float, float]) -> None:
     """Offsets of either row change the result by the rounding of the inputs alone."""
     a, b, labels = rows(4, 700, torch.float32)
     check_state(kernels, a + offsets[0], b + offsets[1], labels, (300,))
 
 
 def test_equal_rows_have_no_divergence_and_no_gradient(
-    kernels: DivergenceKernels, dtype: torch.dtype
+    kernels: RowKernels, dtype: torch.dtype
 ) -> None:
     a, _, labels = rows(6, 1000, dtype)
     state = fold(kernels, a, a.clone(), labels, (412,))
@@ -165,9 +163,7 @@ def test_equal_rows_have_no_divergence_and_no_gradient(
     relative = torch.stack((torch.zeros(6), w, torch.zeros(6), torch.zeros(6)))
     for coefficients in (opposite, relative):
         out = torch.full_like(a, math.nan)
-        kernels.divergence_gradient(
-            a, a.clone(), labels, 0, state, coefficients, "a", out, PLAIN, PLAIN
-        )
+        kernels.divergence_gradient(TilePair(a, a.clone(), labels), state, coefficients, "a", out)
         assert (out == 0).all()
 
 
@@ -195,7 +191,7 @@ def literal_gradient(
 
 
 def check_gradient(
-    kernels: DivergenceKernels,
+    kernels: RowKernels,
     a: Tensor,
     b: Tensor,
     labels: Tensor,
@@ -218,15 +214,11 @@ def check_gradient(
     for first, last in zip((0, *cuts), (*cuts, a.shape[1]), strict=True):
         part = slice(first, last)
         kernels.divergence_gradient(
-            logits["a"][:, part],
-            logits["b"][:, part],
-            labels,
-            first,
+            TilePair(logits["a"][:, part], logits["b"][:, part], labels, first, *transforms),
             state,
             coefficients,
             student,
             out[:, part],
-            *transforms,
         )
     assert_within_budget(out, exact, plain.to(out.dtype), f"gradient of {student}")
 
@@ -235,7 +227,7 @@ def check_gradient(
 @pytest.mark.parametrize("student", ["a", "b"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gradient(
-    kernels: DivergenceKernels,
+    kernels: RowKernels,
     dtype: torch.dtype,
     student: Student,
     transforms: tuple[LogitTransform, LogitTransform],
@@ -251,17 +243,17 @@ def test_gradient(
 @pytest.mark.parametrize("b_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("student", ["a", "b"])
 def test_gradient_of_two_dtypes(
-    kernels: DivergenceKernels, dtype: torch.dtype, b_dtype: torch.dtype, student: Student
+    kernels: RowKernels, dtype: torch.dtype, b_dtype: torch.dtype, student: Student
 ) -> None:
     check_gradient(kernels, *rows(4, 333, dtype, b_dtype), student=student, in_place=True)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradient_into_another_dtype(kernels: DivergenceKernels, out_dtype: torch.dtype) -> None:
+def test_gradient_into_another_dtype(kernels: RowKernels, out_dtype: torch.dtype) -> None:
     a, b, labels = rows(4, 333, torch.float32)
     state, coefficients = fold(kernels, a, b, labels), torch.randn(4, 4)
     out = torch.empty(4, 333, dtype=out_dtype)
-    kernels.divergence_gradient(a, b, labels, 0, state, coefficients, "b", out, PLAIN, PLAIN)
+    kernels.divergence_gradient(TilePair(a, b, labels), state, coefficients, "b", out)
     exact, plain = (
         literal_gradient(a, b, labels, coefficients, "b", (PLAIN, PLAIN), dtype)
         for dtype in (torch.float64, torch.float32)
@@ -269,7 +261,7 @@ def test_gradient_into_another_dtype(kernels: DivergenceKernels, out_dtype: torc
     assert_within_budget(out, exact, plain.to(out_dtype))
 
 
-def test_rows_without_coefficients_become_zero(kernels: DivergenceKernels) -> None:
+def test_rows_without_coefficients_become_zero(kernels: RowKernels) -> None:
     a, b, labels = rows(4, 90, torch.float32)
     a[1] = math.nan
     b[2] = math.inf
@@ -277,7 +269,7 @@ def test_rows_without_coefficients_become_zero(kernels: DivergenceKernels) -> No
     coefficients = torch.randn(4, 4)
     coefficients[:, 1:3] = 0
     out = torch.full_like(a, math.nan)
-    kernels.divergence_gradient(a, b, labels, 0, state, coefficients, "b", out, PLAIN, PLAIN)
+    kernels.divergence_gradient(TilePair(a, b, labels), state, coefficients, "b", out)
     assert (out[1:3] == 0).all()
     assert (out[[0, 3]] != 0).all()
 
@@ -312,7 +304,7 @@ def hard_pairs() -> Iterator[tuple[str, dict[int, float], dict[int, float], floa
 @pytest.mark.parametrize(("name", "a_entries", "b_entries", "divergence"), list(hard_pairs()))
 @pytest.mark.parametrize("cuts", [(), (2, 3), (5, 6), tuple(range(1, 37))], ids=str)
 def test_hard_rows(
-    kernels: DivergenceKernels,
+    kernels: RowKernels,
     name: str,
     a_entries: dict[int, float],
     b_entries: dict[int, float],
@@ -336,7 +328,7 @@ def test_hard_rows(
 @pytest.mark.parametrize("student", ["a", "b"])
 @pytest.mark.parametrize("cuts", [(), (2, 7)], ids=str)
 def test_gradient_of_forbidden_tokens(
-    kernels: DivergenceKernels, dtype: torch.dtype, student: Student, cuts: tuple[int, ...]
+    kernels: RowKernels, dtype: torch.dtype, student: Student, cuts: tuple[int, ...]
 ) -> None:
     """Without a weight on the difference, its infinities are nothing: 0 * inf is not meant."""
     a, b, labels = rows(4, 37, dtype)
@@ -350,16 +342,11 @@ def test_gradient_of_forbidden_tokens(
     for first, last in zip((0, *cuts), (*cuts, 37), strict=True):
         part = slice(first, last)
         kernels.divergence_gradient(
-            a[:, part],
-            b[:, part],
-            labels,
-            first,
+            TilePair(a[:, part], b[:, part], labels, first),
             state,
             coefficients,
             student,
             out[:, part],
-            PLAIN,
-            PLAIN,
         )
     is_label = torch.arange(37) == labels[:, None]
     expected = []
@@ -377,12 +364,12 @@ class TestMerge:
             x.double() if x.is_floating_point() else x for x in rows(3, 90, torch.float32)
         )
         a, b = a * 10, b * 10
-        eager = registry.load_divergence("eager")
+        eager = registry.load("eager")
 
         def state(first: int, last: int) -> Tensor:
             part = pair_state.empty_state(3, a.device, torch.float64)
             columns = slice(first, last)
-            eager.divergence_update(a[:, columns], b[:, columns], labels, first, part, PLAIN, PLAIN)
+            eager.divergence_update(TilePair(a[:, columns], b[:, columns], labels, first), part)
             return part
 
         whole = found_state(state(0, 90), 90, labels)
@@ -410,12 +397,3 @@ def test_temperature_folds_into_the_transform() -> None:
     expected = transformed(x, transform, torch.float64) / 2.5
     found = transformed(x, transform.at_temperature(2.5), torch.float64)
     assert torch.allclose(found, expected, rtol=1e-14)
-
-
-@pytest.mark.parametrize("name", ["eager", "cpu", "triton", "cuda"])
-def test_every_backend_compares_two_rows(name: str) -> None:
-    try:
-        kernels = registry.load(name)
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(str(error))
-    assert isinstance(kernels, DivergenceKernels)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform, ScaleKernels
+from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cuda.geometry import (
     RESIDENT_THREADS,
     ROW_THREADS,
@@ -92,13 +92,12 @@ def test_too_many_columns_are_refused(name: str) -> None:
     logits = torch.zeros(1, 1).expand(1, gpu.MOST_COLUMNS + 1)
     labels, state = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1)
     with pytest.raises(ValueError, match=r"kernels take at most 1073741824 columns"):
-        load(name).log_odds_update(logits, labels, 0, state, LogitTransform())
+        load(name).log_odds_update(Tile(logits, labels), state)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_scale_refuses_what_is_not_contiguous(name: str) -> None:
     kernels, values = load(name), torch.ones(4, 6)[:, ::2]
-    assert isinstance(kernels, ScaleKernels)
     with pytest.raises(ValueError, match=r"contiguous.*strides \[6, 2\]"):
         kernels.scale_(values, torch.tensor(2.0))
     assert (values == 1).all()

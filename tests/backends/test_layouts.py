@@ -14,7 +14,7 @@ from tests.backends import test_divergence_kernels as pairs
 from tests.support.layouts import LAYOUTS, assert_only_written, place
 from unilogit_kernels import objectives
 from unilogit_kernels.backends import registry
-from unilogit_kernels.backends.contract import LogitTransform, RowKernels
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import assert_within_budget
@@ -39,10 +39,10 @@ def one_row(
     """Values and gradient rows of cross-entropy in two visits, with statistics in `dtype`."""
     n, v = logits.shape
     state = row_state.empty_state(n, logits.device, dtype)
-    kernels.log_odds_update(logits, labels, 0, state, PLAIN)
+    kernels.log_odds_update(Tile(logits, labels), state)
     d = row_state.log_odds(state, labels, v)
     loss = objectives.REGISTRY[OBJECTIVE]()
-    kernels.log_odds_gradient(logits, labels, 0, state, loss.slope(d, v), out, PLAIN)
+    kernels.log_odds_gradient(Tile(logits, labels), state, loss.slope(d, v), out)
     return loss.value(d, v), out
 
 
@@ -56,16 +56,16 @@ def test_logits_and_output(
     labels = torch.randint(0, SHAPE[1], SHAPE[:1])
     exact = one_row(eager, logits, labels, torch.empty(SHAPE).double(), torch.float64)
     plain = one_row(eager, logits, labels, torch.empty(SHAPE, dtype=out_dtype), torch.float32)
-    sweep = registry.sweep_kernels(kernels)
     for out_layout in LAYOUTS:
         what = f"{layout} logits, {out_layout} output: "
-        for is_swept in (False, True) if sweep is not None else (False,):
+        for is_swept in (False, True) if OBJECTIVE in kernels.swept_objectives else (False,):
             view, _ = place(logits, layout)
             out, memory = place(torch.zeros(SHAPE, dtype=out_dtype), out_layout)
             if is_swept:
-                assert sweep is not None
                 weight = torch.ones(SHAPE[0])
-                values = sweep.log_odds_sweep(view, labels, weight, OBJECTIVE, SHAPE[1], out, PLAIN)
+                values = kernels.log_odds_sweep(
+                    Tile(view, labels), weight, OBJECTIVE, SHAPE[1], out
+                )
             else:
                 values, _ = one_row(kernels, view, labels, out, torch.float32)
             assert_within_budget(values, exact[0], plain[0], what + "values", smallest_scale=1.0)
@@ -79,7 +79,7 @@ def test_two_models_and_output(
     two_row_backend: str, a_layout: str, a_dtype: torch.dtype, b_dtype: torch.dtype
 ) -> None:
     """Every pair of layouts of the three matrices: `out` takes that of a plus that of b."""
-    kernels = registry.load_divergence(two_row_backend)
+    kernels = registry.load(two_row_backend)
     a, b, labels = pairs.rows(*SHAPE, a_dtype, b_dtype)
     coefficients, transforms = torch.randn(4, SHAPE[0]), (PLAIN, PLAIN)
     student: pairs.Student = "b" if a_dtype == torch.bfloat16 else "a"
@@ -102,7 +102,7 @@ def test_two_models_and_output(
                 found[j], exact_state[j], plain_state[j], what + name, smallest_scale=1.0
             )
         kernels.divergence_gradient(
-            a_view, b_view, labels, 0, state, coefficients, student, out, *transforms
+            TilePair(a_view, b_view, labels, 0, *transforms), state, coefficients, student, out
         )
         assert_within_budget(out, exact, plain.to(out.dtype), what + "gradient")
         assert_only_written(out, memory)

@@ -21,7 +21,7 @@ from unilogit_kernels import (
     target_and_runner_up,
 )
 from unilogit_kernels.backends import registry
-from unilogit_kernels.backends.contract import LogitTransform, RowKernels
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
@@ -48,7 +48,7 @@ def fold(
     state = row_state.empty_state(logits.shape[0], logits.device, dtype, runner_up=True)
     for chunk in chunks:
         kernels.log_odds_update(
-            logits[:, chunk], labels, first_column + chunk.start, state, transform
+            Tile(logits[:, chunk], labels, first_column + chunk.start, transform), state
         )
     return state
 
@@ -142,7 +142,7 @@ def test_statistics_are_those_of_a_state_without_it(
 ) -> None:
     logits, labels = torch.randn(9, V).to(dtype), torch.randint(0, V, (9,))
     plain = row_state.empty_state(9, logits.device)
-    kernels.log_odds_update(logits, labels, 0, plain, PLAIN)
+    kernels.log_odds_update(Tile(logits, labels), plain)
     assert torch.equal(fold(kernels, logits, labels, [slice(0, V)])[:3], plain)
 
 
@@ -230,7 +230,7 @@ def test_gradient_rows(
     out = real if in_place else torch.full_like(real, math.nan)
     for chunk in chunks:
         kernels.log_odds_gradient(
-            real[:, chunk], labels, chunk.start, state, slopes, out[:, chunk], transform
+            Tile(real[:, chunk], labels, chunk.start, transform), state, slopes, out[:, chunk]
         )
     assert_within_budget(out, exact, plain, "gradient")
 
@@ -242,7 +242,7 @@ def test_rows_without_a_slope_are_zero_whatever_they_hold(kernels: RowKernels) -
     state = fold(kernels, logits, labels, [slice(0, V)])
     zeros = torch.zeros(4)
     slopes = slopes_of(state, labels, V, row_state.Statistics(zeros, zeros))
-    kernels.log_odds_gradient(logits, labels, 0, state, slopes, logits, PLAIN)
+    kernels.log_odds_gradient(Tile(logits, labels), state, slopes, logits)
     assert logits.count_nonzero() == 0
     assert logits.isfinite().all()
 

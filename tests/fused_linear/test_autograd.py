@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.problems import check, linear_problem
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss, reference, unilogit_loss
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, Tile
+from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.fused_linear import compaction
 from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
@@ -227,19 +228,15 @@ class TestGpuBranch:
         assert products
 
 
-class _NoKernels:
+class _NoKernels(EagerKernels):
     """Row kernels that check what they are given and compute nothing."""
 
-    name = "none"
+    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+        assert tile.logits.shape[0] == tile.labels.shape[0] == state.shape[1]
 
-    def log_odds_update(self, logits, labels, first_column, state, transform):  # type: ignore[no-untyped-def]
-        assert logits.shape[0] == labels.shape[0] == state.shape[1]
-
-    def log_odds_gradient(  # type: ignore[no-untyped-def]
-        self, logits, labels, first_column, state, slope, out, transform
-    ):
-        assert logits.shape == out.shape
-        assert logits.shape[0] == labels.shape[0] == state.shape[1] == slope.shape[0]
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
+        assert tile.logits.shape == out.shape
+        assert out.shape[0] == tile.labels.shape[0] == state.shape[1] == slope.shape[0]
 
 
 def test_kept_tiles_beyond_32_bits() -> None:

@@ -265,14 +265,14 @@ def test_skips_rows_without_a_gradient(monkeypatch: pytest.MonkeyPatch, backend:
 class TestRowState:
     def test_merge_is_what_one_pass_gives(self) -> None:
         logits, labels = torch.randn(3, 90, dtype=torch.float64) * 30, torch.tensor([0, 40, 89])
-        from unilogit_kernels.backends.contract import LogitTransform
+        from unilogit_kernels.backends.contract import Tile
         from unilogit_kernels.backends.registry import load
 
         eager, cpu = load("eager"), torch.device("cpu")
 
         def state(first: int, last: int) -> torch.Tensor:
             part = row_state.empty_state(3, cpu, torch.float64)
-            eager.log_odds_update(logits[:, first:last], labels, first, part, LogitTransform())
+            eager.log_odds_update(Tile(logits[:, first:last], labels, first), part)
             return part
 
         whole = row_state.log_odds(state(0, 90), labels, 90)

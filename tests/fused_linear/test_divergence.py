@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.fused_linear.test_options import GemmCounter
 from tests.support.divergence_pairs import DIVERGENCES, check, check_gradient, linear_pair
 from tests.support.problems import casts_operands, saved_tokens
 from unilogit_kernels import Shift, linear_kl_loss
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, TilePair
+from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
@@ -287,18 +289,21 @@ def test_the_plan_of_a_gpu_runs_on_tensors_without_data(
         assert values.shape == (n,)
 
 
-class _NoKernels:
+class _NoKernels(EagerKernels):
     """Two-row kernels that check what they are given and compute nothing."""
 
-    name = "none"
+    def divergence_update(self, pair: TilePair, state: Tensor) -> None:
+        assert pair.a.shape == pair.b.shape
+        assert state.shape == (7, pair.a.shape[0]) == (7, pair.labels.shape[0])
 
-    def divergence_update(self, a, b, labels, first_column, state, *_):  # type: ignore[no-untyped-def]
-        assert a.shape == b.shape
-        assert (7, a.shape[0]) == (state.shape[0], labels.shape[0]) == tuple(state.shape)
-
-    def divergence_gradient(  # type: ignore[no-untyped-def]
-        self, a, b, labels, first_column, state, coefficients, student, out, *_
-    ):
-        assert a.shape == b.shape == out.shape
-        assert coefficients.shape == (4, a.shape[0])
-        assert state.shape == (7, labels.shape[0])
+    def divergence_gradient(
+        self,
+        pair: TilePair,
+        state: Tensor,
+        coefficients: Tensor,
+        student: Literal["a", "b"],
+        out: Tensor,
+    ) -> None:
+        assert pair.a.shape == pair.b.shape == out.shape
+        assert coefficients.shape == (4, out.shape[0])
+        assert state.shape == (7, pair.labels.shape[0])

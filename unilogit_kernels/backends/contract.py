@@ -6,8 +6,10 @@ tensors as they are; whether a backend may run on a device is the registry's bus
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -34,136 +36,129 @@ class LogitTransform(NamedTuple):
         return LogitTransform(self.scale / temperature, self.softcap / temperature)
 
 
-class RowKernels(Protocol):
-    """What a backend implements.
+class Tile(NamedTuple):
+    """Rows of one model's logits, over some columns of the vocabulary.
 
-    Shapes: `logits` is `[n, v]` with any strides, the columns `first_column ..
-    first_column + v` of the vocabulary; `labels` is int64 `[n]`, contiguous, counted in the whole
-    vocabulary. A label outside the given columns is simply not among them (it may be in another
-    chunk, or be `ignore_index`).
+    Attributes:
+        logits: `[n, v]`, any strides.
+        labels: int64 `[n]`, contiguous, counted in the whole vocabulary. A label outside these
+            columns is simply not among them (it may be in another tile, or be `ignore_index`).
+        first_column: Where in the vocabulary these columns begin.
+        transform: What the model does to the raw logits.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    first_column: int = 0
+    transform: LogitTransform = LogitTransform()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.logits.device
+
+
+class TilePair(NamedTuple):
+    """Rows of two models' logits over the same columns, to be compared: KL(P_a || P_b) per token.
+
+    `a` is the distribution that weights the sum, `b` the other one; which of them is the student's
+    is the caller's business. They may differ in dtype (float32, bfloat16 or float16 each).
+
+    Attributes:
+        a: `[n, v]`, any strides.
+        b: The same.
+        labels: As of a `Tile`; -1 is in no column, so that both rests are the whole rows.
+        first_column: As of a `Tile`.
+        a_transform: What is done to the raw logits of a.
+        b_transform: The same for b.
+    """
+
+    a: Tensor
+    b: Tensor
+    labels: Tensor
+    first_column: int = 0
+    a_transform: LogitTransform = LogitTransform()
+    b_transform: LogitTransform = LogitTransform()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.a.device
+
+
+class RowKernels(ABC):
+    """What a backend implements; it holds no data.
+
+    Each row of a state, of slopes and of coefficients is contiguous.
+
+    Attributes:
+        name: Name of the backend.
+        swept_objectives: Names of the objectives that `log_odds_sweep` takes; others take two
+            passes.
     """
 
     name: str
+    swept_objectives: frozenset[str] = frozenset()
 
-    def __hash__(self) -> int:
-        """Kernels hold no data: each set is itself."""
-
-    def log_odds_update(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        """Fold these columns into `state` (see `row_state`), in place; one read.
+    @abstractmethod
+    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+        """Fold a tile into `state` (see `row_state`), in place; one read.
 
         `state` is `[3, n]`, or `[4, n]` where the column of the largest logit of the rest is asked
         for: of the transformed logits, the lowest column of equal ones, counted in the whole
         vocabulary, in whatever order columns are folded. In a row that is NaN it may be any.
         """
 
-    def log_odds_gradient(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        slope: Tensor,
-        out: Tensor,
-        transform: LogitTransform,
-    ) -> None:
+    @abstractmethod
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
         """Write `slope_i * (1[j == y_i] - r_ij) * dz/dx` into `out`; one read, one write.
 
         `r_ij = exp(z_ij - max_i) / sum_i` comes from the complete `state`: subtracting a rounded
         `rest_lse` instead would cost a digit for every decade of the logits' common offset.
-        `out` is `[n, v]`, any strides, of the logits' dtype or another float dtype; it may be
-        `logits` itself. A row whose slope is exactly 0 becomes exactly 0, whatever its logits hold.
+        `out` is `[n, v]`, any strides, of the logits' dtype or another float dtype; it may be the
+        tile's logits. A row whose slope is exactly 0 becomes exactly 0, whatever its logits hold.
 
-        With a state of four rows `slope` is `[3, n]`, rows contiguous (`row_state.row_slopes`): the
-        slope of the rest, and the entries (but for dz/dx) of the label and of the state's column. A
-        row of three zeros becomes exactly 0.
+        With a state of four rows `slope` is `[3, n]` (`row_state.row_slopes`): the slope of the
+        rest, and the entries (but for dz/dx) of the label and of the state's column. A row of
+        three zeros becomes exactly 0.
         """
-
-
-@runtime_checkable
-class SweepKernels(RowKernels, Protocol):
-    """A backend that can also finish a whole row in one visit: its second read is cached."""
-
-    swept_objectives: frozenset[str]
-    """Names of the objectives that the sweep knows; others take two visits."""
 
     def log_odds_sweep(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        row_weight: Tensor,
-        objective: str,
-        vocab_size: int,
-        out: Tensor | None,
-        transform: LogitTransform,
+        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
     ) -> Tensor:
-        """Return `f(d_i)` (`[n]`, float32, unweighted) and write the gradient rows into `out`.
+        """Statistics, objective and gradient of whole rows: their second read is cached.
 
-        `logits` holds the whole vocabulary. The row of `out` is `log_odds_gradient`'s for the slope
-        `row_weight_i * f'(d_i)`; `out` may be `logits`, or None for the loss alone. A row with
-        weight 0 is not read: its value and its gradient row are 0.
+        Args:
+            tile: The whole vocabulary. A label outside of it gives NaN.
+            row_weight: `[n]`, contiguous. A row of weight exactly 0 is not read: its value and its
+                gradient row are 0.
+            objective: One of `swept_objectives`.
+            vocab_size: The V of the objective.
+            out: `[n, V]`; receives the rows of `log_odds_gradient` for the slopes
+                `row_weight * f'(d)`. It may be the tile's logits, or None for the loss alone.
+
+        Returns:
+            The unweighted values `f(d)`, float32 `[n]`.
         """
+        raise NotImplementedError(f"the {self.name} backend sweeps no objective")
 
+    @abstractmethod
+    def divergence_update(self, pair: TilePair, state: Tensor) -> None:
+        """Fold a pair into `state` (`[7, n]`, see `pair_state`), in place; one read each."""
 
-@runtime_checkable
-class ScaleKernels(Protocol):
-    """A backend that scales where only the device knows the factor, without asking for it."""
-
-    def scale_(self, values: Tensor, factor: Tensor) -> None:
-        """`values *= factor` in place, rounded once; nothing is moved where it is exactly 1.
-
-        `values` is contiguous; `factor` is one float on the same device.
-        """
-
-
-@runtime_checkable
-class DivergenceKernels(Protocol):
-    """A backend that can also compare two rows over the same columns: KL(P_a || P_b) per token.
-
-    `a` is the distribution that weights the sum, `b` the other one; which of them is the model that
-    learns is the caller's business. Both are `[n, v]` with any strides and may differ in dtype
-    (float32, bfloat16 or float16 each). Labels are as for `RowKernels`; a label of -1 is in no
-    column, so that both rests are the whole rows.
-    """
-
-    name: str
-
-    def divergence_update(
-        self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
-    ) -> None:
-        """Fold these columns into `state` (`[7, n]`, see `pair_state`), in place; one read each."""
-
+    @abstractmethod
     def divergence_gradient(
         self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
+        pair: TilePair,
         state: Tensor,
         coefficients: Tensor,
         student: Literal["a", "b"],
         out: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
     ) -> None:
         """Write the gradient rows of the student's logits into `out`; one read each, one write.
 
         With `s_j = a_j - a_max`, `t_j = b_j - b_max` from the complete `state` (a maximum of -inf
-        is taken as 0) and row i's `alpha, beta, gamma, at_label` (`coefficients`, `[4, n]`, rows
-        contiguous):
+        is taken as 0) and row i's `alpha, beta, gamma, at_label` (`coefficients`, `[4, n]`):
 
             out_j = (exp(s_j) (alpha + beta (s_j - t_j)) + gamma exp(t_j)) dz/dx   for j != y
             out_y = at_label dz/dx
@@ -177,3 +172,13 @@ class DivergenceKernels(Protocol):
         themselves. A row whose four coefficients are exactly 0 becomes exactly 0, whatever its
         logits hold.
         """
+
+    def scale_(self, values: Tensor, factor: Tensor) -> None:
+        """`values *= factor` in place, rounded once; nothing is moved where it is exactly 1.
+
+        `values` is contiguous; `factor` is one float of the exact dtype on the same device. Where
+        only a GPU knows it, kernels of its own spare asking for it.
+        """
+        if factor.device.type == "cpu" and factor.item() == 1.0:
+            return
+        values.copy_(values.to(factor.dtype).mul_(factor))

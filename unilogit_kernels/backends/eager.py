@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.maths import pair_state, row_state
 from unilogit_kernels.maths.row_state import finite_shift, has_runner_up
 
@@ -71,20 +71,14 @@ def _rest_and_target(
     return z, row_max, torch.where(inside, at_label, float("-inf"))[:, 0]
 
 
-class EagerKernels:
-    """`RowKernels` and `DivergenceKernels` in torch, in blocks of rows that bound temporaries."""
+class EagerKernels(RowKernels):
+    """The row kernels in torch, in blocks of rows that bound temporaries."""
 
     name = "eager"
 
-    def log_odds_update(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        """See `RowKernels.log_odds_update`."""
+    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+        """See `RowKernels`."""
+        logits, labels, first_column, transform = tile
         v = logits.shape[1]
         if v == 0:
             return
@@ -100,17 +94,9 @@ class EagerKernels:
             part = [row_max, z.exp_().sum(1), target, *runner_up]
             state[:, rows] = row_state.merge(state[:, rows], torch.stack(part))
 
-    def log_odds_gradient(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        slope: Tensor,
-        out: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        """See `RowKernels.log_odds_gradient`."""
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
+        """See `RowKernels`."""
+        logits, labels, first_column, transform = tile
         v = logits.shape[1]
         if v == 0:
             return
@@ -129,17 +115,9 @@ class EagerKernels:
             row.mul_(transform.scale)
             out[rows] = row.masked_fill_((slopes[:, rows] == 0).all(0)[:, None], 0.0)
 
-    def divergence_update(
-        self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
-    ) -> None:
-        """See `DivergenceKernels.divergence_update`."""
+    def divergence_update(self, pair: TilePair, state: Tensor) -> None:
+        """See `RowKernels`."""
+        a, b, labels, first_column, a_transform, b_transform = pair
         v = a.shape[1]
         if v == 0:
             return
@@ -155,18 +133,14 @@ class EagerKernels:
 
     def divergence_gradient(
         self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
+        pair: TilePair,
         state: Tensor,
         coefficients: Tensor,
         student: Literal["a", "b"],
         out: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
     ) -> None:
-        """See `DivergenceKernels.divergence_gradient`."""
+        """See `RowKernels`."""
+        a, b, labels, first_column, a_transform, b_transform = pair
         v = a.shape[1]
         if v == 0:
             return

@@ -7,12 +7,14 @@ transform and of a vocabulary. Nothing here has been measured on a GPU yet (docs
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.backends.ids import DTYPE_IDS
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
+from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
+from unilogit_kernels.maths import row_state
 
 MOST_COLUMNS = 2**30
 """Columns are counted in 32 bits, a few tiles beyond the last one included."""
@@ -47,59 +49,6 @@ class Finish(NamedTuple):
     slopes: Tensor
 
 
-def check_dtypes(language: str, *tensors: Tensor) -> None:
-    """Raise TypeError unless each tensor is of one of `DTYPE_IDS`.
-
-    Args:
-        language: Of the kernels, as the message names it.
-        tensors: Logits and gradients.
-    """
-    for tensor in tensors:
-        if tensor.dtype not in DTYPE_IDS:
-            raise TypeError(
-                f"the {language} kernels take {', '.join(map(str, DTYPE_IDS))}, got {tensor.dtype} "
-                "(float64 belongs to the eager backend)"
-            )
-
-
-def check_matrices(language: str, *matrices: Tensor) -> None:
-    """Raise unless the kernels take these logits and gradients, all of one shape `[n, v]`.
-
-    Args:
-        language: Of the kernels, as the message names it.
-        matrices: Logits and gradients.
-
-    Raises:
-        TypeError: A dtype is not one of `DTYPE_IDS`.
-        ValueError: There are more than `MOST_COLUMNS` columns.
-    """
-    check_dtypes(language, *matrices)
-    columns = matrices[0].shape[1]
-    if columns > MOST_COLUMNS:
-        raise ValueError(
-            f"the {language} kernels take at most {MOST_COLUMNS} columns, got {columns}"
-        )
-
-
-def check_scaled(language: str, values: Tensor) -> None:
-    """Raise unless the kernels scale this tensor in place.
-
-    Args:
-        language: Of the kernels, as the message names it.
-        values: What is scaled.
-
-    Raises:
-        TypeError: Its dtype is not one of `DTYPE_IDS`.
-        ValueError: It is not contiguous.
-    """
-    check_dtypes(language, values)
-    if not values.is_contiguous():
-        raise ValueError(
-            f"the {language} kernels scale contiguous tensors, got shape {list(values.shape)} "
-            f"with strides {list(values.stride())}"
-        )
-
-
 def factors_of(transform: LogitTransform) -> tuple[float, float]:
     """`scale` and `softcap` as the kernels take them: the cap's division goes into the scale."""
     if transform.softcap:
@@ -110,6 +59,74 @@ def factors_of(transform: LogitTransform) -> tuple[float, float]:
 def vocabulary_terms(vocab_size: int) -> tuple[float, float, float]:
     """What objectives know of the vocabulary: `u = -log(V - 1)`, `log(1 + exp(u))`, `1 / V`."""
     return -math.log(vocab_size - 1), math.log1p(1 / (vocab_size - 1)), 1 / vocab_size
+
+
+# ---- what both backends do ---------------------------------------------------------------------
+
+
+class GpuKernels(RowKernels):
+    """Checks of what kernels are launched on, and a sweep where one launch of whole rows is slower.
+
+    Attributes:
+        language: What the kernels are written in, as messages name it.
+    """
+
+    language: str
+    swept_objectives = frozenset(OBJECTIVE_IDS)
+
+    @abstractmethod
+    def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:
+        """See `RowKernels`; `finish` says what to compute beside, of a tile of whole rows."""
+
+    def sweep_in_two_passes(self, tile: Tile, finish: Finish, out: Tensor | None) -> Tensor:
+        """See `RowKernels.log_odds_sweep`: the merge of the parts tells each row's slope."""
+        state = row_state.empty_state(tile.logits.shape[0], tile.device)
+        self.log_odds_update(tile, state, finish)
+        if out is not None:
+            self.log_odds_gradient(tile, state, finish.slopes, out)
+        return finish.values
+
+    def are_empty(self, *matrices: Tensor | None) -> bool:
+        """Whether there is nothing to launch for.
+
+        Args:
+            matrices: Logits and gradients, all of one shape `[n, v]`, or None.
+
+        Raises:
+            TypeError: A dtype is not one of `DTYPE_IDS`.
+            ValueError: There are more than `MOST_COLUMNS` columns.
+        """
+        first, *others = (matrix for matrix in matrices if matrix is not None)
+        self._check_dtypes(first, *others)
+        if first.shape[1] > MOST_COLUMNS:
+            raise ValueError(
+                f"the {self.language} kernels take at most {MOST_COLUMNS} columns, "
+                f"got {first.shape[1]}"
+            )
+        return first.numel() == 0
+
+    def is_empty(self, values: Tensor) -> bool:
+        """Whether there is nothing to scale in place.
+
+        Raises:
+            TypeError: The dtype is not one of `DTYPE_IDS`.
+            ValueError: The tensor is not contiguous.
+        """
+        self._check_dtypes(values)
+        if not values.is_contiguous():
+            raise ValueError(
+                f"the {self.language} kernels scale contiguous tensors, got shape "
+                f"{list(values.shape)} with strides {list(values.stride())}"
+            )
+        return values.numel() == 0
+
+    def _check_dtypes(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if tensor.dtype not in DTYPE_IDS:
+                raise TypeError(
+                    f"the {self.language} kernels take {', '.join(map(str, DTYPE_IDS))}, "
+                    f"got {tensor.dtype} (float64 belongs to the eager backend)"
+                )
 
 
 # ---- how rows are shared among programs --------------------------------------------------------

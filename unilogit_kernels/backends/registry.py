@@ -12,16 +12,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import cast
 
 import torch
 
-from unilogit_kernels.backends.contract import (
-    DivergenceKernels,
-    RowKernels,
-    ScaleKernels,
-    SweepKernels,
-)
+from unilogit_kernels.backends.contract import RowKernels
 from unilogit_kernels.backends.ids import DTYPE_IDS
 
 _PACKAGE = __name__.partition(".")[0]
@@ -53,29 +47,6 @@ def load(name: str) -> RowKernels:
     from unilogit_kernels.backends.eager import EagerKernels
 
     return EagerKernels()
-
-
-@cache
-def sweep_kernels(kernels: RowKernels) -> SweepKernels | None:
-    """The kernels as ones that finish whole rows at once, if they do; looked up once."""
-    return kernels if isinstance(kernels, SweepKernels) else None
-
-
-@cache
-def scale_kernels(kernels: RowKernels) -> ScaleKernels | None:
-    """The kernels as ones that scale in place, if they do; looked up once."""
-    return kernels if isinstance(kernels, ScaleKernels) else None
-
-
-@cache
-def load_divergence(name: str) -> DivergenceKernels:
-    """The two-row kernels of a backend; every one of them has some.
-
-    Raises:
-        ImportError: As `load`.
-        RuntimeError: As `load`.
-    """
-    return cast(DivergenceKernels, load(name))
 
 
 def unavailable_reason(name: str) -> str | None:

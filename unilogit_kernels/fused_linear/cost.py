@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import LinearHead
@@ -150,7 +150,7 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=_META)
 
 
-class _RecordingKernels:
+class _RecordingKernels(RowKernels):
     """Every kernel of the contract, as a launch with what it reads and writes."""
 
     name = "recording"
@@ -159,66 +159,29 @@ class _RecordingKernels:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def log_odds_update(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        self._recorder.add("log_odds_update", [logits, labels, state], [state])
+    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+        self._recorder.add("log_odds_update", [tile.logits, tile.labels, state], [state])
 
-    def log_odds_gradient(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        slope: Tensor,
-        out: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        self._recorder.add("log_odds_gradient", [logits, labels, state, slope], [out])
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
+        self._recorder.add("log_odds_gradient", [tile.logits, tile.labels, state, slope], [out])
 
     def log_odds_sweep(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        row_weight: Tensor,
-        objective: str,
-        vocab_size: int,
-        out: Tensor | None,
-        transform: LogitTransform,
+        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
     ) -> Tensor:
-        values = row_weight.new_empty(logits.shape[0])
+        values = row_weight.new_empty(tile.logits.shape[0])
         written = [values] if out is None else [values, out]
-        self._recorder.add("log_odds_sweep", [logits, labels, row_weight], written)
+        self._recorder.add("log_odds_sweep", [tile.logits, tile.labels, row_weight], written)
         return values
 
-    def divergence_update(
-        self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
-    ) -> None:
-        self._recorder.add("divergence_update", [a, b, labels, state], [state])
+    def divergence_update(self, pair: TilePair, state: Tensor) -> None:
+        self._recorder.add("divergence_update", [*pair[:3], state], [state])
 
     def divergence_gradient(
         self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
+        pair: TilePair,
         state: Tensor,
         coefficients: Tensor,
         student: Literal["a", "b"],
         out: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
     ) -> None:
-        self._recorder.add("divergence_gradient", [a, b, labels, state, coefficients], [out])
+        self._recorder.add("divergence_gradient", [*pair[:3], state, coefficients], [out])

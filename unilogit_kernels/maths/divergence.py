@@ -59,7 +59,7 @@ class Divergence:
     def coefficients(
         self, state: Tensor, labels: Tensor | None, vocab_size: int, weight: Tensor
     ) -> Tensor:
-        """`alpha, beta, gamma, at_label` of `DivergenceKernels.divergence_gradient`, `[4, n]`.
+        """`alpha, beta, gamma, at_label` of `RowKernels.divergence_gradient`, `[4, n]`.
 
         Args:
             state: As in `values`.

@@ -86,7 +86,7 @@ class PairRows(NamedTuple):
             *self._transforms(),
             self.vocab_size,
             self._divergence(),
-            registry.load_divergence(self.backend),
+            registry.load(self.backend),
         )
 
     def column(self, state: Tensor) -> Tensor:

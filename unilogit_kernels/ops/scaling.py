@@ -88,13 +88,8 @@ def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
         return _product(gradient, factor, saved.dtype)
     if factor.dim():
         return _scale_rows(gradient, factor)
-    kernels = registry.scale_kernels(registry.load(saved.backend))
-    if kernels is not None:
-        kernels.scale_(gradient, factor)
-        return gradient
-    if factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient
-    return _product(gradient, factor, saved.dtype)
+    registry.load(saved.backend).scale_(gradient, factor)
+    return gradient
 
 
 def _product(gradient: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import DivergenceKernels, LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, TilePair
 from unilogit_kernels.maths import pair_state
 from unilogit_kernels.maths.divergence import Divergence
 from unilogit_kernels.rows.whole import logits_state
-
-_T = TypeVar("_T")
 
 
 class PairProblem(NamedTuple):
@@ -35,7 +33,7 @@ class PairProblem(NamedTuple):
     teacher_transform: LogitTransform
     vocab_size: int
     divergence: Divergence
-    kernels: DivergenceKernels
+    kernels: RowKernels
 
     def at(self, tokens: slice | Tensor) -> PairProblem:
         """See `Rows.at`."""
@@ -47,13 +45,7 @@ class PairProblem(NamedTuple):
 
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
         """See `Rows.update`."""
-        self.kernels.divergence_update(
-            *self._in_order(logits),
-            self.labels,
-            first_column,
-            state,
-            *self._in_order((self.student_transform, self.teacher_transform)),
-        )
+        self.kernels.divergence_update(self._pair(logits, first_column), state)
 
     def gradient(
         self,
@@ -65,14 +57,7 @@ class PairProblem(NamedTuple):
     ) -> None:
         """See `Rows.gradient`; `slope` are the coefficients."""
         self.kernels.divergence_gradient(
-            *self._in_order(logits),
-            self.labels,
-            first_column,
-            state,
-            slope,
-            self.divergence.student,
-            out,
-            *self._in_order((self.student_transform, self.teacher_transform)),
+            self._pair(logits, first_column), state, slope, self.divergence.student, out
         )
 
     def values(self, state: Tensor) -> Tensor:
@@ -85,10 +70,12 @@ class PairProblem(NamedTuple):
         labels = self.labels if self.labelled else None
         return self.divergence.coefficients(state, labels, self.vocab_size, upstream)
 
-    def _in_order(self, pair: Sequence[_T]) -> tuple[_T, _T]:
-        """Of the student and of the teacher, first what belongs to row `a` of the kernels."""
-        student, teacher = pair
-        return (student, teacher) if self.divergence.student == "a" else (teacher, student)
+    def _pair(self, logits: Sequence[Tensor], first_column: int) -> TilePair:
+        (student, teacher), labels = logits, self.labels
+        by_student, by_teacher = self.student_transform, self.teacher_transform
+        if self.divergence.student == "a":
+            return TilePair(student, teacher, labels, first_column, by_student, by_teacher)
+        return TilePair(teacher, student, labels, first_column, by_teacher, by_student)
 
 
 class PairLoss(NamedTuple):

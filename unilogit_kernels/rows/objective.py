@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import LogitTransform, RowKernels
-from unilogit_kernels.backends.registry import sweep_kernels
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import Statistics
 from unilogit_kernels.objectives import Objective
@@ -49,9 +48,13 @@ class RowProblem(NamedTuple):
         """See `Rows.empty_state`; `[3, n]`, or `[4, n]` with the runner-up."""
         return row_state.empty_state(n, device, dtype, runner_up=self.runner_up)
 
+    def tile(self, logits: Tensor, first_column: int = 0) -> Tile:
+        """What the kernels take of these rows' logits."""
+        return Tile(logits, self.labels, first_column, self.transform)
+
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
         """See `Rows.update`."""
-        self.kernels.log_odds_update(logits[0], self.labels, first_column, state, self.transform)
+        self.kernels.log_odds_update(self.tile(logits[0], first_column), state)
 
     def gradient(
         self,
@@ -62,9 +65,7 @@ class RowProblem(NamedTuple):
         out: Tensor,
     ) -> None:
         """See `Rows.gradient`."""
-        self.kernels.log_odds_gradient(
-            logits[0], self.labels, first_column, state, slope, out, self.transform
-        )
+        self.kernels.log_odds_gradient(self.tile(logits[0], first_column), state, slope, out)
 
     def values(self, state: Tensor) -> Tensor:
         """The log-odds, `[n]`; and the runner-up's `log p`, `[2, n]` together."""
@@ -243,11 +244,9 @@ def finish_rows(
     Returns:
         The values, and the sizes `[n]` that rows were divided by, or None.
     """
-    kernels = rows.kernels
-    sweep = sweep_kernels(kernels)
-    if sweep is not None and objective.name in sweep.swept_objectives:
-        values = sweep.log_odds_sweep(
-            logits, rows.labels, slope_weight, objective.name, rows.vocab_size, out, rows.transform
+    if objective.name in rows.kernels.swept_objectives:
+        values = rows.kernels.log_odds_sweep(
+            rows.tile(logits), slope_weight, objective.name, rows.vocab_size, out
         )
         return values, None
     state = logits_state([logits], rows)

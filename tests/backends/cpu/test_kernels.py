@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.support.layouts import CANARY, LAYOUTS, assert_only_written, place
 from unilogit_kernels import objective_loss, objectives
-from unilogit_kernels.backends.contract import DivergenceKernels, LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.backends.cpu.kernels import CpuKernels
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
@@ -128,7 +128,7 @@ def folded_state(logits: Tensor, labels: Tensor, transform: LogitTransform, chun
     state = row_state.empty_state(logits.shape[0], torch.device("cpu"))
     for first in range(0, logits.shape[1], chunk):
         columns = logits[:, first : first + chunk]
-        KERNELS.log_odds_update(columns, labels, first, state, transform)
+        KERNELS.log_odds_update(Tile(columns, labels, first, transform), state)
     return state
 
 
@@ -170,7 +170,7 @@ def test_update_of_any_layout_is_the_same(isa: str, layout: str, dtype: torch.dt
 def test_update_into_rows_of_a_larger_state(isa: str) -> None:
     logits, labels, _ = problem(4, 100, torch.float32)
     memory = row_state.empty_state(6, torch.device("cpu"))
-    KERNELS.log_odds_update(logits, labels, 0, memory[:, 1:5], PLAIN)
+    KERNELS.log_odds_update(Tile(logits, labels), memory[:, 1:5])
     assert torch.equal(memory[:, 1:5], folded_state(logits, labels, PLAIN, 100))
     assert torch.equal(memory[:, ::5], row_state.empty_state(2, torch.device("cpu")))
 
@@ -191,7 +191,10 @@ def test_gradient(isa: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
                 for first in range(0, shape[1], chunk):
                     columns = slice(first, first + chunk)
                     KERNELS.log_odds_gradient(
-                        logits[:, columns], labels, first, state, slope, out[:, columns], transform
+                        Tile(logits[:, columns], labels, first, transform),
+                        state,
+                        slope,
+                        out[:, columns],
                     )
                 assert_rows_within_budget(
                     out, exact.gradient(slope.double()), plain.gradient(slope), f"{shape}"
@@ -206,10 +209,10 @@ def test_gradient_of_any_layout_is_the_same(isa: str, layout: str, out_layout: s
         logits, labels, slope = problem(5, 2085, dtype)
         state = folded_state(logits, labels, CAPPED, 2085)
         expected = torch.empty_like(logits)
-        KERNELS.log_odds_gradient(logits, labels, 0, state, slope, expected, CAPPED)
+        KERNELS.log_odds_gradient(Tile(logits, labels, transform=CAPPED), state, slope, expected)
         view, _memory = place(logits, layout)
         out, memory = place(torch.zeros_like(logits), out_layout)
-        KERNELS.log_odds_gradient(view, labels, 0, state, slope, out, CAPPED)
+        KERNELS.log_odds_gradient(Tile(view, labels, transform=CAPPED), state, slope, out)
         assert torch.equal(out, expected)
         assert_only_written(out, memory)
 
@@ -220,9 +223,9 @@ def test_gradient_in_place(isa: str, layout: str, dtype: torch.dtype) -> None:
     logits, labels, slope = problem(5, 3001, dtype)
     state = folded_state(logits, labels, PLAIN, 3001)
     expected = torch.empty_like(logits)
-    KERNELS.log_odds_gradient(logits, labels, 0, state, slope, expected, PLAIN)
+    KERNELS.log_odds_gradient(Tile(logits, labels), state, slope, expected)
     view, memory = place(logits, layout)
-    KERNELS.log_odds_gradient(view, labels, 0, state, slope, view, PLAIN)
+    KERNELS.log_odds_gradient(Tile(view, labels), state, slope, view)
     assert torch.equal(view, expected)
     assert_only_written(view, memory)
 
@@ -234,7 +237,7 @@ def test_zero_slope_does_not_read_and_nan_slope_gives_nan(isa: str) -> None:
     state = folded_state(logits, labels, PLAIN, 1100)
     out = torch.full_like(logits, CANARY)
     slope = torch.tensor([0.0, math.nan, -0.0, 1.0])
-    KERNELS.log_odds_gradient(logits, labels, 0, state, slope, out, PLAIN)
+    KERNELS.log_odds_gradient(Tile(logits, labels), state, slope, out)
     assert bool((out[0] == 0).all())
     assert bool(out[1].isnan().all())
     assert bool((out[2] == 0).all())
@@ -275,7 +278,9 @@ def check_sweep(
         losses.append(f.value(oracle.log_odds, v).masked_fill(skipped, 0.0))
         slope = f.slope(oracle.log_odds, v) * all_weight.to(oracle.log_odds.dtype)
         slopes.append(slope.masked_fill(skipped, 0.0))
-    loss = KERNELS.log_odds_sweep(logits, labels, row_weight, objective, v, out, transform)
+    loss = KERNELS.log_odds_sweep(
+        Tile(logits, labels, transform=transform), row_weight, objective, v, out
+    )
     loss = torch.cat((loss, losses[1][n:]))
     assert torch.equal(loss.isnan(), losses[0].isnan()), "loss: NaN lost or invented"
     unbounded = losses[0].isinf()
@@ -318,26 +323,20 @@ def test_bypassing_the_cache_changes_nothing(
         for layout in layouts:
             out, memory = place(torch.zeros(n, v, dtype=out_dtype), layout)
             expected = torch.empty(n, v, dtype=out_dtype)
-            loss = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", v, out, PLAIN)
+            loss = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", v, out)
             for i in range(0, n, 10):
                 rows = slice(i, i + 10)
                 part = KERNELS.log_odds_sweep(
-                    logits[rows], labels[rows], weight[rows], "unilogit", v, expected[rows], PLAIN
+                    Tile(logits[rows], labels[rows]), weight[rows], "unilogit", v, expected[rows]
                 )
                 assert torch.equal(loss[rows], part)
             assert torch.equal(out, expected)
             assert_only_written(out, memory)
-            KERNELS.log_odds_gradient(logits, labels, 0, state, weight, out, PLAIN)
+            KERNELS.log_odds_gradient(Tile(logits, labels), state, weight, out)
             for i in range(0, n, 10):
                 rows = slice(i, i + 10)
                 KERNELS.log_odds_gradient(
-                    logits[rows],
-                    labels[rows],
-                    0,
-                    state[:, rows],
-                    weight[rows],
-                    expected[rows],
-                    PLAIN,
+                    Tile(logits[rows], labels[rows]), state[:, rows], weight[rows], expected[rows]
                 )
             assert torch.equal(out, expected)
             assert_only_written(out, memory)
@@ -348,9 +347,13 @@ def test_bypassing_the_cache_changes_nothing(
 def test_sweep_in_place_and_of_any_layout(isa: str, layout: str, dtype: torch.dtype) -> None:
     logits, labels, weight = problem(7, 3001, dtype)
     expected = torch.empty_like(logits)
-    loss = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 3001, expected, CAPPED)
+    loss = KERNELS.log_odds_sweep(
+        Tile(logits, labels, transform=CAPPED), weight, "unilogit", 3001, expected
+    )
     view, memory = place(logits, layout)
-    again = KERNELS.log_odds_sweep(view, labels, weight, "unilogit", 3001, view, CAPPED)
+    again = KERNELS.log_odds_sweep(
+        Tile(view, labels, transform=CAPPED), weight, "unilogit", 3001, view
+    )
     assert torch.equal(loss, again)
     assert torch.equal(view, expected)
     assert_only_written(view, memory)
@@ -371,10 +374,12 @@ def test_results_do_not_depend_on_threads(isa: str, n: int) -> None:
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         out = torch.empty_like(logits)
-        loss = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", v, out, CAPPED)
+        loss = KERNELS.log_odds_sweep(
+            Tile(logits, labels, transform=CAPPED), weight, "unilogit", v, out
+        )
         state = folded_state(logits, labels, CAPPED, v)
         gradient = torch.empty_like(logits)
-        KERNELS.log_odds_gradient(logits, labels, 0, state, weight, gradient, CAPPED)
+        KERNELS.log_odds_gradient(Tile(logits, labels, transform=CAPPED), state, weight, gradient)
         results.append([loss, out, state, gradient])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -442,7 +447,7 @@ def test_unilogit_saturates_to_its_limits(isa: str) -> None:
     logits[0, 0], logits[1, 0], logits[2, 0], logits[3, 1:] = 1e4, -1e4, -INF, -INF
     out = torch.full_like(logits, CANARY)
     labels, weight = torch.zeros(4, dtype=torch.int64), torch.ones(4)
-    loss = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", v, out, PLAIN)
+    loss = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", v, out)
     certain, impossible = math.log(v), math.log(v / (v - 1))
     expected = torch.tensor([certain, impossible, impossible, certain])
     assert torch.equal(loss, expected)
@@ -453,7 +458,7 @@ def test_rows_of_weight_zero_are_not_read(isa: str) -> None:
     logits, labels, weight = problem(9, 2050, torch.float32)
     logits[::2], weight[::2], labels[::2] = NAN, 0.0, -100
     out = torch.full_like(logits, CANARY)
-    loss = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 2050, out, PLAIN)
+    loss = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", 2050, out)
     assert loss[::2].count_nonzero() == 0
     assert out[::2].count_nonzero() == 0
     assert bool(loss.isfinite().all())
@@ -463,7 +468,7 @@ def test_rows_of_weight_zero_are_not_read(isa: str) -> None:
 def test_gradient_rows_sum_to_zero(isa: str) -> None:
     logits, labels, weight = problem(9, 50_257, torch.float32)
     out = torch.empty_like(logits)
-    KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 50_257, out, PLAIN)
+    KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", 50_257, out)
     rows = out.double()
     assert bool((rows.sum(1).abs() <= 2**-22 * rows.abs().sum(1)).all())
 
@@ -487,8 +492,8 @@ def test_offsets_beyond_32_bits(isa: str) -> None:
     view = memory.as_strided((2, 3000), (stride, 1))
     view.copy_(logits)
     expected = torch.empty_like(logits)
-    KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 3000, expected, PLAIN)
-    KERNELS.log_odds_sweep(view, labels, weight, "unilogit", 3000, view, PLAIN)
+    KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", 3000, expected)
+    KERNELS.log_odds_sweep(Tile(view, labels), weight, "unilogit", 3000, view)
     assert torch.equal(view, expected)
 
 
@@ -559,7 +564,7 @@ def test_fuzz_of_two_rows(
     a_view, _ = place(a, layout)
     b_view, _ = place(b, layout)
     transforms = (LogitTransform(scale=0.5), PLAIN)
-    runs: list[tuple[DivergenceKernels, Tensor, Tensor, torch.dtype]] = [
+    runs: list[tuple[RowKernels, Tensor, Tensor, torch.dtype]] = [
         (KERNELS, a_view, b_view, torch.float32),
         (EagerKernels(), a.double(), b.double(), torch.float64),
         (EagerKernels(), a.float(), b.float(), torch.float32),
@@ -570,7 +575,7 @@ def test_fuzz_of_two_rows(
         for columns in (slice(0, 700), slice(700, None)):
             first = columns.start
             kernels.divergence_update(
-                x[:, columns], y[:, columns], labels, first, state, *transforms
+                TilePair(x[:, columns], y[:, columns], labels, first, *transforms), state
             )
         log_odds = pair_state.log_odds(state, labels, a.shape[1])
         states.append(torch.stack((pair_state.rest_divergence(state), *log_odds)))
@@ -581,7 +586,9 @@ def test_fuzz_of_two_rows(
         factors = torch.where(bad, NAN, coefficients).to(dtype)
         like = a if student == "a" else b
         out, memory = place(torch.zeros_like(like if kernels is KERNELS else x), layout)
-        kernels.divergence_gradient(x, y, labels, 0, state, factors, student, out, *transforms)
+        kernels.divergence_gradient(
+            TilePair(x, y, labels, 0, *transforms), state, factors, student, out
+        )
         gradients.append(out.clone())
         assert_only_written(out, memory)
     assert torch.equal(states[0].isnan(), states[1].isnan())
@@ -594,7 +601,7 @@ def test_fuzz_of_two_rows(
 def test_no_rows(isa: str) -> None:
     logits, labels = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
     state = row_state.empty_state(0, torch.device("cpu"))
-    KERNELS.log_odds_update(logits, labels, 0, state, PLAIN)
-    KERNELS.log_odds_gradient(logits, labels, 0, state, torch.empty(0), logits, PLAIN)
-    loss = KERNELS.log_odds_sweep(logits, labels, torch.empty(0), "unilogit", 7, logits, PLAIN)
+    KERNELS.log_odds_update(Tile(logits, labels), state)
+    KERNELS.log_odds_gradient(Tile(logits, labels), state, torch.empty(0), logits)
+    loss = KERNELS.log_odds_sweep(Tile(logits, labels), torch.empty(0), "unilogit", 7, logits)
     assert loss.shape == (0,)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import Tile
 from unilogit_kernels.backends.cpu import library
 from unilogit_kernels.backends.cpu.kernels import CpuKernels
 
@@ -97,7 +97,7 @@ def test_float64_is_refused() -> None:
     logits = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"float64.*eager backend"):
         CpuKernels().log_odds_update(
-            logits, torch.zeros(2, dtype=torch.int64), 0, torch.zeros(3, 2), LogitTransform()
+            Tile(logits, torch.zeros(2, dtype=torch.int64)), torch.zeros(3, 2)
         )
 
 

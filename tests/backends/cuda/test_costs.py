@@ -9,7 +9,7 @@ from torch import Tensor
 from ptxsim import Launch, collect
 from tests.backends.cuda import devices
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import Tile, TilePair
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.driver import launching_through
 from unilogit_kernels.backends.cuda.launch import CudaKernels
@@ -52,29 +52,29 @@ def is_halved(what: str, dtype: torch.dtype) -> bool:
 def launches_of(what: str, dtype: torch.dtype) -> list[Launch]:
     logits = torch.randn(N, V).to(dtype)
     labels, weight = torch.tensor([5, 70_000]), torch.ones(N)
-    out, plain, cpu = torch.empty_like(logits), LogitTransform(), torch.device("cpu")
+    out = torch.empty_like(logits)
     if what.startswith("pair"):
         return pair_launches(what, logits, labels, out)
-    state = row_state.empty_state(N, cpu)
+    state = row_state.empty_state(N, logits.device)
     state[row_state.ROW_MAX], state[row_state.ROW_SUM] = 5.0, 1e3
     with collect() as launches:
         if what == "update":
-            KERNELS.log_odds_update(logits, labels, 0, state, plain)
+            KERNELS.log_odds_update(Tile(logits, labels), state)
         elif what == "gradient":
-            KERNELS.log_odds_gradient(logits, labels, 0, state, weight, out, plain)
+            KERNELS.log_odds_gradient(Tile(logits, labels), state, weight, out)
         else:
-            KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", V, out, plain)
+            KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", V, out)
     return launches
 
 
 def pair_launches(what: str, a: Tensor, labels: Tensor, out: Tensor) -> list[Launch]:
     """The gradient is that of the reverse KL, which has the longer formula."""
-    b, plain = torch.randn(N, V).to(a.dtype), LogitTransform()
+    b = torch.randn(N, V).to(a.dtype)
     state = pair_state.empty_state(N, a.device)
     coefficients = torch.tensor([[0.1], [0.2], [0.0], [0.3]]).repeat(1, N)
     with collect() as launches:
-        KERNELS.divergence_update(a, b, labels, 0, state, plain, plain)
-        KERNELS.divergence_gradient(a, b, labels, 0, state, coefficients, "a", out, plain, plain)
+        KERNELS.divergence_update(TilePair(a, b, labels), state)
+        KERNELS.divergence_gradient(TilePair(a, b, labels), state, coefficients, "a", out)
     return launches[:1] if what == "pair update" else launches[1:]
 
 

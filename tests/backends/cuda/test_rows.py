@@ -16,8 +16,8 @@ from ptxsim import Schedule
 from tests.backends.cpu import test_kernels as rows
 from tests.backends.cuda import devices
 from tests.support.layouts import CANARY, LAYOUTS, assert_only_written, place
-from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.backends.cuda.launch import CudaKernels, scale_
+from unilogit_kernels.backends.contract import LogitTransform, Tile
+from unilogit_kernels.backends.cuda.launch import CudaKernels
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import assert_within_budget
@@ -93,7 +93,7 @@ def test_finite_extremes_stay_finite() -> None:
     logits[1::2] = largest
     labels, weight = torch.full((64,), 5), torch.ones(64)
     out = torch.empty_like(logits)
-    values = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", v, out, rows.PLAIN)
+    values = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", v, out)
     exact = torch.tensor([math.log(v), 0.0], dtype=torch.float64).repeat(32)
     # Both are differences of terms of log(v).
     assert_within_budget(values, exact, exact.float(), smallest_scale=math.log(v))
@@ -110,7 +110,7 @@ def test_columns_in_chunks(scale: float) -> None:
     for first in range(0, 1500, 601):
         columns = slice(first, first + 601)
         KERNELS.log_odds_gradient(
-            logits[:, columns], labels, first, state, slope, out[:, columns], transform
+            Tile(logits[:, columns], labels, first, transform), state, slope, out[:, columns]
         )
     rows.assert_rows_within_budget(
         out, exact.gradient(slope.double()), plain.gradient(slope), "gradient"
@@ -122,8 +122,8 @@ def results(device: devices.PtxLauncher, schedule: Schedule) -> list[Tensor]:
     logits, labels, weight = rows.problem(64, 1085, torch.bfloat16)
     state = rows.folded_state(logits, labels, rows.CAPPED, 500)
     out = torch.empty_like(logits)
-    KERNELS.log_odds_gradient(logits, labels, 0, state, weight, out, rows.CAPPED)
-    values = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 1085, logits, rows.PLAIN)
+    KERNELS.log_odds_gradient(Tile(logits, labels, transform=rows.CAPPED), state, weight, out)
+    values = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", 1085, logits)
     return [state, out, values, logits]
 
 
@@ -153,7 +153,7 @@ def test_rows_of_weight_zero_are_not_read() -> None:
     logits, labels, weight = rows.problem(64, 700, torch.float32)
     logits[::2], weight[::2], labels[::2] = math.nan, 0.0, -100
     out = torch.full_like(logits, CANARY)
-    loss = KERNELS.log_odds_sweep(logits, labels, weight, "unilogit", 700, out, rows.PLAIN)
+    loss = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", 700, out)
     assert loss[::2].count_nonzero() == 0
     assert out[::2].count_nonzero() == 0
     assert bool(loss.isfinite().all())
@@ -170,7 +170,7 @@ def distant_rows(device: devices.PtxLauncher) -> None:
     view.copy_(logits)
     expected = logits.clone()
     for x in (expected, view):
-        KERNELS.log_odds_sweep(x, labels, weight, "unilogit", 2048, x, rows.PLAIN)
+        KERNELS.log_odds_sweep(Tile(x, labels), weight, "unilogit", 2048, x)
     assert torch.equal(view, expected)
 
 
@@ -186,9 +186,9 @@ def test_scale(dtype: torch.dtype, count: int) -> None:
         values = memory[offset : offset + count]
         values.copy_(torch.randn(count))
         expected = (values.float() * 0.37).to(dtype)
-        scale_(values, torch.tensor(0.37))
+        KERNELS.scale_(values, torch.tensor(0.37))
         assert torch.equal(values, expected)
-        scale_(values, torch.tensor(1.0))
+        KERNELS.scale_(values, torch.tensor(1.0))
         assert torch.equal(values, expected)
         assert_only_written(values, memory)
 
@@ -196,16 +196,14 @@ def test_scale(dtype: torch.dtype, count: int) -> None:
 def test_float64_is_refused() -> None:
     logits = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"float64.*eager backend"):
-        KERNELS.log_odds_update(
-            logits, torch.zeros(2, dtype=torch.int64), 0, torch.zeros(3, 2), rows.PLAIN
-        )
+        KERNELS.log_odds_update(Tile(logits, torch.zeros(2, dtype=torch.int64)), torch.zeros(3, 2))
 
 
 def test_no_rows() -> None:
     logits, labels = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
     state = row_state.empty_state(0, torch.device("cpu"))
-    KERNELS.log_odds_update(logits, labels, 0, state, rows.PLAIN)
-    KERNELS.log_odds_gradient(logits, labels, 0, state, torch.empty(0), logits, rows.PLAIN)
-    loss = KERNELS.log_odds_sweep(logits, labels, torch.empty(0), "unilogit", 7, logits, rows.PLAIN)
+    KERNELS.log_odds_update(Tile(logits, labels), state)
+    KERNELS.log_odds_gradient(Tile(logits, labels), state, torch.empty(0), logits)
+    loss = KERNELS.log_odds_sweep(Tile(logits, labels), torch.empty(0), "unilogit", 7, logits)
     assert loss.shape == (0,)
-    scale_(torch.empty(0), torch.tensor(2.0))
+    KERNELS.scale_(torch.empty(0), torch.tensor(2.0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels import objectives
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.maths import row_state
@@ -81,14 +81,14 @@ def sweep_by_eager(
     """Values and gradient rows in `dtype`, by the eager kernels."""
     n, v = logits.shape
     state = row_state.empty_state(n, logits.device, dtype)
-    EAGER.log_odds_update(logits, labels, 0, state, case.transform)
+    EAGER.log_odds_update(Tile(logits, labels, transform=case.transform), state)
     d = row_state.log_odds(state, labels, v)
     f = objectives.REGISTRY[case.objective]()
     skipped = weight == 0
     values = f.value(d, v).masked_fill(skipped, 0.0)
     slope = (f.slope(d, v) * weight.to(dtype)).masked_fill(skipped, 0.0)
     out = torch.empty(n, v, dtype=torch.float64 if dtype == torch.float64 else logits.dtype)
-    EAGER.log_odds_gradient(logits, labels, 0, state, slope, out, case.transform)
+    EAGER.log_odds_gradient(Tile(logits, labels, transform=case.transform), state, slope, out)
     return values, out
 
 
@@ -100,7 +100,7 @@ def check_sweep(case: Case) -> None:
     view, memory = place(logits, case.layout)
     out, out_memory = (view, memory) if case.in_place else place(logits, case.layout)
     values = TRITON.log_odds_sweep(
-        view, labels, weight, case.objective, case.v, out, case.transform
+        Tile(view, labels, transform=case.transform), weight, case.objective, case.v, out
     )
     assert_within_budget(values, exact, plain, "values", smallest_scale=1.0)
     assert_within_budget(out, exact_rows, plain_rows, "gradient")
@@ -118,22 +118,25 @@ def check_chunks(case: Case) -> None:
     rows = {}
     for dtype in (torch.float64, torch.float32):
         states[dtype] = row_state.empty_state(case.n, logits.device, dtype)
-        EAGER.log_odds_update(logits, labels, 0, states[dtype], case.transform)
+        EAGER.log_odds_update(Tile(logits, labels, transform=case.transform), states[dtype])
         rows[dtype] = torch.empty_like(
             logits, dtype=torch.float64 if dtype == torch.float64 else case.dtype
         )
         EAGER.log_odds_gradient(
-            logits, labels, 0, states[dtype], weight.to(dtype), rows[dtype], case.transform
+            Tile(logits, labels, transform=case.transform),
+            states[dtype],
+            weight.to(dtype),
+            rows[dtype],
         )
     state = row_state.empty_state(case.n, logits.device)
     views = [place(logits[:, first:last], case.layout) for first, last in chunks]
     for (first, _), (view, _) in zip(chunks, views, strict=True):
-        TRITON.log_odds_update(view, labels, first, state, case.transform)
+        TRITON.log_odds_update(Tile(view, labels, first, case.transform), state)
     d = [row_state.log_odds(s, labels, case.v) for s in (state, *states.values())]
     assert_within_budget(d[0], d[1], d[2], "log-odds", smallest_scale=1.0)
     for (first, last), (view, memory) in zip(chunks, views, strict=True):
         out, out_memory = (view, memory) if case.in_place else place(view, case.layout)
-        TRITON.log_odds_gradient(view, labels, first, state, weight, out, case.transform)
+        TRITON.log_odds_gradient(Tile(view, labels, first, case.transform), state, weight, out)
         part = slice(first, last)
         # A part of a row is judged by the largest entry of its own.
         assert_within_budget(
@@ -157,7 +160,7 @@ def check_runner_up(case: Case) -> None:
     for dtype, kernels in ((torch.float64, EAGER), (torch.float32, TRITON)):
         state = row_state.empty_state(case.n, logits.device, dtype, runner_up=True)
         for (first, _), (view, _) in zip(chunks, views, strict=True):
-            kernels.log_odds_update(view, labels, first, state, case.transform)
+            kernels.log_odds_update(Tile(view, labels, first, case.transform), state)
         states[dtype] = state
     exact, found = states.values()
     columns = row_state.runner_up(found, labels)
@@ -172,7 +175,7 @@ def check_runner_up(case: Case) -> None:
                 out = torch.empty_like(logits[:, first:last], dtype=torch.float64)
             elif kernels is TRITON and case.in_place:
                 out, out_memory = view, memory
-            kernels.log_odds_gradient(view, labels, first, state, slope, out, case.transform)
+            kernels.log_odds_gradient(Tile(view, labels, first, case.transform), state, slope, out)
             rows.append(out)
         assert_within_budget(rows[2], rows[0], rows[1], "gradient with the runner-up")
         assert_only_written(rows[2], out_memory)
@@ -185,7 +188,9 @@ def check_distant_rows(case: Case) -> None:
     stride = (1 << 30) + 8
     memory = torch.empty((case.n - 1) * stride + case.v, dtype=case.dtype)
     view = memory.as_strided((case.n, case.v), (stride, 1)).copy_(logits)
-    TRITON.log_odds_sweep(view, labels, weight, case.objective, case.v, view, case.transform)
+    TRITON.log_odds_sweep(
+        Tile(view, labels, transform=case.transform), weight, case.objective, case.v, view
+    )
     _, exact = sweep_by_eager(logits, labels, weight, case, torch.float64)
     _, plain = sweep_by_eager(logits, labels, weight, case, torch.float32)
     assert_within_budget(view, exact, plain, "gradient")
@@ -199,7 +204,7 @@ def check_bad_labels(case: Case) -> None:
     view, _ = place(logits, case.layout)
     out, _ = place(logits, case.layout)
     values = TRITON.log_odds_sweep(
-        view, labels, weight, case.objective, case.v, out, case.transform
+        Tile(view, labels, transform=case.transform), weight, case.objective, case.v, out
     )
     assert values[:5].isnan().all()
     assert out[:5].isnan().all()

@@ -20,7 +20,7 @@ from ptxsim.triton_device import triton_device
 from tests.backends.triton.aot import Launch, Resources, compiling_for, resources
 from unilogit_kernels import unilogit_loss
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, Tile, TilePair
 from unilogit_kernels.backends.registry import load
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.launch import TritonKernels
@@ -77,9 +77,9 @@ def _rows_of_a_chunk(v: int, dtype: torch.dtype, softcap: float | None) -> None:
     transform = LogitTransform(1.0, softcap or 0.0)
     state = row_state.empty_state(MANY_ROWS, logits.device)
     kernels = load("triton")
-    kernels.log_odds_update(logits, labels, 0, state, transform)
+    kernels.log_odds_update(Tile(logits, labels, transform=transform), state)
     slope = torch.ones(MANY_ROWS)
-    kernels.log_odds_gradient(logits, labels, 0, state, slope, logits, transform)
+    kernels.log_odds_gradient(Tile(logits, labels, transform=transform), state, slope, logits)
 
 
 def _runner_up(v: int, dtype: torch.dtype, softcap: float | None) -> None:
@@ -89,8 +89,10 @@ def _runner_up(v: int, dtype: torch.dtype, softcap: float | None) -> None:
         logits, labels = _logits(n, v, dtype)
         logits = logits.detach()
         state = row_state.empty_state(n, logits.device, runner_up=True)
-        kernels.log_odds_update(logits, labels, 0, state, transform)
-        kernels.log_odds_gradient(logits, labels, 0, state, torch.ones(3, n), logits, transform)
+        kernels.log_odds_update(Tile(logits, labels, transform=transform), state)
+        kernels.log_odds_gradient(
+            Tile(logits, labels, transform=transform), state, torch.ones(3, n), logits
+        )
 
 
 USES: dict[str, Callable[[int, torch.dtype, float | None], None]] = {
@@ -245,16 +247,13 @@ def our_step(logits: Tensor, labels: Tensor) -> None:
 
 def our_pair(logits: Tensor, labels: Tensor) -> None:
     """Statistics of two rows, and the gradient of the reverse KL, which has the longer formula."""
-    n, plain = len(labels), LogitTransform()
-    other = torch.randn(logits.shape).to(logits.dtype)
+    n, other = len(labels), torch.randn(logits.shape).to(logits.dtype)
     state, out = pair_state.empty_state(n, logits.device), torch.empty_like(logits)
     coefficients = torch.tensor([[0.1], [0.2], [0.0], [0.3]]).repeat(1, n)
     kernels = TritonKernels()
     with _one_multiprocessor():
-        kernels.divergence_update(logits, other, labels, 0, state, plain, plain)
-        kernels.divergence_gradient(
-            logits, other, labels, 0, state, coefficients, "a", out, plain, plain
-        )
+        kernels.divergence_update(TilePair(logits, other, labels), state)
+        kernels.divergence_gradient(TilePair(logits, other, labels), state, coefficients, "a", out)
 
 
 def liger_forward(logits: Tensor, labels: Tensor) -> None:

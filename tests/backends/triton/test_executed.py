@@ -31,6 +31,7 @@ from tests.backends.triton.battery import (
 from tests.backends.triton.small_problems import SHARES, small_problems
 from tests.support import ROOT
 from unilogit_kernels import linear_unilogit_loss, unilogit_loss
+from unilogit_kernels.backends.contract import Tile, TilePair
 from unilogit_kernels.maths import pair_state, row_state
 from unilogit_kernels.testing import assert_within_budget, force_backend
 
@@ -177,9 +178,9 @@ def test_states_beyond_32_bits() -> None:
         with small_problems(SHARES[0]), triton_device(90, schedule=Schedule(check_races=False)):
             for each in (state, distant):
                 if rows == 4:
-                    TRITON.log_odds_update(a, labels, 0, each, PLAIN)
+                    TRITON.log_odds_update(Tile(a, labels), each)
                 else:
-                    TRITON.divergence_update(a, b, labels, 0, each, PLAIN, PLAIN)
+                    TRITON.divergence_update(TilePair(a, b, labels), each)
         assert torch.equal(distant, state)
 
 

@@ -83,10 +83,12 @@ MUTANTS = {
         BF16,
     ),
     "masked lanes in the sum": Mutant(
-        "log_odds.py", "        z = tl.where(inside, z, NEGATIVE_INFINITY)\n", "        z = z\n"
+        "log_odds_tiles.py",
+        "        z = tl.where(inside, z, NEGATIVE_INFINITY)\n",
+        "        z = z\n",
     ),
     "label in the rest": Mutant(
-        "log_odds.py", "z = tl.where(columns == label, NEGATIVE_INFINITY, z)", "z = z + 0.0"
+        "log_odds_tiles.py", "z = tl.where(columns == label, NEGATIVE_INFINITY, z)", "z = z + 0.0"
     ),
     "label in the wrong tile": Mutant(
         "row_walk.py",
@@ -139,21 +141,23 @@ MUTANTS = {
         share=SPLIT,
     ),
     "natural exponential": Mutant(
-        "log_odds.py", "tl.exp2((z - row.row_max) * LOG2_E)", "tl.exp2(z - row.row_max)"
+        "log_odds_tiles.py", "tl.exp2((z - row.row_max) * LOG2_E)", "tl.exp2(z - row.row_max)"
     ),
     "derivative of the scale": Mutant(
-        "log_odds.py",
+        "log_odds_tiles.py",
         "at_label = slope * derivative",
         "at_label = slope",
         case=Case(transform=SCALED),
     ),
     "derivative of the cap": Mutant(
-        "log_odds.py",
+        "log_odds_tiles.py",
         "        values = values * slope\n",
         "        values = values * 1.0\n",
         case=Case(transform=CAPPED),
     ),
-    "rows of weight 0": Mutant("log_odds.py", "    if size == 0.0:\n", "    if size == 2e30:\n"),
+    "rows of weight 0": Mutant(
+        "log_odds_tiles.py", "    if size == 0.0:\n", "    if size == 2e30:\n"
+    ),
     "of equal logits the last": Mutant(
         "row_maths.py",
         "first = tl.where(tile_max == row_max, tl.minimum(first, column), first)",
@@ -175,13 +179,13 @@ MUTANTS = {
         share=SPLIT,
     ),
     "label among the runners-up": Mutant(
-        "log_odds.py",
+        "log_odds_tiles.py",
         "z = tl.where(columns == label, NEGATIVE_INFINITY, z)",
         "z = z + 0.0",
         check_runner_up,
     ),
     "runner-up counted from the boundary": Mutant(
-        "log_odds.py",
+        "log_odds_tiles.py",
         "at_runner_up, entries.runner_up - share.peeled)",
         "at_runner_up, entries.runner_up)",
         check_runner_up,

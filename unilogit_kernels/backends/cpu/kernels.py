@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import RowKernels, Tile, TilePair
 from unilogit_kernels.backends.cpu.library import OUT_OF_MEMORY, Matrix, Transform, load_library
 from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
@@ -29,163 +29,100 @@ def _matrix(tensor: Tensor, name: str) -> Matrix:
     return Matrix(tensor.data_ptr(), rows, columns, row_stride, column_stride, type_id)
 
 
-def _check(status: int) -> None:
+def _run(function: str, *arguments: object) -> None:
+    """Call a function of the library, with as many threads as torch has."""
+    status = getattr(load_library(), function)(*arguments, torch.get_num_threads())
     if status == OUT_OF_MEMORY:
         raise MemoryError("the CPU kernels could not allocate their scratch memory")
 
 
-class CpuKernels:
-    """`RowKernels`, the sweep that finishes whole rows at once, and `DivergenceKernels`, in C++.
-
-    Attributes:
-        name: Name of the backend.
-        swept_objectives: Names of the objectives that `log_odds_sweep` takes.
-    """
+class CpuKernels(RowKernels):
+    """The row kernels in C++."""
 
     name = "cpu"
     swept_objectives = frozenset(OBJECTIVE_IDS)
 
-    def log_odds_update(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        """See `RowKernels.log_odds_update`. Each row of `state` must be contiguous."""
-        status = load_library().unilogit_log_odds_update(
-            byref(_matrix(logits, "logits")),
-            labels.data_ptr(),
-            first_column,
+    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+        """See `RowKernels`."""
+        _run(
+            "unilogit_log_odds_update",
+            byref(_matrix(tile.logits, "logits")),
+            tile.labels.data_ptr(),
+            tile.first_column,
             state.data_ptr(),
             state.stride(0),
             row_state.has_runner_up(state),
-            byref(Transform(*transform)),
-            torch.get_num_threads(),
+            byref(Transform(*tile.transform)),
         )
-        _check(status)
 
-    def log_odds_gradient(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        slope: Tensor,
-        out: Tensor,
-        transform: LogitTransform,
-    ) -> None:
-        """See `RowKernels.log_odds_gradient`. Rows of `state` and `slope` must be contiguous."""
-        status = load_library().unilogit_log_odds_gradient(
-            byref(_matrix(logits, "logits")),
-            labels.data_ptr(),
-            first_column,
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
+        """See `RowKernels`."""
+        _run(
+            "unilogit_log_odds_gradient",
+            byref(_matrix(tile.logits, "logits")),
+            tile.labels.data_ptr(),
+            tile.first_column,
             state.data_ptr(),
             state.stride(0),
             slope.data_ptr(),
             slope.stride(0) if row_state.has_runner_up(state) else 0,
             byref(_matrix(out, "out")),
-            byref(Transform(*transform)),
-            torch.get_num_threads(),
+            byref(Transform(*tile.transform)),
         )
-        _check(status)
 
     def log_odds_sweep(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        row_weight: Tensor,
-        objective: str,
-        vocab_size: int,
-        out: Tensor | None,
-        transform: LogitTransform,
+        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
     ) -> Tensor:
-        """Statistics, objective and gradient of whole rows, each row while it is in the cache.
-
-        Args:
-            logits: `[n, V]`, float32, bfloat16 or float16, any strides.
-            labels: int64 `[n]`, contiguous. A label outside `[0, V)` gives NaN.
-            row_weight: float32 `[n]`, contiguous: factor of each row's gradient. A row of weight
-                exactly 0 is not read; it gets loss 0 and a zero gradient.
-            objective: One of `swept_objectives`.
-            vocab_size: The V of the objective.
-            out: Receives `row_weight * f'(d) * dd/dlogits`, `[n, V]`, any strides and float dtype
-                of the logits' three, may be `logits`; None for the loss alone.
-            transform: Scale and cap of the logits.
-
-        Returns:
-            The unweighted losses `f(d)`, float32 `[n]`.
-        """
-        loss = torch.empty(logits.shape[0], dtype=torch.float32)
-        status = load_library().unilogit_log_odds_sweep(
-            byref(_matrix(logits, "logits")),
-            labels.data_ptr(),
+        """See `RowKernels`; the second visit of a row finds it in the cache."""
+        values = torch.empty(tile.logits.shape[0], dtype=torch.float32)
+        _run(
+            "unilogit_log_odds_sweep",
+            byref(_matrix(tile.logits, "logits")),
+            tile.labels.data_ptr(),
             row_weight.data_ptr(),
             OBJECTIVE_IDS[objective],
             vocab_size,
             None if out is None else byref(_matrix(out, "out")),
-            loss.data_ptr(),
-            byref(Transform(*transform)),
-            torch.get_num_threads(),
+            values.data_ptr(),
+            byref(Transform(*tile.transform)),
         )
-        _check(status)
-        return loss
+        return values
 
-    def divergence_update(
-        self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
-        state: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
-    ) -> None:
-        """See `DivergenceKernels.divergence_update`. Rows of `state` must be contiguous."""
-        status = load_library().unilogit_divergence_update(
-            byref(_matrix(a, "a")),
-            byref(_matrix(b, "b")),
-            labels.data_ptr(),
-            first_column,
+    def divergence_update(self, pair: TilePair, state: Tensor) -> None:
+        """See `RowKernels`."""
+        _run(
+            "unilogit_divergence_update",
+            byref(_matrix(pair.a, "a")),
+            byref(_matrix(pair.b, "b")),
+            pair.labels.data_ptr(),
+            pair.first_column,
             state.data_ptr(),
             state.stride(0),
-            byref(Transform(*a_transform)),
-            byref(Transform(*b_transform)),
-            torch.get_num_threads(),
+            byref(Transform(*pair.a_transform)),
+            byref(Transform(*pair.b_transform)),
         )
-        _check(status)
 
     def divergence_gradient(
         self,
-        a: Tensor,
-        b: Tensor,
-        labels: Tensor,
-        first_column: int,
+        pair: TilePair,
         state: Tensor,
         coefficients: Tensor,
         student: Literal["a", "b"],
         out: Tensor,
-        a_transform: LogitTransform,
-        b_transform: LogitTransform,
     ) -> None:
-        """See `DivergenceKernels.divergence_gradient`.
-
-        Rows of `state` and `coefficients` must be contiguous.
-        """
-        status = load_library().unilogit_divergence_gradient(
-            byref(_matrix(a, "a")),
-            byref(_matrix(b, "b")),
-            labels.data_ptr(),
-            first_column,
+        """See `RowKernels`."""
+        _run(
+            "unilogit_divergence_gradient",
+            byref(_matrix(pair.a, "a")),
+            byref(_matrix(pair.b, "b")),
+            pair.labels.data_ptr(),
+            pair.first_column,
             state.data_ptr(),
             state.stride(0),
             coefficients.data_ptr(),
             coefficients.stride(0),
             _STUDENT_IDS[student],
             byref(_matrix(out, "out")),
-            byref(Transform(*a_transform)),
-            byref(Transform(*b_transform)),
-            torch.get_num_threads(),
+            byref(Transform(*pair.a_transform)),
+            byref(Transform(*pair.b_transform)),
         )
-        _check(status)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.driver import current
 from unilogit_kernels.backends.cuda.geometry import TYPES, Shares, factors, strides
 from unilogit_kernels.backends.cuda.sources import Kernel
-from unilogit_kernels.backends.gpu import Finish
+from unilogit_kernels.backends.gpu import Finish, GpuKernels
 from unilogit_kernels.backends.ids import NO_OBJECTIVE, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
 
@@ -36,161 +36,146 @@ def _vocabulary(vocab_size: int) -> tuple[c_float, c_float, c_float]:
     return c_float(uniform), c_float(softplus), c_float(inverse)
 
 
-def update(
-    logits: Tensor,
-    labels: Tensor,
-    first_column: int,
-    state: Tensor,
-    transform: LogitTransform,
-    finish: Finish | None = None,
-) -> None:
-    """Fold columns into `state`, in one stage or two; see `RowKernels.log_odds_update`."""
-    launcher = current()
-    n, v = logits.shape
-    shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
-    runner_up = row_state.has_runner_up(state)
-    assert finish is None or not runner_up
-    parts = None
-    if shares.parts > 1 or finish is not None:
-        parts = torch.empty(3 if runner_up else 2, n, shares.parts, device=logits.device)
-    row_weight = None if finish is None else finish.row_weight
-    macro = "RUNNER_UP_UPDATE" if runner_up else "LOG_ODDS_UPDATE"
-    launcher.launch(
-        Kernel(macro, (TYPES[logits.dtype], _cap(transform))),
-        (n, shares.parts),
-        shares.threads,
-        [
-            logits,
-            labels,
-            *([] if runner_up else [row_weight]),
-            state,
-            parts,
-            *strides(logits),
-            c_int64(state.stride(0)),
-            c_int64(first_column),
-            c_int32(v),
-            *factors(transform),
-        ],
-        logits,
-    )
-    if parts is None:
-        return
-    if runner_up:
+class LogOddsLaunches(GpuKernels):
+    """Launches of the log-odds kernels."""
+
+    def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:
+        """See `GpuKernels`; in one stage or two."""
+        if self.are_empty(tile.logits):
+            return
+        logits, labels, first_column, transform = tile
+        launcher = current()
+        n, v = logits.shape
+        shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
+        runner_up = row_state.has_runner_up(state)
+        assert finish is None or not runner_up
+        parts = None
+        if shares.parts > 1 or finish is not None:
+            parts = torch.empty(3 if runner_up else 2, n, shares.parts, device=logits.device)
+        row_weight = None if finish is None else finish.row_weight
+        macro = "RUNNER_UP_UPDATE" if runner_up else "LOG_ODDS_UPDATE"
         launcher.launch(
-            Kernel("RUNNER_UP_MERGE"),
-            (n, 1),
-            geometry.ROW_THREADS,
-            [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
+            Kernel(macro, (TYPES[logits.dtype], _cap(transform))),
+            (n, shares.parts),
+            shares.threads,
+            [
+                logits,
+                labels,
+                *([] if runner_up else [row_weight]),
+                state,
+                parts,
+                *strides(logits),
+                c_int64(state.stride(0)),
+                c_int64(first_column),
+                c_int32(v),
+                *factors(transform),
+            ],
             logits,
         )
-        return
-    launcher.launch(
-        Kernel("MERGE_PARTS"),
-        (n, 1),
-        geometry.ROW_THREADS,
-        [
-            parts,
-            labels,
-            row_weight,
-            state,
-            None if finish is None else finish.values,
-            None if finish is None else finish.slopes,
-            c_int64(state.stride(0)),
-            c_int64(0 if finish is None else finish.vocab_size),
-            c_int32(shares.parts),
-            c_int32(NO_OBJECTIVE if finish is None else OBJECTIVE_IDS[finish.objective]),
-            *_vocabulary(2 if finish is None else finish.vocab_size),
-        ],
-        logits,
-    )
-
-
-def gradient(
-    logits: Tensor,
-    labels: Tensor,
-    first_column: int,
-    state: Tensor,
-    slope: Tensor,
-    out: Tensor,
-    transform: LogitTransform,
-) -> None:
-    """Write gradient rows; see `RowKernels.log_odds_gradient`."""
-    launcher = current()
-    n, v = logits.shape
-    shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
-    runner_up = row_state.has_runner_up(state)
-    macro = "RUNNER_UP_GRADIENT" if runner_up else "LOG_ODDS_GRADIENT"
-    launcher.launch(
-        Kernel(macro, (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
-        (n, shares.parts),
-        shares.threads,
-        [
+        if parts is None:
+            return
+        if runner_up:
+            launcher.launch(
+                Kernel("RUNNER_UP_MERGE"),
+                (n, 1),
+                geometry.ROW_THREADS,
+                [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
+                logits,
+            )
+            return
+        launcher.launch(
+            Kernel("MERGE_PARTS"),
+            (n, 1),
+            geometry.ROW_THREADS,
+            [
+                parts,
+                labels,
+                row_weight,
+                state,
+                None if finish is None else finish.values,
+                None if finish is None else finish.slopes,
+                c_int64(state.stride(0)),
+                c_int64(0 if finish is None else finish.vocab_size),
+                c_int32(shares.parts),
+                c_int32(NO_OBJECTIVE if finish is None else OBJECTIVE_IDS[finish.objective]),
+                *_vocabulary(2 if finish is None else finish.vocab_size),
+            ],
             logits,
-            labels,
-            state,
-            slope,
-            out,
-            *strides(logits),
-            *strides(out),
-            c_int64(state.stride(0)),
-            *([c_int64(slope.stride(0))] if runner_up else []),
-            c_int64(first_column),
-            c_int32(v),
-            *factors(transform),
-            c_float(transform.scale),
-        ],
-        logits,
-    )
+        )
 
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
+        """See `RowKernels`."""
+        if self.are_empty(tile.logits, out):
+            return
+        logits, labels, first_column, transform = tile
+        launcher = current()
+        n, v = logits.shape
+        shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
+        runner_up = row_state.has_runner_up(state)
+        macro = "RUNNER_UP_GRADIENT" if runner_up else "LOG_ODDS_GRADIENT"
+        launcher.launch(
+            Kernel(macro, (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
+            (n, shares.parts),
+            shares.threads,
+            [
+                logits,
+                labels,
+                state,
+                slope,
+                out,
+                *strides(logits),
+                *strides(out),
+                c_int64(state.stride(0)),
+                *([c_int64(slope.stride(0))] if runner_up else []),
+                c_int64(first_column),
+                c_int32(v),
+                *factors(transform),
+                c_float(transform.scale),
+            ],
+            logits,
+        )
 
-def sweep(
-    logits: Tensor,
-    labels: Tensor,
-    row_weight: Tensor,
-    objective: str,
-    vocab_size: int,
-    out: Tensor | None,
-    transform: LogitTransform,
-) -> Tensor:
-    """Statistics, objective and gradient of whole rows; see `SweepKernels.log_odds_sweep`."""
-    launcher = current()
-    n, v = logits.shape
-    values = torch.empty(n, device=logits.device)
-    multiprocessors = launcher.multiprocessors(logits)
-    threads = gpu.sweep_size(
-        v * logits.element_size(),
-        multiprocessors,
-        launcher.cache_bytes(logits),
-        smallest=geometry.ROW_THREADS,
-        resident=geometry.RESIDENT_THREADS,
-    )
-    if not gpu.sweep_pays(n, multiprocessors * (geometry.RESIDENT_THREADS // threads)):
-        state = row_state.empty_state(n, logits.device)
-        slopes = torch.empty_like(values)
-        finish = Finish(objective, vocab_size, row_weight, values, slopes)
-        update(logits, labels, 0, state, transform, finish)
-        if out is not None:
-            gradient(logits, labels, 0, state, slopes, out, transform)
+    def log_odds_sweep(
+        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+    ) -> Tensor:
+        """See `RowKernels`."""
+        logits, labels, _, transform = tile
+        values = torch.empty(logits.shape[0], device=tile.device)
+        if self.are_empty(logits, out):
+            return values
+        launcher = current()
+        n, v = logits.shape
+        multiprocessors = launcher.multiprocessors(logits)
+        threads = gpu.sweep_size(
+            v * logits.element_size(),
+            multiprocessors,
+            launcher.cache_bytes(logits),
+            smallest=geometry.ROW_THREADS,
+            resident=geometry.RESIDENT_THREADS,
+        )
+        if not gpu.sweep_pays(n, multiprocessors * (geometry.RESIDENT_THREADS // threads)):
+            slopes = torch.empty_like(values)
+            finish = Finish(objective, vocab_size, row_weight, values, slopes)
+            return self.sweep_in_two_passes(tile, finish, out)
+        out_type = logits.dtype if out is None else out.dtype
+        launcher.launch(
+            Kernel("LOG_ODDS_SWEEP", (TYPES[logits.dtype], TYPES[out_type], _cap(transform))),
+            (n, 1),
+            threads,
+            [
+                logits,
+                labels,
+                row_weight,
+                out,
+                values,
+                *strides(logits),
+                *strides(logits if out is None else out),
+                c_int32(v),
+                c_int32(OBJECTIVE_IDS[objective]),
+                *factors(transform),
+                c_float(transform.scale),
+                *_vocabulary(vocab_size),
+            ],
+            logits,
+        )
         return values
-    out_type = logits.dtype if out is None else out.dtype
-    launcher.launch(
-        Kernel("LOG_ODDS_SWEEP", (TYPES[logits.dtype], TYPES[out_type], _cap(transform))),
-        (n, 1),
-        threads,
-        [
-            logits,
-            labels,
-            row_weight,
-            out,
-            values,
-            *strides(logits),
-            *strides(logits if out is None else out),
-            c_int32(v),
-            c_int32(OBJECTIVE_IDS[objective]),
-            *factors(transform),
-            c_float(transform.scale),
-            *_vocabulary(vocab_size),
-        ],
-        logits,
-    )
-    return values

@@ -6,27 +6,38 @@ registry's business.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
 
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.backends.contract import LogitTransform, RowKernels
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.kernels.row_maths import Logits
 from unilogit_kernels.backends.triton.kernels.row_walk import ACCESS_BYTES, Walk
 from unilogit_kernels.backends.triton.settings import Settings
 
+_Launch = TypeVar("_Launch", bound=Callable[..., Any])
+
 TAIL_LANES = 8
 """Elements that a thread holds at once in a tail: the masks take registers too."""
 
 
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; make that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def on_its_device(launch: _Launch) -> _Launch:
+    """Triton launches on the current device; make that the one of a method's first argument."""
+
+    @functools.wraps(launch)
+    def guarded(kernels: RowKernels, first: Any, *rest: Any, **named: Any) -> Any:
+        if first.device.type != "cuda":
+            return launch(kernels, first, *rest, **named)
+        with torch.cuda.device(first.device):
+            return launch(kernels, first, *rest, **named)
+
+    return cast(_Launch, guarded)
 
 
 class Place(NamedTuple):

@@ -7,14 +7,15 @@ import triton
 from torch import Tensor
 
 from unilogit_kernels.backends import gpu
-from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.backends.gpu import Finish, factors_of
+from unilogit_kernels.backends.contract import LogitTransform, Tile
+from unilogit_kernels.backends.gpu import Finish, GpuKernels, factors_of
 from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.geometry import (
     Matrices,
     Place,
     Shares,
     logits_of,
+    on_its_device,
     options_of,
     walk_over,
 )
@@ -40,157 +41,145 @@ def _lanes(transform: LogitTransform, chosen: Settings, *, runner_up: bool = Fal
     return chosen.capped_lanes if transform.softcap or runner_up else chosen.lanes
 
 
-def update(
-    logits: Tensor,
-    labels: Tensor,
-    first_column: int,
-    state: Tensor,
-    transform: LogitTransform,
-    finish: Finish | None = None,
-) -> None:
-    """Fold columns into `state`, in one stage or two; see `RowKernels.log_odds_update`."""
-    n, v = logits.shape
-    chosen = settings.current_settings()
-    place = Place.of(logits)
-    matrices = Matrices(place)
-    runner_up = row_state.has_runner_up(state)
-    shares = Shares.of(logits, matrices, lanes=_lanes(transform, chosen, runner_up=runner_up))
-    two_stages = shares.parts > 1 or finish is not None
-    planes = 3 if runner_up else 2
-    parts = torch.empty(planes, n, shares.parts, device=logits.device) if two_stages else None
-    row_weight = None if finish is None else finish.row_weight
-    factors = factors_of(transform)
-    compiled = logits_of(place, matrices, transform, "", runner_up=runner_up)
-    log_odds_update_kernel[(n, shares.parts)](
-        place.base,
-        labels,
-        row_weight,
-        state,
-        parts,
-        *place.strides,
-        state.stride(0),
-        first_column,
-        v,
-        shares.blocks_per_part,
-        *factors,
-        LOGITS=compiled,
-        WALK=shares.walk,
-        **shares.options,
-    )
-    if parts is None:
-        return
-    merge_parts_kernel[(n,)](
-        parts,
-        place.base,
-        labels,
-        row_weight,
-        state,
-        None if finish is None else finish.values,
-        None if finish is None else finish.slopes,
-        shares.parts,
-        *place.strides,
-        state.stride(0),
-        first_column,
-        v,
-        *factors,
-        *gpu.vocabulary_terms(2 if finish is None else finish.vocab_size),
-        MOST_PARTS=triton.next_power_of_2(shares.parts + 1),
-        OBJECTIVE=None if finish is None else finish.objective,
-        LOGITS=compiled,
-        STRIDED=shares.walk.strided,
-        **options_of(chosen, warps=1),
-    )
+class LogOddsLaunches(GpuKernels):
+    """Launches of the log-odds kernels."""
 
-
-def gradient(
-    logits: Tensor,
-    labels: Tensor,
-    first_column: int,
-    state: Tensor,
-    slope: Tensor,
-    out: Tensor,
-    transform: LogitTransform,
-) -> None:
-    """Write gradient rows; see `RowKernels.log_odds_gradient`."""
-    n, v = logits.shape
-    place, out_place = Place.of(logits), Place.of(out)
-    matrices = Matrices(out_place, (place,))
-    shares = Shares.of(logits, matrices, lanes=_lanes(transform, settings.current_settings()))
-    runner_up = row_state.has_runner_up(state)
-    log_odds_gradient_kernel[(n, shares.parts)](
-        place.base,
-        labels,
-        state,
-        slope,
-        out_place.base,
-        *place.strides,
-        *out_place.strides,
-        state.stride(0),
-        slope.stride(0) if runner_up else 0,
-        first_column,
-        v,
-        shares.blocks_per_part,
-        *factors_of(transform),
-        transform.scale,
-        LOGITS=logits_of(place, matrices, transform, "", runner_up=runner_up),
-        WALK=shares.walk,
-        **shares.options,
-    )
-
-
-def sweep(
-    logits: Tensor,
-    labels: Tensor,
-    row_weight: Tensor,
-    objective: str,
-    vocab_size: int,
-    out: Tensor | None,
-    transform: LogitTransform,
-) -> Tensor:
-    """Statistics, objective and gradient of whole rows; see `SweepKernels.log_odds_sweep`."""
-    chosen = settings.current_settings()
-    n, v = logits.shape
-    values = torch.empty(n, device=logits.device)
-    multiprocessors, cache_bytes = settings.sizes(logits, chosen)
-    row_bytes = v * logits.element_size()
-    warps = chosen.warps  # without a gradient a row is visited once
-    if out is not None:
-        warps = gpu.sweep_size(
-            row_bytes,
-            multiprocessors,
-            cache_bytes,
-            smallest=SWEEP_WARPS,
-            resident=chosen.resident_warps,
+    @on_its_device
+    def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:
+        """See `GpuKernels`; in one stage or two."""
+        if self.are_empty(tile.logits):
+            return
+        logits, labels, first_column, transform = tile
+        n, v = logits.shape
+        chosen = settings.current_settings()
+        place = Place.of(logits)
+        matrices = Matrices(place)
+        runner_up = row_state.has_runner_up(state)
+        shares = Shares.of(logits, matrices, lanes=_lanes(transform, chosen, runner_up=runner_up))
+        two_stages = shares.parts > 1 or finish is not None
+        planes = 3 if runner_up else 2
+        parts = torch.empty(planes, n, shares.parts, device=logits.device) if two_stages else None
+        row_weight = None if finish is None else finish.row_weight
+        factors = factors_of(transform)
+        compiled = logits_of(place, matrices, transform, "", runner_up=runner_up)
+        log_odds_update_kernel[(n, shares.parts)](
+            place.base,
+            labels,
+            row_weight,
+            state,
+            parts,
+            *place.strides,
+            state.stride(0),
+            first_column,
+            v,
+            shares.blocks_per_part,
+            *factors,
+            LOGITS=compiled,
+            WALK=shares.walk,
+            **shares.options,
         )
-    if not gpu.sweep_pays(n, multiprocessors * (chosen.resident_warps // warps)):
-        state = row_state.empty_state(n, logits.device)
-        slopes = torch.empty_like(values)
-        finish = Finish(objective, vocab_size, row_weight, values, slopes)
-        update(logits, labels, 0, state, transform, finish)
+        if parts is None:
+            return
+        merge_parts_kernel[(n,)](
+            parts,
+            place.base,
+            labels,
+            row_weight,
+            state,
+            None if finish is None else finish.values,
+            None if finish is None else finish.slopes,
+            shares.parts,
+            *place.strides,
+            state.stride(0),
+            first_column,
+            v,
+            *factors,
+            *gpu.vocabulary_terms(2 if finish is None else finish.vocab_size),
+            MOST_PARTS=triton.next_power_of_2(shares.parts + 1),
+            OBJECTIVE=None if finish is None else finish.objective,
+            LOGITS=compiled,
+            STRIDED=shares.walk.strided,
+            **options_of(chosen, warps=1),
+        )
+
+    @on_its_device
+    def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
+        """See `RowKernels`."""
+        if self.are_empty(tile.logits, out):
+            return
+        logits, labels, first_column, transform = tile
+        n, v = logits.shape
+        place, out_place = Place.of(logits), Place.of(out)
+        matrices = Matrices(out_place, (place,))
+        shares = Shares.of(logits, matrices, lanes=_lanes(transform, settings.current_settings()))
+        runner_up = row_state.has_runner_up(state)
+        log_odds_gradient_kernel[(n, shares.parts)](
+            place.base,
+            labels,
+            state,
+            slope,
+            out_place.base,
+            *place.strides,
+            *out_place.strides,
+            state.stride(0),
+            slope.stride(0) if runner_up else 0,
+            first_column,
+            v,
+            shares.blocks_per_part,
+            *factors_of(transform),
+            transform.scale,
+            LOGITS=logits_of(place, matrices, transform, "", runner_up=runner_up),
+            WALK=shares.walk,
+            **shares.options,
+        )
+
+    @on_its_device
+    def log_odds_sweep(
+        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+    ) -> Tensor:
+        """See `RowKernels`."""
+        logits, labels, _, transform = tile
+        values = torch.empty(logits.shape[0], device=tile.device)
+        if self.are_empty(logits, out):
+            return values
+        chosen = settings.current_settings()
+        n, v = logits.shape
+        multiprocessors, cache_bytes = settings.sizes(logits, chosen)
+        row_bytes = v * logits.element_size()
+        warps = chosen.warps  # without a gradient a row is visited once
         if out is not None:
-            gradient(logits, labels, 0, state, slopes, out, transform)
+            warps = gpu.sweep_size(
+                row_bytes,
+                multiprocessors,
+                cache_bytes,
+                smallest=SWEEP_WARPS,
+                resident=chosen.resident_warps,
+            )
+        if not gpu.sweep_pays(n, multiprocessors * (chosen.resident_warps // warps)):
+            slopes = torch.empty_like(values)
+            finish = Finish(objective, vocab_size, row_weight, values, slopes)
+            return self.sweep_in_two_passes(tile, finish, out)
+        place = Place.of(logits)
+        out_place = place if out is None else Place.of(out)
+        matrices = Matrices(out_place, (place,))
+        threads = warps * chosen.warp_threads
+        lanes = min(_lanes(transform, chosen), LARGEST_TILE // threads)
+        log_odds_sweep_kernel[(n,)](
+            place.base,
+            labels,
+            row_weight,
+            None if out is None else out_place.base,
+            values,
+            *place.strides,
+            *out_place.strides,
+            v,
+            *factors_of(transform),
+            transform.scale,
+            *gpu.vocabulary_terms(vocab_size),
+            OBJECTIVE=objective,
+            # For a gradient the logits are read again, from the cache: they should leave it last.
+            LOGITS=logits_of(place, matrices, transform, "" if out is None else "evict_last"),
+            WALK=walk_over(v, matrices, lanes, threads),
+            **options_of(chosen, warps),
+        )
         return values
-    place = Place.of(logits)
-    out_place = place if out is None else Place.of(out)
-    matrices = Matrices(out_place, (place,))
-    threads = warps * chosen.warp_threads
-    lanes = min(_lanes(transform, chosen), LARGEST_TILE // threads)
-    log_odds_sweep_kernel[(n,)](
-        place.base,
-        labels,
-        row_weight,
-        None if out is None else out_place.base,
-        values,
-        *place.strides,
-        *out_place.strides,
-        v,
-        *factors_of(transform),
-        transform.scale,
-        *gpu.vocabulary_terms(vocab_size),
-        OBJECTIVE=objective,
-        # For a gradient the logits are read again, from the cache: they should leave it last.
-        LOGITS=logits_of(place, matrices, transform, "" if out is None else "evict_last"),
-        WALK=walk_over(v, matrices, lanes, threads),
-        **options_of(chosen, warps),
-    )
-    return values

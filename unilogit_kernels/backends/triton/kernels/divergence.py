@@ -54,7 +54,7 @@ class PairReading(NamedTuple):
 
 
 class PairWriting(NamedTuple):
-    """What a tile of a gradient row is computed from: see `DivergenceKernels`.
+    """What a tile of a gradient row is computed from: see `RowKernels`.
 
     Attributes:
         rows: Read.
@@ -347,7 +347,7 @@ def divergence_gradient_kernel(
 ):
     """Gradient rows `[n, v]` of coefficients `[4, n]`; grid `(n, parts of a row)`.
 
-    To be compiled without fused multiply-adds: see `DivergenceKernels.divergence_gradient`.
+    To be compiled without fused multiply-adds: see `RowKernels.divergence_gradient`.
     """
     row_index = tl.program_id(0).to(tl.int64)
     state_stride = state_stride.to(tl.int64)
