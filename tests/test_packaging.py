@@ -17,7 +17,7 @@ from unilogit_kernels.backends.cuda import sources as cuda_sources
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "UNILOGIT_KERNELS_NVCC": ""}
 SMOKE = """
 import torch, unilogit_kernels as uk
-from unilogit_kernels.backends.cpu import library_path
+from unilogit_kernels.backends.cpu.library import library_path
 from unilogit_kernels.backends.cuda import sources
 assert sources.directory().parent == sources.Path(sources.__file__).parent, sources.directory()
 x = torch.randn(4, 1000, requires_grad=True)

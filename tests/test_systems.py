@@ -148,7 +148,7 @@ def test_compile_with_a_function_of_the_log_odds(backend: str) -> None:
 def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake kernel, autograd registration and AOT dispatch."""
     # Memory for logits to keep is not all written, and two runs would differ there.
-    monkeypatch.setattr("unilogit_kernels.compaction.keep_capacity", lambda *_: 0)
+    monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.saved_capacity", lambda *_: 0)
     logits, hidden, weight = torch.randn(4, 30), torch.randn(4, 6), torch.randn(30, 6)
     for x in (logits, hidden, weight):
         x.requires_grad_()
@@ -157,7 +157,7 @@ def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyP
     with_runner_up = (*rows[:5], True, "eager")
     weighted: tuple[object, ...] = (torch.ones(4), torch.tensor(0.25), "unilogit", [], [])
     with_tensors = (torch.ones(4), torch.tensor(0.25), "tnpo", [0.1, 1.0], [torch.randn(4)])
-    options = (0, 0.0, True, None)
+    options = (0, None, 0.0, True)
     active = labels >= 0
     arguments: dict[str, tuple[str, tuple[object, ...]]] = {
         "log_odds": ("log_odds", (logits, *rows)),
@@ -269,7 +269,7 @@ def test_tensors_without_data_have_the_right_shapes() -> None:
         labels = torch.empty(3, 4, dtype=torch.int64)
         rows = (labels.reshape(-1), -100, 1.0, 0.0, 100, False, "eager")
         weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [], [])
-        options = (0, 0.0, True, None)
+        options = (0, None, 0.0, True)
         loss, losses, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(
             hidden.reshape(-1, 8), weight, None, *rows, *weighted, *options, True, True, False
         )

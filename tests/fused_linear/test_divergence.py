@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.fused_linear.test_options import GemmCounter
 from tests.support.divergence_pairs import DIVERGENCES, check, check_gradient, linear_pair
+from tests.support.problems import casts_operands, saved_tokens
 from unilogit_kernels import Shift, linear_kl_loss
 from unilogit_kernels.backends.contract import LogitTransform, TilePair
 from unilogit_kernels.backends.eager import EagerKernels
@@ -53,27 +54,27 @@ def test_any_cut_is_within_the_budget(
     v = 130
     pair = linear_pair(n, h, v, dtype, rewrite=Shift(2.0), softcap=4.0)
     assert pair.labels is not None
-    active = int((pair.labels != -100).sum())
+    active, most_kept = int((pair.labels != -100).sum()), saved_tokens(dtype, h)
     plans = [
         Plan("vocabulary_chunks", tokens, columns, saved_tokens=kept)
         for tokens, columns in ((active, v), (active, 31), (7, 100), (3, 7))
-        for kept in (0, min(active, h // 2))
+        for kept in (0, min(active, most_kept // 2))
     ]
     # Finished rows of all that fit, and of some; tiles narrower than chunks.
     plans += [
         Plan("vocabulary_chunks", tokens, 50, 20, kept, True, 5, 30)
         for tokens in (active, 7)
-        for kept in (min(active, h), 4)
+        for kept in (min(active, most_kept), min(4, most_kept))
     ]
-    if dtype != torch.float16:  # cast chunk by chunk on CPU, so never cut by tokens
+    if not casts_operands(dtype):
         plans += [Plan("token_chunks", tokens, v, 40) for tokens in (active, 7, 1)]
     for plan in plans:
         monkeypatch.setattr(
             "unilogit_kernels.fused_linear.compaction.plan_linear", lambda *_, plan=plan, **__: plan
         )
         check(pair, two_row_backend)
-    if dtype == torch.float16:
-        return  # cast chunk by chunk on CPU, so never cut by tokens
+    if casts_operands(dtype):
+        return
     _, exact = pair.plain(torch.float64)
     _, plain = pair.plain(dtype)
     hidden, weight, bias = pair.student

@@ -141,10 +141,10 @@ def test_one_graph_serves_any_number_of_tokens(two_row_backend: str, linear: boo
 
 def test_operators_are_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> None:
     # Memory for logits to keep is not all written, and two runs would differ there.
-    monkeypatch.setattr("unilogit_kernels.compaction.saved_capacity", lambda *_: 0)
+    monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.saved_capacity", lambda *_: 0)
     logits, ref_logits = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
     pair = (torch.arange(3), -100, 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")
-    options = (0, 0.0, True, None)
+    options = (None, None, 0.0, True)
     opcheck(torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair))
     heads = (torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), None)
     teacher = (torch.randn(3, 5), torch.randn(9, 5), torch.randn(9))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.support import literal
 from unilogit_kernels import linear_objective_loss, objective_loss, reference
+from unilogit_kernels.fused_linear.gemm import GemmDtypes
 from unilogit_kernels.testing import assert_sum_within_budget, assert_within_budget
 
 TRANSFORMS: dict[str, dict[str, Any]] = {
@@ -125,6 +126,18 @@ def labels_for(n: int, v: int) -> Tensor:
     labels = torch.randint(0, v, (n,))
     labels[3::5] = -100
     return labels
+
+
+def casts_operands(dtype: torch.dtype) -> bool:
+    """Whether GEMMs on a CPU cast them chunk by chunk; such calls are never cut by tokens."""
+    return GemmDtypes.of(dtype, "cpu").operands != dtype
+
+
+def saved_tokens(dtype: torch.dtype, h: int) -> int:
+    """Of how many tokens the logits fit into the memory of the weight's gradient, on a CPU."""
+    dtypes = GemmDtypes.of(dtype, "cpu")
+    tokens, rest = divmod(h * dtypes.results.itemsize, dtypes.logits.itemsize)
+    return 0 if rest else tokens
 
 
 def check(problem: Problem, backend: str, **more: Any) -> None:
