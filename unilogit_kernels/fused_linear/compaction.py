@@ -93,7 +93,7 @@ class LinearInputs(NamedTuple):
         return Gradients(hidden, weight, bias)
 
     def new_saved(self, vocab_size: int, *, needs_grad: bool) -> list[Tensor]:
-        """Memory for each model's logits that are saved_logits for a backward, as the budget leaves it."""
+        """Memory for each model's logits that are saved for a backward, as the budget leaves it."""
         shape = self.shape(self.hidden.shape[0], vocab_size, EVERYTHING)
         elements = saved_capacity(shape, self.options) if needs_grad else 0
         return [self.hidden.new_empty((elements,), dtype=h.dtypes.logits) for h in shape.heads]
@@ -150,7 +150,7 @@ def compacted_gradient(
     needs: Needs,
     state: Tensor,
     upstream: Tensor,
-    saved_logits: Sequence[Tensor],
+    saved: Sequence[Tensor],
 ) -> Gradients:
     """Gradients of `sum_i upstream_i values_i`, for the rows whose upstream gradient counts.
 
@@ -161,7 +161,7 @@ def compacted_gradient(
         needs: Which gradients are wanted.
         state: From the forward.
         upstream: `[..., n]`.
-        saved_logits: What the forward saved_logits.
+        saved: What the forward saved.
     """
     gradients = inputs.new_gradients(rows.vocab_size, needs)
     upstream = significant(torch.where(active, upstream, 0.0), inputs.options.skip_below)
@@ -173,13 +173,13 @@ def compacted_gradient(
     m = heads[0].hidden.shape[0]
     plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, passes=1)
     saved_logits, position = None, None
-    if saved_logits[0].numel():
+    if saved[0].numel():
         # The cut of the forward, which saw every active row.
         first = inputs.positions(active)
         forward_tokens = active.numel() if first is None else first.numel()
         shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
         plan = plan_saving(shape, inputs.options, m)
-        saved_logits = SavedLogits(saved_logits, forward_tokens)
+        saved_logits = SavedLogits(saved, forward_tokens)
         if index is not None:
             position = (active.cumsum(0) - 1)[index] if first is not None else index
     if index is not None:

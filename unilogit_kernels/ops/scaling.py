@@ -76,8 +76,8 @@ def scaled_gradients(
 def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
     """`factor * gradient` in `saved.dtype`, at no cost where the factor is exactly 1.
 
-    The saved gradient is handed on itself, scaled in place, but only if this backward frees the
-    graph: a graph that is kept will want it again, as it was.
+    The saved gradient is handed on itself, on an accelerator scaled in place, but only if this
+    backward frees the graph: a graph that is kept will want it again, as it was.
     """
     in_place = (
         gradient.dtype == saved.dtype
@@ -88,6 +88,8 @@ def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
         return _product(gradient, factor, saved.dtype)
     if factor.dim():
         return _scale_rows(gradient, factor)
+    if factor.device.type == "cpu":
+        return gradient if factor.item() == 1.0 else _product(gradient, factor, saved.dtype)
     registry.load(saved.backend).scale_(gradient, factor)
     return gradient
 

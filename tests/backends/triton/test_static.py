@@ -23,9 +23,11 @@ KERNELS = {
 }
 
 
-def check(found: list[Compiled]) -> None:
+def check(found: list[Compiled], dtype: torch.dtype) -> None:
     """No kernel is missing, none spills, and loops move 128 bits at a time."""
-    assert {kernel.launch.name for kernel in found} >= KERNELS
+    # Rows of float16 have a scale each, which torch multiplies them by.
+    missing = KERNELS - {kernel.launch.name for kernel in found}
+    assert missing <= ({"scale_kernel"} if dtype == torch.float16 else set())
     for kernel in found:
         what = f"{kernel.launch.name} ({kernel.use}): {kernel.resources}"
         assert kernel.resources.spilled == 0, what
@@ -45,7 +47,7 @@ NEWEST_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
 )
 def test_every_target(target: str) -> None:
     """An odd vocabulary in bfloat16: the rows begin at every alignment."""
-    check(compile_ours(target, V_ODD, torch.bfloat16))
+    check(compile_ours(target, V_ODD, torch.bfloat16), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,6 @@ def test_every_target(target: str) -> None:
 )
 def test_occupancy_on_sm_90(v: int, dtype: torch.dtype, softcap: float | None) -> None:
     found = compile_ours("cuda:90", v, dtype, softcap)
-    check(found)
+    check(found, dtype)
     for kernel in found:
         assert kernel.resources.occupancy >= 0.5, f"{kernel.launch.name}: {kernel.resources}"
