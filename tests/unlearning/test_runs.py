@@ -154,8 +154,8 @@ def test_a_run_ends_at_the_first_loss_that_is_not_finite(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no users') }}", "forget.jsonl, line 1: the tokenizer or its chat"),
-        ("{% for", "forget.jsonl, line 1: the tokenizer or its chat"),
+        ("{{ raise_exception('no users') }}", "forget.jsonl, line 1: the chat template fails"),
+        ("{% for", "forget.jsonl, line 1: the chat template fails"),
         ({"tool_use": "x"}, "has no chat template to use"),
         (None, "has no chat template: leave out --chat-template"),
     ],
@@ -296,7 +296,7 @@ def test_a_run_keeps_its_date_over_midnight(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The template prints the date; a run resumed a day later ends bit for bit the same."""
-    template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     make_tokenizer(chat_template=template).save_pretrained(settings.model)
 
     def on(day: int) -> None:

@@ -95,10 +95,12 @@ class RowKernels(ABC):
         name: Name of the backend.
         swept_objectives: Names of the objectives that `log_odds_sweep` takes; others take two
             passes.
+        scales_in_place: Whether it has `scale_`.
     """
 
     name: str
     swept_objectives: frozenset[str] = frozenset()
+    scales_in_place: bool = False
 
     @abstractmethod
     def log_odds_update(self, tile: Tile, state: Tensor) -> None:
@@ -176,9 +178,6 @@ class RowKernels(ABC):
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         """`values *= factor` in place, rounded once; nothing is moved where it is exactly 1.
 
-        `values` is contiguous; `factor` is one float of the exact dtype on the same device. Where
-        only a GPU knows it, kernels of its own spare asking for it.
+        `values` is contiguous; `factor` is one float on the same device, which alone knows it.
         """
-        if factor.device.type == "cpu" and factor.item() == 1.0:
-            return
-        values.copy_(values.to(factor.dtype).mul_(factor))
+        raise NotImplementedError(f"the {self.name} backend scales nothing in place")

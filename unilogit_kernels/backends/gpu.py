@@ -73,6 +73,7 @@ class GpuKernels(RowKernels):
 
     language: str
     swept_objectives = frozenset(OBJECTIVE_IDS)
+    scales_in_place = True
 
     @abstractmethod
     def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:

@@ -76,7 +76,7 @@ def scaled_gradients(
 def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
     """`factor * gradient` in `saved.dtype`, at no cost where the factor is exactly 1.
 
-    The saved gradient is handed on itself, on an accelerator scaled in place, but only if this
+    The saved gradient is handed on itself, scaled in place where the backend can, but only if this
     backward frees the graph: a graph that is kept will want it again, as it was.
     """
     in_place = (
@@ -88,10 +88,13 @@ def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
         return _product(gradient, factor, saved.dtype)
     if factor.dim():
         return _scale_rows(gradient, factor)
-    if factor.device.type == "cpu":
-        return gradient if factor.item() == 1.0 else _product(gradient, factor, saved.dtype)
-    registry.load(saved.backend).scale_(gradient, factor)
-    return gradient
+    kernels = registry.load(saved.backend)
+    if kernels.scales_in_place:
+        kernels.scale_(gradient, factor)
+        return gradient
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient
+    return _product(gradient, factor, saved.dtype)
 
 
 def _product(gradient: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
