@@ -80,3 +80,10 @@ def test_an_optimizer_that_keeps_what_rounding_loses_passes(tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error", CoarseWeightsWarning)
         make_trainer(model, arguments(tmp_path), optimizers=(optimizer, None)).train()
+
+
+def test_a_step_of_no_learning_rate_loses_nothing(tmp_path: Path) -> None:
+    """The first step of a warm-up, where a training has no other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoarseWeightsWarning)
+        make_trainer(make_model(), arguments(tmp_path, max_steps=1, warmup_steps=1)).train()

@@ -108,6 +108,8 @@ class WarnOfCoarseWeights(TrainerCallback):
         return _own(values.detach()).flatten()[:: self.stride]
 
     def _judge(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.rate == 0:  # nothing was to move: the warm-up's first step
+            return
         counts = torch.zeros(2, dtype=torch.int64, device=args.device)
         for parameter, start, pushed in zip(self.watched, self.start, self.pushed, strict=True):
             counts[0] += ((self._sample(parameter) != start) & pushed).sum()
