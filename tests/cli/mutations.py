@@ -252,8 +252,9 @@ def in_checkpoint(case: Case, rng: random.Random) -> None:
     case.options["--checkpoint-steps"] = "1"
     case.options["--epochs"] = "3"
     case.flags.append("--resume")
-    files = [path for path in sorted((case.folder / "started").rglob("*")) if path.is_file()]
-    path = rng.choice(files)
+    output = case.folder / "started"
+    newest = max((output / "checkpoints").iterdir())
+    path = rng.choice([output / "unlearning.json", *sorted(newest.iterdir())])
     if rng.random() < 0.2:
         path.unlink()
     elif path.suffix == ".json" and rng.random() < 0.5:

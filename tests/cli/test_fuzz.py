@@ -47,7 +47,7 @@ def invoke(case: Case, monkeypatch: pytest.MonkeyPatch) -> Result:
 
 
 @pytest.fixture(scope="module")
-def started(base: Path) -> Path:
+def started(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with a run that was interrupted after its second checkpoint."""
     seen: list[int] = []
 
@@ -60,7 +60,7 @@ def started(base: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unlearn._Bar, "on_step_end", interrupted)
-        folder = base.with_name("started")
+        folder = tmp_path_factory.mktemp("started") / "inputs"
         case = make_case(base, folder, 0)
         shutil.rmtree(folder)
         shutil.copytree(base, folder)

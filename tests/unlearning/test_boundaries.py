@@ -160,7 +160,9 @@ def test_template_arguments_that_reach_nothing_are_refused() -> None:
     "template", ["{{ raise_exception('no\nway') }}", "{% for %}", "{{ 1 + 'a' }}"]
 )
 def test_a_template_that_fails_is_named_in_one_line(template: str) -> None:
-    with pytest.raises(DataError, match=r"line 1: the chat template fails \(\w+: ") as caught:
+    with pytest.raises(
+        DataError, match=r"line 1: the tokenizer's chat template fails \(\w+: "
+    ) as caught:
         Encoding(make_tokenizer(chat_template=template)).example(row("a", "b"))
     assert "\n" not in str(caught.value)
     mute = "{{ messages[0].content }}"

@@ -154,8 +154,11 @@ def test_a_run_ends_at_the_first_loss_that_is_not_finite(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no users') }}", "forget.jsonl, line 1: the chat template fails"),
-        ("{% for", "forget.jsonl, line 1: the chat template fails"),
+        (
+            "{{ raise_exception('no users') }}",
+            "forget.jsonl, line 1: the tokenizer's chat template fails",
+        ),
+        ("{% for", "forget.jsonl, line 1: the tokenizer's chat template fails"),
         ({"tool_use": "x"}, "has no chat template to use"),
         (None, "has no chat template: leave out --chat-template"),
     ],
@@ -328,5 +331,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(settings: Settings) -> None:
     (newest / "optimizer.pt").write_bytes(b"no optimizer")
     with pytest.raises(RunError, match="checkpoint-4 cannot be resumed from; delete it"):
         execute(prepare(settings, resume=True))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (newest / name).rename(newest / "away")
+        assert newest_checkpoint(settings.output) == newest.with_name("checkpoint-2")
+        (newest / "away").rename(newest / name)
+    assert newest_checkpoint(settings.output) == newest
     (newest / "trainer_state.json").write_text('{"global_step": ')
     assert newest_checkpoint(settings.output) == newest.with_name("checkpoint-2")

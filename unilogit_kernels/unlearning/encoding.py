@@ -209,7 +209,7 @@ class Encoding:
             )
         except Exception as error:  # A template is a program of somebody else's.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise DataError(f"the chat template fails ({reason})") from error
+            raise DataError(f"the tokenizer's chat template fails ({reason})") from error
 
     def _through_template(self, row: Row) -> bool:
         return self.uses_chat_template and bool(row.prompt)

@@ -25,6 +25,8 @@ from unilogit_kernels.unlearning.errors import RunError, reading
 _FILE = "unlearning.json"
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints, in its output folder."""
+_PARTS = ("optimizer*", "scheduler.pt", "rng_state*.pth")
+"""Of a checkpoint: what the Trainer leaves as it is where there is none of it."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,17 @@ def newest_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of the run in a folder, or None.
 
     The Trainer writes its state last, so a checkpoint without it, or with half of it, was cut short
-    and is passed over.
+    and is passed over. So is one whose optimizer, schedule or random state is missing: the Trainer
+    would go on with new ones, without a word. DeepSpeed, which keeps them in its own way, says so
+    itself.
     """
     finished: dict[int, Path] = {}
     for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         try:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if folder.name == f"checkpoint-{state['global_step']}":
+            of_deepspeed = (folder / "latest").exists()
+            whole = of_deepspeed or all(any(folder.glob(part)) for part in _PARTS)
+            if whole and folder.name == f"checkpoint-{state['global_step']}":
                 finished[int(state["global_step"])] = folder
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
