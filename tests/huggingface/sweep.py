@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import logging
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -209,7 +210,9 @@ def table(outcomes: dict[str, Outcome]) -> str:
         names = ", ".join(groups[found])
         if len(groups[found]) > 8:
             names = f"<details><summary>all of them</summary>{names}</details>"
-        reason = f": {found.reason[:160]}" if found.reason else ""
+        reason = (
+            f": {textwrap.shorten(found.reason, 120, placeholder=' ...')}" if found.reason else ""
+        )
         lines.append(f"| {found.kind} | {len(groups[found])} | {names}{reason} |".replace("`", ""))
     return "\n".join(lines)
 

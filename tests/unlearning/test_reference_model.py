@@ -58,15 +58,15 @@ def logits_of(model: PreTrainedModel, reference: PreTrainedModel) -> tuple[Tenso
 
 
 def kl_minimisation(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    return literal_losses.kl_to_teacher(student, teacher, labels).mean()
+    return literal_losses.kl_to_teacher(student, teacher, labels)
 
 
 def undial(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    return literal_losses.undial(3.0)(student, teacher, labels).mean()
+    return literal_losses.undial(3.0)(student, teacher, labels)
 
 
 def unilogit_from_the_starting_model(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    return literal_losses.unilogit_of_teacher(student, teacher, labels).mean()
+    return literal_losses.unilogit_of_teacher(student, teacher, labels)
 
 
 METHODS = {
@@ -89,11 +89,12 @@ def test_is_the_papers_formula(literal, options) -> None:  # type: ignore[no-unt
         student, teacher = make_model(0), frozen_copy(make_model(1))
         if dtype == torch.float64:
             student, teacher = student.double(), teacher.double()
-        expected = literal(*logits_of(student, teacher))
-        expected.backward()
+        losses = literal(*logits_of(student, teacher))
+        expected = losses / len(losses)
+        expected.sum().backward()
         gradients[dtype] = expected.detach(), dict(student.named_parameters())
     exact, plain = gradients[torch.float64], gradients[torch.float32]
-    assert_within_budget(loss, exact[0], plain[0], smallest_scale=1.0)
+    assert_sum_within_budget(loss, exact[0], plain[0])
     assert_tensors_within_budget(
         *(
             {
@@ -127,7 +128,7 @@ def test_a_teacher_of_another_size_with_a_capped_head() -> None:
         loss = fused_kl_loss(model, reference, **batch())
         plain = kl_minimisation(*logits_of(model, reference))
         exact = kl_minimisation(*logits_of(model.double(), reference.double()))
-    assert_within_budget(loss, exact, plain, smallest_scale=1.0)
+    assert_sum_within_budget(loss, exact / len(exact), plain / len(plain))
     assert not loss.requires_grad
 
 
@@ -151,10 +152,13 @@ def test_reduction_none_is_aligned_with_the_next_token() -> None:
     assert (losses[:, -1] == 0).all()
     weights = torch.arange(33.0).reshape(3, 11)
     weighted = fused_kl_loss(model, reference, reduction="sum", token_weights=weights, **batch())
-    exact, plain = (
-        (each[:, :-1] * weights[:, 1:]).flatten().detach() for each in (losses.double(), losses)
-    )
-    assert_sum_within_budget(weighted, exact, plain)
+    with torch.no_grad():
+        plain = kl_minimisation(*logits_of(model, reference))
+        exact = kl_minimisation(*logits_of(model.double(), reference.double()))
+    assert_within_budget(losses[:, :-1][counted], exact, plain, smallest_scale=1.0)
+    factors = weights[:, 1:][counted]
+    terms = exact * factors, plain * factors
+    assert_sum_within_budget(weighted, *terms, smallest_scale=float(factors.sum()))
 
 
 def test_vocabularies_of_two_sizes_need_the_number_of_real_tokens() -> None:
@@ -248,7 +252,9 @@ def test_a_step_against_a_teacher_is_the_literal_step(  # type: ignore[no-untype
             counted = labels != -100
             with torch.no_grad():
                 q = reference(**given).logits[:, :-1][counted]
-            losses.append(formula(literal(**given).logits[:, :-1][counted], q, labels[counted]))
+            losses.append(
+                formula(literal(**given).logits[:, :-1][counted], q, labels[counted]).mean()
+            )
         (0.7 * losses[0] + 1.3 * losses[1]).backward()
         torch.optim.SGD(literal.parameters(), lr=0.5).step()
         return torch.stack(losses).detach(), _values(literal)
