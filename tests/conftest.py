@@ -94,6 +94,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if not _is_spared(item)]
     for item in beyond_pairs(items):
         item.add_marker(pytest.mark.prove)
+    # What takes minutes begins at once, so that no worker waits for it in the end.
+    items.sort(key=lambda item: item.path.name != "test_instruction_sets.py")
 
 
 @pytest.fixture(autouse=True)
