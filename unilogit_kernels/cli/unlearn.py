@@ -90,6 +90,19 @@ def _note(message: str) -> None:
     _say(f"note: {message}", err=True)
 
 
+_MaxLength = Annotated[int, typer.Option(help="Rows are cut after so many tokens.")]
+_ChatTemplate = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat-template/--no-chat-template",
+        help="Put prompts through the tokenizer's chat template. Default: if it has one.",
+    ),
+]
+_TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
+]
+_Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
 _AllowMissing = Annotated[
     bool,
     typer.Option(
@@ -157,23 +170,10 @@ def unlearn(
     skip_below: Annotated[
         float, typer.Option(help="Tokens of a smaller share of the largest slope get no gradient.")
     ] = Settings.skip_below,
-    max_length: Annotated[
-        int, typer.Option(help="Rows are cut after so many tokens.")
-    ] = Settings.max_length,
-    chat_template: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat-template/--no-chat-template",
-            help="Put prompts through the tokenizer's chat template. Default: if it has one.",
-        ),
-    ] = Settings.chat_template,
-    template_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: float32 or bfloat16.")
-    ] = Settings.dtype,
+    max_length: _MaxLength = Settings.max_length,
+    chat_template: _ChatTemplate = Settings.chat_template,
+    template_arg: _TemplateArg = None,
+    dtype: _Dtype = Settings.dtype,
     autocast: Annotated[
         bool, typer.Option("--autocast", help="Compute in bfloat16, whatever the weights are.")
     ] = Settings.autocast,
@@ -238,23 +238,10 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write every figure and answer to this file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in one forward.")] = 16,
-    max_length: Annotated[
-        int, typer.Option(help="Rows are cut after so many tokens.")
-    ] = Settings.max_length,
-    chat_template: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat-template/--no-chat-template",
-            help="Put prompts through the tokenizer's chat template. Default: if it has one.",
-        ),
-    ] = Settings.chat_template,
-    template_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: float32 or bfloat16.")
-    ] = Settings.dtype,
+    max_length: _MaxLength = Settings.max_length,
+    chat_template: _ChatTemplate = Settings.chat_template,
+    template_arg: _TemplateArg = None,
+    dtype: _Dtype = Settings.dtype,
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Also answer the prompts greedily.")
     ] = True,
