@@ -158,12 +158,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture
-def two_row_backend(backend: str) -> str:
-    """Each backend: all of them have the two-row kernels."""
-    return backend
-
-
 CAST_BFLOAT16 = "cast torch.bfloat16"
 """bfloat16 on a CPU that does not multiply it: a plan of its own for fused linear calls."""
 

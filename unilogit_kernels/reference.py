@@ -10,7 +10,6 @@ Self-Distillation", Findings of ACL 2025, arXiv 2505.06027.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -167,41 +166,6 @@ def runner_up_log_prob(
     is_label = F.one_hot(labels, logits.shape[-1]).bool()
     log_p = torch.log_softmax(logits, dim=-1)
     return log_p.masked_fill(is_label, float("-inf")).max(-1).values
-
-
-def weighted_objective_sum(
-    logits: Tensor,
-    labels: Tensor,
-    row_weight: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    *,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """`sum_i w_i f(d_i)` over the rows with `w_i != 0`, by plain autograd.
-
-    Args:
-        logits: `[n, V]`, any float dtype.
-        labels: int64 `[n]`; a row with weight 0 may hold any label.
-        row_weight: `[n]`.
-        objective: `f`, a differentiable function of the log-odds.
-        softcap: See `transform_logits`.
-        logit_scale: See `transform_logits`.
-        vocab_size: See `transform_logits`.
-
-    Returns:
-        A scalar.
-    """
-    counted = row_weight != 0
-    log_odds = target_log_odds(
-        logits[counted],
-        labels[counted],
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-    )
-    return (row_weight[counted] * objective(log_odds)).sum()
 
 
 def rewrite_teacher(logits: Tensor, labels: Tensor, rewrite: Rewrite) -> Tensor:

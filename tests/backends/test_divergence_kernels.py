@@ -28,8 +28,8 @@ Student = Literal["a", "b"]
 
 
 @pytest.fixture
-def kernels(two_row_backend: str) -> RowKernels:
-    return registry.load(two_row_backend)
+def kernels(backend: str) -> RowKernels:
+    return registry.load(backend)
 
 
 def transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:

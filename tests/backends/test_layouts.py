@@ -76,10 +76,10 @@ def test_logits_and_output(
 @pytest.mark.parametrize(("a_dtype", "b_dtype"), DTYPES)
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 def test_two_models_and_output(
-    two_row_backend: str, a_layout: str, a_dtype: torch.dtype, b_dtype: torch.dtype
+    backend: str, a_layout: str, a_dtype: torch.dtype, b_dtype: torch.dtype
 ) -> None:
     """Every pair of layouts of the three matrices: `out` takes that of a plus that of b."""
-    kernels = registry.load(two_row_backend)
+    kernels = registry.load(backend)
     a, b, labels = pairs.rows(*SHAPE, a_dtype, b_dtype)
     coefficients, transforms = torch.randn(4, SHAPE[0]), (PLAIN, PLAIN)
     student: pairs.Student = "b" if a_dtype == torch.bfloat16 else "a"

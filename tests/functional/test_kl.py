@@ -26,39 +26,35 @@ from unilogit_kernels.testing import assert_sum_within_budget
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 class TestDivergences:
-    def test_logits(
-        self, two_row_backend: str, dtype: torch.dtype, divergence: dict[str, Any]
-    ) -> None:
-        check(logits_pair(41, 503, dtype, **divergence), two_row_backend)
+    def test_logits(self, backend: str, dtype: torch.dtype, divergence: dict[str, Any]) -> None:
+        check(logits_pair(41, 503, dtype, **divergence), backend)
 
-    def test_linear(
-        self, two_row_backend: str, dtype: torch.dtype, divergence: dict[str, Any]
-    ) -> None:
-        check(linear_pair(41, 24, 503, dtype, **divergence), two_row_backend)
+    def test_linear(self, backend: str, dtype: torch.dtype, divergence: dict[str, Any]) -> None:
+        check(linear_pair(41, 24, 503, dtype, **divergence), backend)
 
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
     def test_options(
-        self, two_row_backend: str, divergence: dict[str, Any], options: dict[str, Any]
+        self, backend: str, divergence: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        check(logits_pair(41, 503, torch.float32, **divergence, **options), two_row_backend)
-        check(linear_pair(41, 24, 503, torch.float32, **divergence, **options), two_row_backend)
+        check(logits_pair(41, 503, torch.float32, **divergence, **options), backend)
+        check(linear_pair(41, 24, 503, torch.float32, **divergence, **options), backend)
 
-    def test_token_weights(self, two_row_backend: str, divergence: dict[str, Any]) -> None:
+    def test_token_weights(self, backend: str, divergence: dict[str, Any]) -> None:
         weights = torch.randn(41)
         weights[4] = 0
         for pair in (logits_pair(41, 99, torch.float32), linear_pair(41, 24, 99, torch.float32)):
             options = {**divergence, "token_weights": weights}
-            check(replace(pair, options=options), two_row_backend)
+            check(replace(pair, options=options), backend)
 
     def test_none_is_the_sum_apart(
-        self, two_row_backend: str, dtype: torch.dtype, divergence: dict[str, Any]
+        self, backend: str, dtype: torch.dtype, divergence: dict[str, Any]
     ) -> None:
         """One loss per token, under any upstream gradient."""
         upstream = torch.randn(41)
         upstream[2] = 0
         for pair in (logits_pair(41, 99, dtype), linear_pair(41, 24, 99, dtype)):
             inputs = tuple(x.detach().requires_grad_() for x in pair.student)
-            losses = pair.loss(inputs, two_row_backend, reduction="none", **divergence)
+            losses = pair.loss(inputs, backend, reduction="none", **divergence)
             assert losses.shape == (41,)
             assert (losses[3::5] == 0).all()
             gradients = torch.autograd.grad(losses, inputs, upstream)
@@ -70,42 +66,40 @@ class TestDivergences:
 
 
 @pytest.mark.parametrize(("n", "v"), [(64, 2), (33, 7), (5, 4099), (3, 50_257)])
-def test_odd_sizes(two_row_backend: str, dtype: torch.dtype, n: int, v: int) -> None:
-    check(logits_pair(n, v, dtype, rewrite=Shift(2.0)), two_row_backend)
-    check(linear_pair(n, 5, v, dtype, direction="reverse"), two_row_backend)
+def test_odd_sizes(backend: str, dtype: torch.dtype, n: int, v: int) -> None:
+    check(logits_pair(n, v, dtype, rewrite=Shift(2.0)), backend)
+    check(linear_pair(n, 5, v, dtype, direction="reverse"), backend)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_all_tokens(two_row_backend: str, dtype: torch.dtype, direction: str) -> None:
+def test_all_tokens(backend: str, dtype: torch.dtype, direction: str) -> None:
     """Without labels every position counts."""
     for pair in (logits_pair(6, 99, dtype), linear_pair(6, 8, 99, dtype)):
-        check(replace(pair, labels=None, options={"direction": direction}), two_row_backend)
+        check(replace(pair, labels=None, options={"direction": direction}), backend)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_without_labels_every_position_counts(two_row_backend: str, reduction: str) -> None:
+def test_without_labels_every_position_counts(backend: str, reduction: str) -> None:
     """Whatever `ignore_index` is: there is no label that could equal it."""
     for pair in (logits_pair(7, 99, torch.float32), linear_pair(7, 8, 99, torch.float32)):
         unlabelled = replace(pair, labels=None, options={})
-        expected = unlabelled.loss(pair.student, two_row_backend, reduction=reduction)
+        expected = unlabelled.loss(pair.student, backend, reduction=reduction)
         assert (expected > 0).all()
         for ignore_index in (0, -1, 5):
             found = unlabelled.loss(
-                pair.student, two_row_backend, reduction=reduction, ignore_index=ignore_index
+                pair.student, backend, reduction=reduction, ignore_index=ignore_index
             )
             assert torch.equal(found, expected)
     values = torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 0.0]])
-    loss = kl_loss(*values, ignore_index=0, backend=two_row_backend)
+    loss = kl_loss(*values, ignore_index=0, backend=backend)
     assert loss.item() == pytest.approx(1.07497, abs=1e-5)
 
 
 @pytest.mark.parametrize("ref_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_models_of_two_dtypes(
-    two_row_backend: str, dtype: torch.dtype, ref_dtype: torch.dtype
-) -> None:
+def test_models_of_two_dtypes(backend: str, dtype: torch.dtype, ref_dtype: torch.dtype) -> None:
     for pair in (logits_pair(7, 99, dtype), linear_pair(7, 8, 99, dtype)):
         teacher = tuple(x.to(ref_dtype) for x in pair.teacher)
-        _, gradients = replace(pair, teacher=teacher).ours(two_row_backend)
+        _, gradients = replace(pair, teacher=teacher).ours(backend)
         exact_logits = logits_of(tuple(x.double() for x in teacher))
         # The teacher in its own dtype, as plain torch computes it; the student in its own.
         exact = replace(pair, teacher=(exact_logits,)), replace(pair, teacher=(logits_of(teacher),))
@@ -120,24 +114,22 @@ def test_models_of_two_dtypes(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_a_student_equal_to_its_teacher(
-    two_row_backend: str, dtype: torch.dtype, divergence: dict[str, Any]
+    backend: str, dtype: torch.dtype, divergence: dict[str, Any]
 ) -> None:
     """Without a rewrite, loss and gradient are exactly 0, not roundings of it."""
     if "rewrite" in divergence:
         pytest.skip("the rewrite makes them differ")
     pair = linear_pair(12, 16, 300, dtype, **divergence)
     equal = replace(pair, teacher=pair.student)
-    loss, gradients = equal.ours(two_row_backend)
+    loss, gradients = equal.ours(backend)
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_unilogit_is_the_reverse_divergence_from_its_own_target(two_row_backend: str) -> None:
+def test_unilogit_is_the_reverse_divergence_from_its_own_target(backend: str) -> None:
     logits, labels = torch.randn(9, 200) * 4, torch.arange(9)
     x = logits.clone().requires_grad_()
-    ours = kl_loss(
-        x, logits, labels, rewrite=Uniform(), direction="reverse", backend=two_row_backend
-    )
+    ours = kl_loss(x, logits, labels, rewrite=Uniform(), direction="reverse", backend=backend)
     (found,) = torch.autograd.grad(ours, x)
 
     def literal(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ REF_LOG_ODDS = [-1e4, -30.0, -1.0, 13.8, 60.0, 1e4]
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
-def test_extreme_log_odds(two_row_backend: str, divergence: dict[str, Any]) -> None:
+def test_extreme_log_odds(backend: str, divergence: dict[str, Any]) -> None:
     """Where a label's probability is 0 or 1 to float32, loss and gradient keep their digits.
 
     The exact values are literal sums in float64 over log-probabilities that come from the log-odds,
@@ -35,7 +35,7 @@ def test_extreme_log_odds(two_row_backend: str, divergence: dict[str, Any]) -> N
         for x, target in zip((logits, ref_logits), targets, strict=True):
             x[row, 0] = float(target + torch.logsumexp(x[row, 1:].double(), 0))
     x, labels = logits.clone().requires_grad_(), torch.zeros(len(pairs), dtype=torch.int64)
-    options = {"backend": two_row_backend, **divergence}
+    options = {"backend": backend, **divergence}
     losses = kl_loss(logits, ref_logits, labels, reduction="none", **options)
     total = kl_loss(x, ref_logits, labels, reduction="sum", **options)
     (gradients,) = torch.autograd.grad(total, x)
@@ -152,7 +152,7 @@ def hard_pairs() -> list[tuple[str, dict[int, float], dict[int, float], dict[str
 )
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_hard_rows(
-    two_row_backend: str,
+    backend: str,
     entries: dict[int, float],
     ref_entries: dict[int, float],
     options: dict[str, Any],
@@ -167,7 +167,7 @@ def test_hard_rows(
         ref_logits[[0, 2]],
         labels[[0, 2]],
         reduction="sum",
-        backend=two_row_backend,
+        backend=backend,
         **options,
     )
     (others_gradient,) = torch.autograd.grad(others, alone)
@@ -176,9 +176,9 @@ def test_hard_rows(
         for column, value in where.items():
             x[1, column] = value
     x = logits.requires_grad_()
-    losses = kl_loss(x, ref_logits, labels, reduction="none", backend=two_row_backend, **options)
+    losses = kl_loss(x, ref_logits, labels, reduction="none", backend=backend, **options)
     assert torch.allclose(losses[1], torch.tensor(expected), atol=1e-6, equal_nan=True)
-    loss = kl_loss(x, ref_logits, labels, reduction=reduction, backend=two_row_backend, **options)
+    loss = kl_loss(x, ref_logits, labels, reduction=reduction, backend=backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     # Alone, a row may begin at another alignment, and its sums in another order.
     tolerance = 8 * torch.finfo(torch.float32).eps * others_gradient.abs().amax(1, keepdim=True)
@@ -192,20 +192,18 @@ def test_hard_rows(
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_ignored_rows_contribute_nothing_whatever_they_hold(
-    two_row_backend: str, linear: bool
-) -> None:
+def test_ignored_rows_contribute_nothing_whatever_they_hold(backend: str, linear: bool) -> None:
     pair = linear_pair(7, 8, 60, torch.float32) if linear else logits_pair(7, 60, torch.float32)
     labels = pair.labels
     assert labels is not None
     ignored = labels == -100
     weights = torch.ones(7)
     weights[0] = 0
-    expected = replace(pair, options={"token_weights": weights}).ours(two_row_backend)
+    expected = replace(pair, options={"token_weights": weights}).ours(backend)
     for operands in (pair.student, pair.teacher):
         operands[0][ignored] = NAN
         operands[0][0] = INF
-    found = replace(pair, options={"token_weights": weights}).ours(two_row_backend)
+    found = replace(pair, options={"token_weights": weights}).ours(backend)
     assert torch.equal(found[0], expected[0])
     for ours, wanted in zip(found[1], expected[1], strict=True):
         assert torch.equal(ours, wanted)
@@ -214,10 +212,10 @@ def test_ignored_rows_contribute_nothing_whatever_they_hold(
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("n", [0, 4])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nothing_counts(two_row_backend: str, linear: bool, n: int, reduction: str) -> None:
+def test_nothing_counts(backend: str, linear: bool, n: int, reduction: str) -> None:
     pair = linear_pair(n, 8, 60, torch.float32) if linear else logits_pair(n, 60, torch.float32)
     none = replace(pair, labels=torch.full((n,), -100), options={"reduction": reduction})
-    loss, gradients = none.ours(two_row_backend)
+    loss, gradients = none.ours(backend)
     assert (loss == 0).all()
     for gradient, operand in zip(gradients, pair.student, strict=True):
         assert gradient.shape == operand.shape
@@ -257,16 +255,14 @@ def literal_row(student: Tensor, teacher: Tensor, direction: str) -> tuple[Tenso
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_forbidden_tokens(
-    two_row_backend: str, by_student: str, by_teacher: str, direction: str, labelled: bool
+    backend: str, by_student: str, by_teacher: str, direction: str, labelled: bool
 ) -> None:
     """Every combination, between two rows in which nothing is forbidden."""
     logits, ref_logits = torch.randn(3, 37), torch.randn(3, 37)
     logits[1, FORBIDDEN[by_student]] = ref_logits[1, FORBIDDEN[by_teacher]] = -INF
     x = logits.clone().requires_grad_()
     labels = torch.tensor([1, 5, 2]) if labelled else None
-    losses = kl_loss(
-        x, ref_logits, labels, direction=direction, reduction="none", backend=two_row_backend
-    )
+    losses = kl_loss(x, ref_logits, labels, direction=direction, reduction="none", backend=backend)
     (gradient,) = torch.autograd.grad(losses.sum(), x)
     loss, row = literal_row(logits, ref_logits, direction)
     rounding = 64 * torch.finfo(torch.float32).eps
@@ -278,7 +274,7 @@ def test_forbidden_tokens(
 @pytest.mark.parametrize("who", ["student", "teacher", "both"])
 @pytest.mark.parametrize("train_weight", [True, False])
 def test_a_bias_that_forbids_a_token(
-    two_row_backend: str, dtype: torch.dtype, direction: str, who: str, train_weight: bool
+    backend: str, dtype: torch.dtype, direction: str, who: str, train_weight: bool
 ) -> None:
     """Through the lm_heads: finite where plain torch in float64 is, never a NaN that it has not."""
     pair = linear_pair(6, 8, 60, dtype, direction=direction)
@@ -287,7 +283,7 @@ def test_a_bias_that_forbids_a_token(
             operands[2][11] = -INF
     hidden, weight, bias = (x.detach().requires_grad_() for x in pair.student)
     weight.requires_grad_(train_weight)
-    loss = pair.loss((hidden, weight, bias), two_row_backend)
+    loss = pair.loss((hidden, weight, bias), backend)
     wanted = [hidden, weight, bias] if train_weight else [hidden, bias]
     gradients = torch.autograd.grad(loss, wanted)
     assert pair.labels is not None

@@ -79,35 +79,33 @@ def check(method: Method, pair: Pair, backend: str, dtype: torch.dtype, **option
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("models", MODELS.values(), ids=MODELS)
-def test_methods(
-    two_row_backend: str, dtype: torch.dtype, name: str, models: dict[str, float]
-) -> None:
+def test_methods(backend: str, dtype: torch.dtype, name: str, models: dict[str, float]) -> None:
     """On logits, and through heads of different sizes with a bias each."""
     method, options = METHODS[name]
     for pair in (logits_pair(40, 211, dtype), linear_pair(40, 24, 211, dtype)):
-        check(method, replace(pair, options=options), two_row_backend, dtype, **models)
+        check(method, replace(pair, options=options), backend, dtype, **models)
 
 
 @pytest.mark.parametrize("name", ["KL minimisation", "reverse KL"])
-def test_all_tokens(two_row_backend: str, dtype: torch.dtype, name: str) -> None:
+def test_all_tokens(backend: str, dtype: torch.dtype, name: str) -> None:
     method, options = METHODS[name]
     for pair in (logits_pair(40, 211, dtype), linear_pair(40, 24, 211, dtype)):
-        check(method, replace(pair, labels=None, options=options), two_row_backend, dtype)
+        check(method, replace(pair, labels=None, options=options), backend, dtype)
 
 
 @pytest.mark.parametrize("biased", ["student", "teacher"])
-def test_a_bias_of_one_model(two_row_backend: str, dtype: torch.dtype, biased: str) -> None:
+def test_a_bias_of_one_model(backend: str, dtype: torch.dtype, biased: str) -> None:
     method, options = METHODS["UnDIAL"]
     pair = replace(linear_pair(40, 24, 211, dtype), options=options)
     if biased == "student":
         pair = replace(pair, teacher=pair.teacher[:2])
     else:
         pair = replace(pair, student=pair.student[:2])
-    check(method, pair, two_row_backend, dtype)
+    check(method, pair, backend, dtype)
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_openunlearnings_average_can_be_reproduced(two_row_backend: str, linear: bool) -> None:
+def test_openunlearnings_average_can_be_reproduced(backend: str, linear: bool) -> None:
     """Its UnDIAL counts each position, and -100 indexes the vocabulary from its end."""
     v, dtype = 211, torch.float32
     pair = linear_pair(40, 24, v, dtype) if linear else logits_pair(40, v, dtype)
@@ -124,8 +122,8 @@ def test_openunlearnings_average_can_be_reproduced(two_row_backend: str, linear:
 
     options = {"rewrite": Shift(3.0)}
     everything = replace(pair, labels=count_ignored_positions(labels, v), options=options)
-    check(averaging_ignored_positions, everything, two_row_backend, dtype)
+    check(averaging_ignored_positions, everything, backend, dtype)
     # And it is something else than the paper's method.
-    _, ours = everything.ours(two_row_backend)
-    _, papers = replace(pair, options=options).ours(two_row_backend)
+    _, ours = everything.ours(backend)
+    _, papers = replace(pair, options=options).ours(backend)
     assert not torch.allclose(ours[0], papers[0], rtol=1e-2, atol=1e-4)

@@ -30,7 +30,7 @@ from unilogit_kernels.testing import AllocationGuard
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_never_holds_either_models_logits(
-    two_row_backend: str, dtype: torch.dtype, divergence: dict[str, Any], reduction: str
+    backend: str, dtype: torch.dtype, divergence: dict[str, Any], reduction: str
 ) -> None:
     n, h, v = 64, 16, 3001
     pair = linear_pair(n, h, v, dtype, **divergence)
@@ -39,14 +39,14 @@ def test_never_holds_either_models_logits(
         inputs[1].requires_grad_(not frozen)
         full = replace(pair, labels=torch.randint(0, v, (n,)))
         with AllocationGuard(forbidden_elements=n * v) as guard:
-            full.loss(inputs, two_row_backend, reduction=reduction).sum().backward()
+            full.loss(inputs, backend, reduction=reduction).sum().backward()
         assert guard.largest > 0
 
 
 @pytest.mark.parametrize("n_h", [(11, 24), (24, 11)])
 def test_any_cut_is_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
-    two_row_backend: str,
+    backend: str,
     dtype: torch.dtype,
     n_h: tuple[int, int],
 ) -> None:
@@ -72,7 +72,7 @@ def test_any_cut_is_within_the_budget(
         monkeypatch.setattr(
             "unilogit_kernels.fused_linear.compaction.plan_linear", lambda *_, plan=plan, **__: plan
         )
-        check(pair, two_row_backend)
+        check(pair, backend)
     if casts_operands(dtype):
         return
     _, exact = pair.plain(torch.float64)
@@ -85,7 +85,7 @@ def test_any_cut_is_within_the_budget(
         )
         for reduction in ("mean", "none"):
             inputs = hidden.detach().requires_grad_(), weight, bias.detach().requires_grad_()
-            loss = pair.loss(inputs, two_row_backend, reduction=reduction)
+            loss = pair.loss(inputs, backend, reduction=reduction)
             if reduction == "none":
                 loss = loss.sum() / active
             gradients = torch.autograd.grad(loss, (inputs[0], inputs[2]))
@@ -93,7 +93,7 @@ def test_any_cut_is_within_the_budget(
                 check_gradient(ours, exact[i], plain[i])
 
 
-def test_memory_is_flat_in_the_vocabulary(two_row_backend: str) -> None:
+def test_memory_is_flat_in_the_vocabulary(backend: str) -> None:
     """Beside results and their float32 sums, a call takes its budget of buffers and no more."""
     peaks = []
     for v in (20_000, 80_000):
@@ -101,7 +101,7 @@ def test_memory_is_flat_in_the_vocabulary(two_row_backend: str) -> None:
         pair = linear_pair(n, h, v, torch.bfloat16, bias=False)
         hidden, weight = pair.student
         with AllocationGuard() as guard:
-            pair.loss((hidden.requires_grad_(), weight), two_row_backend).backward()
+            pair.loss((hidden.requires_grad_(), weight), backend).backward()
         peaks.append(guard.peak_bytes)
     assert max(peaks) <= MEMORY_BUDGET["cpu"] * 1.5
     assert max(peaks) < 2 * 256 * 80_000 * 2
@@ -116,18 +116,18 @@ V, H = 3001, 40
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("logits", ["default", "float32", "operands"])
 def test_any_budget_and_logits_dtype(
-    two_row_backend: str, dtype: torch.dtype, memory_budget: int, reduction: str, logits: str
+    backend: str, dtype: torch.dtype, memory_budget: int, reduction: str, logits: str
 ) -> None:
     """Both orders, with what is kept as logits and as finished rows, and nothing kept."""
     chosen = {"default": None, "float32": torch.float32, "operands": dtype}[logits]
     pair = linear_pair(50, H, V, dtype, rewrite=Shift(2.0), softcap=4.0, reduction="sum")
     options = {"options": LinearOptions(memory_budget, chosen)}
     if reduction == "sum":
-        check(pair, two_row_backend, **options)
+        check(pair, backend, **options)
         return
     _, exact = pair.plain(torch.float64)
     _, plain = pair.plain(dtype)
-    _, gradients = pair.ours(two_row_backend, reduction="none", **options)
+    _, gradients = pair.ours(backend, reduction="none", **options)
     for ours, right, other in zip(gradients, exact, plain, strict=True):
         check_gradient(ours, right, other)
 
@@ -152,42 +152,37 @@ def counted_gemms(
 
 
 @pytest.mark.parametrize("n", [H // 2, H])
-def test_no_gemm_beyond_its_own(two_row_backend: str, n: int) -> None:
+def test_no_gemm_beyond_its_own(backend: str, n: int) -> None:
     """Both heads' logits, dH and dW: kept as logits up to H / 2 tokens, as rows up to H."""
-    assert counted_gemms(n, backend=two_row_backend) == 4.0
-    assert counted_gemms(n, ref_h=2 * H, backend=two_row_backend) == 5.0
-    assert counted_gemms(64, train_weight=False, backend=two_row_backend) == 3.0
+    assert counted_gemms(n, backend=backend) == 4.0
+    assert counted_gemms(n, ref_h=2 * H, backend=backend) == 5.0
+    assert counted_gemms(64, train_weight=False, backend=backend) == 3.0
 
 
-def test_a_budget_that_holds_the_sums_needs_none_either(two_row_backend: str) -> None:
+def test_a_budget_that_holds_the_sums_needs_none_either(backend: str) -> None:
     assert (
-        counted_gemms(4 * H, backend=two_row_backend, options=LinearOptions(memory_budget=1 << 30))
-        == 4.0
+        counted_gemms(4 * H, backend=backend, options=LinearOptions(memory_budget=1 << 30)) == 4.0
     )
     # Without, tokens beyond those that are kept are projected twice by both heads.
     assert (
         5.0
-        < counted_gemms(
-            4 * H, backend=two_row_backend, options=LinearOptions(memory_budget=1 << 20)
-        )
+        < counted_gemms(4 * H, backend=backend, options=LinearOptions(memory_budget=1 << 20))
         < 6.0
     )
 
 
-def test_kept_logits_spare_projections_of_a_backward_of_its_own(two_row_backend: str) -> None:
-    options: dict[str, Any] = {"reduction": "none", "backend": two_row_backend}
+def test_kept_logits_spare_projections_of_a_backward_of_its_own(backend: str) -> None:
+    options: dict[str, Any] = {"reduction": "none", "backend": backend}
     assert counted_gemms(64, options=LinearOptions(memory_budget=1 << 20), **options) == 6.0
     assert 4.0 < counted_gemms(64, options=LinearOptions(memory_budget=1 << 30), **options) < 4.5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("train_weight", [True, False])
-def test_rows_of_weight_0_cost_nothing(
-    two_row_backend: str, reduction: str, train_weight: bool
-) -> None:
+def test_rows_of_weight_0_cost_nothing(backend: str, reduction: str, train_weight: bool) -> None:
     weights = (torch.arange(50) % 5 < 2).float()
     options: dict[str, Any] = {
-        "backend": two_row_backend,
+        "backend": backend,
         "train_weight": train_weight,
         "reduction": reduction,
         "options": LinearOptions(memory_budget=1 << 20),
@@ -198,9 +193,7 @@ def test_rows_of_weight_0_cost_nothing(
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_without_compaction(
-    two_row_backend: str, dtype: torch.dtype, reduction: str, frozen: bool
-) -> None:
+def test_without_compaction(backend: str, dtype: torch.dtype, reduction: str, frozen: bool) -> None:
     """The same results, though rows that hold NaN go through every GEMM."""
     pair = linear_pair(30, H, 300, dtype, rewrite=Shift(1.0), bias=False)
     assert pair.labels is not None
@@ -213,7 +206,7 @@ def test_without_compaction(
         weight.requires_grad_(not frozen)
         loss = pair.loss(
             (hidden, weight),
-            two_row_backend,
+            backend,
             options=LinearOptions(compact=compact),
             reduction=reduction,
         )

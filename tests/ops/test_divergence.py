@@ -21,32 +21,32 @@ from unilogit_kernels import Shift, kl_loss, linear_kl_loss
 from unilogit_kernels.testing import assert_tensors_within_budget
 
 
-def test_one_head_for_both_models(two_row_backend: str) -> None:
+def test_one_head_for_both_models(backend: str) -> None:
     """A tied or frozen-and-shared lm_head: the teacher's use of it adds no gradient."""
     weight = torch.randn(90, 8, requires_grad=True)
     hidden, ref_hidden = (
         torch.randn(6, 8, requires_grad=True),
         torch.randn(6, 8, requires_grad=True),
     )
-    loss = linear_kl_loss(hidden, weight, ref_hidden, weight, backend=two_row_backend)
+    loss = linear_kl_loss(hidden, weight, ref_hidden, weight, backend=backend)
     loss.backward()
     copy = weight.detach().clone().requires_grad_()
-    apart = linear_kl_loss(hidden, copy, ref_hidden, weight.detach(), backend=two_row_backend)
+    apart = linear_kl_loss(hidden, copy, ref_hidden, weight.detach(), backend=backend)
     (expected,) = torch.autograd.grad(apart, copy)
     assert ref_hidden.grad is None
     assert weight.grad is not None
     assert torch.equal(weight.grad, expected)
 
 
-def test_the_teacher_never_gets_a_gradient(two_row_backend: str) -> None:
+def test_the_teacher_never_gets_a_gradient(backend: str) -> None:
     logits, ref_logits = (
         torch.randn(4, 50, requires_grad=True),
         torch.randn(4, 50, requires_grad=True),
     )
-    kl_loss(logits, ref_logits, backend=two_row_backend).backward()
+    kl_loss(logits, ref_logits, backend=backend).backward()
     assert ref_logits.grad is None
     assert logits.grad is not None
-    assert not kl_loss(logits.detach(), ref_logits, backend=two_row_backend).requires_grad
+    assert not kl_loss(logits.detach(), ref_logits, backend=backend).requires_grad
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
@@ -65,32 +65,32 @@ def test_double_backward_in_float64(divergence: dict[str, Any]) -> None:
             assert torch.autograd.gradgradcheck(loss, inputs)
 
 
-def test_repeatable_and_backward_twice(two_row_backend: str) -> None:
+def test_repeatable_and_backward_twice(backend: str) -> None:
     pair = linear_pair(40, 16, 500, torch.bfloat16, rewrite=Shift(1.0))
-    first, second = pair.ours(two_row_backend), pair.ours(two_row_backend)
+    first, second = pair.ours(backend), pair.ours(backend)
     assert torch.equal(first[0], second[0])
     assert all(map(torch.equal, first[1], second[1]))
     inputs = tuple(x.detach().requires_grad_() for x in pair.student)
-    loss = pair.loss(inputs, two_row_backend)
+    loss = pair.loss(inputs, backend)
     once = torch.autograd.grad(loss, inputs, retain_graph=True)
     again = torch.autograd.grad(loss, inputs)
     assert all(map(torch.equal, once, again))
 
 
-def test_inputs_are_never_written_to(two_row_backend: str) -> None:
+def test_inputs_are_never_written_to(backend: str) -> None:
     for pair in (logits_pair(9, 99, torch.float32), linear_pair(9, 24, 99, torch.float32)):
         operands = (*pair.student, *pair.teacher)
         before = [x.clone() for x in operands]
-        pair.ours(two_row_backend)
+        pair.ours(backend)
         assert all(map(torch.equal, before, operands))
 
 
-def test_double_backward_elsewhere_says_so(two_row_backend: str) -> None:
-    if two_row_backend == "eager":
+def test_double_backward_elsewhere_says_so(backend: str) -> None:
+    if backend == "eager":
         pytest.skip("which supports it")
     for pair in (logits_pair(3, 9, torch.float32), linear_pair(3, 4, 9, torch.float32)):
         inputs = tuple(x.requires_grad_() for x in pair.student)
-        loss = pair.loss(inputs, two_row_backend)
+        loss = pair.loss(inputs, backend)
         gradients = torch.autograd.grad(loss, inputs, create_graph=True)
         for gradient in gradients:
             with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -98,13 +98,13 @@ def test_double_backward_elsewhere_says_so(two_row_backend: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_graph_breaks(two_row_backend: str, reduction: str) -> None:
+def test_compiles_without_graph_breaks(backend: str, reduction: str) -> None:
     torch._dynamo.reset()  # each backend compiles the same function again, and there is a limit
     for pair in (logits_pair(9, 99, torch.float32), linear_pair(9, 8, 99, torch.float32)):
         weighted = replace(pair, options={"reduction": reduction, "rewrite": Shift(2.0)})
 
         def step(*inputs: Tensor, pair: Pair = weighted) -> Tensor:
-            return pair.loss(inputs, two_row_backend).sum()
+            return pair.loss(inputs, backend).sum()
 
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         inputs = tuple(x.detach().requires_grad_() for x in pair.student)
@@ -114,15 +114,15 @@ def test_compiles_without_graph_breaks(two_row_backend: str, reduction: str) -> 
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
-def test_one_graph_serves_any_number_of_tokens(two_row_backend: str, linear: bool) -> None:
+def test_one_graph_serves_any_number_of_tokens(backend: str, linear: bool) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     heads = torch.randn(99, 8, requires_grad=True), torch.randn(99, 6)
 
     def loss(x: Tensor, ref_x: Tensor, labels: Tensor) -> Tensor:
         if linear:
-            return linear_kl_loss(x, heads[0], ref_x, heads[1], labels, backend=two_row_backend)
-        return kl_loss(x, ref_x, labels, backend=two_row_backend)
+            return linear_kl_loss(x, heads[0], ref_x, heads[1], labels, backend=backend)
+        return kl_loss(x, ref_x, labels, backend=backend)
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
     sizes = (8, 6) if linear else (99, 99)
@@ -158,19 +158,19 @@ def test_operators_are_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_autocast(two_row_backend: str) -> None:
+def test_autocast(backend: str) -> None:
     """Each operand's gradient returns in its own dtype; the teacher is cast like the student."""
     hidden = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
     ref_hidden, ref_weight = torch.randn(6, 8), torch.randn(50, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_kl_loss(hidden, weight, ref_hidden, ref_weight, backend=two_row_backend)
+        loss = linear_kl_loss(hidden, weight, ref_hidden, ref_weight, backend=backend)
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
     with pytest.raises(TypeError, match="ref_weight must have ref_hidden's dtype"):
-        linear_kl_loss(hidden, weight.bfloat16(), ref_hidden, ref_weight, backend=two_row_backend)
+        linear_kl_loss(hidden, weight.bfloat16(), ref_hidden, ref_weight, backend=backend)
 
 
 # ---- two processes -------------------------------------------------------------------------------
