@@ -168,6 +168,38 @@ def runner_up_log_prob(
     return log_p.masked_fill(is_label, float("-inf")).max(-1).values
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """`-(sum_j p_j log p_j)`, where a token of probability 0 adds nothing.
+
+    Args:
+        logits: `[n, V]`, any float dtype, transformed.
+
+    Returns:
+        `[n]` in nats, in the dtype of `logits`.
+    """
+    log_p = torch.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == float("-inf"), 0.0)).sum(-1)
+
+
+def log_prob_variance(logits: Tensor) -> Tensor:
+    """The variance of `log p_j` under p, `sum_j p_j (log p_j + entropy)^2`; see `entropy`."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    excess = log_p.masked_fill(log_p == float("-inf"), 0.0) + entropy(logits)[:, None]
+    return (log_p.exp() * excess.square()).sum(-1)
+
+
+def uniform_cross_entropy(logits: Tensor) -> Tensor:
+    """`-(mean_j log p_j)` of all V tokens, the cross-entropy of the uniform distribution to p.
+
+    Args:
+        logits: `[n, V]`, any float dtype, transformed.
+
+    Returns:
+        `[n]` in nats, in the dtype of `logits`.
+    """
+    return -torch.log_softmax(logits, dim=-1).mean(-1)
+
+
 def rewrite_teacher(logits: Tensor, labels: Tensor, rewrite: Rewrite) -> Tensor:
     """A teacher's logits with the label's entry rewritten, step by step as the papers do.
 

@@ -23,10 +23,13 @@ from unilogit_kernels import (
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
 from unilogit_kernels.backends.eager import EagerKernels
-from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths import row_state, statistics
+from unilogit_kernels.maths.row_state import RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.testing import AllocationGuard, assert_within_budget
 
 PLAIN = LogitTransform()
+RUNNER_UP = RowNeeds(runner_up=True)
 V = 503
 
 
@@ -45,11 +48,10 @@ def fold(
 ) -> Tensor:
     """The state after these chunks of columns, in their order."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    state = row_state.empty_state(logits.shape[0], logits.device, dtype, runner_up=True)
+    state = row_state.empty_state(logits.shape[0], logits.device, dtype, needs=RUNNER_UP)
     for chunk in chunks:
-        kernels.log_odds_update(
-            Tile(logits[:, chunk], labels, first_column + chunk.start, transform), state
-        )
+        tile = Tile(logits[:, chunk], labels, first_column + chunk.start, transform)
+        kernels.log_odds_update(tile, state, RUNNER_UP)
     return state
 
 
@@ -57,8 +59,8 @@ def cut(v: int, *at: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise((0, *at, v))]
 
 
-def slopes_of(state: Tensor, labels: Tensor, v: int, slope: row_state.Statistics) -> Tensor:
-    return row_state.row_slopes(state, row_state.log_odds(state, labels, v), slope)
+def slopes_of(state: Tensor, labels: Tensor, v: int, slope: Statistics) -> Tensor:
+    return statistics.row_slopes(state, row_state.log_odds(state, labels, v), slope, v)
 
 
 def first_largest(logits: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def test_columns_that_float32_cannot_count(kernels: RowKernels, first_column: in
     state = fold(kernels, logits, labels, cut(V, 250), first_column=first_column)
     found = row_state.runner_up(state, labels) - first_column
     assert torch.equal(found, first_largest(logits, labels - first_column))
-    other = row_state.empty_state(7, logits.device, runner_up=True)
+    other = row_state.empty_state(7, logits.device, needs=RUNNER_UP)
     assert torch.equal(row_state.merge(other, state).view(torch.int32), state.view(torch.int32))
 
 
@@ -157,7 +159,10 @@ def test_hard_rows(kernels: RowKernels, where: int) -> None:
     logits[3, 100:300] = -math.inf
     logits[4, where], logits[5, where] = math.nan, math.inf
     state = fold(kernels, logits, labels, cut(V, 100, 300))
-    found, seen = row_state.runner_up(state, labels), row_state.statistics(state, labels, V)
+    found, seen = (
+        row_state.runner_up(state, labels),
+        statistics.statistics(state, labels, V, RUNNER_UP),
+    )
     assert seen.runner_up is not None
     lowest = [int(label == 0) for label in labels.tolist()]
     assert found[:2].tolist() == lowest[:2]
@@ -187,7 +192,7 @@ def test_merge_is_a_commutative_monoid() -> None:
     assert same(merge(merge(a, b), c), whole)
     assert same(merge(a, merge(b, c)), whole)
     assert same(merge(c, merge(b, a)), whole)
-    empty = row_state.empty_state(40, logits.device, runner_up=True)
+    empty = row_state.empty_state(40, logits.device, needs=RUNNER_UP)
     assert same(merge(empty, whole), whole)
     assert same(merge(whole, empty), whole)
 
@@ -226,7 +231,7 @@ def test_gradient_rows(
     chunks = cut(v, 100, 333)
     real = logits[:, :v].clone()
     state = fold(kernels, real, labels, chunks, transform)
-    slopes = slopes_of(state, labels, v, row_state.Statistics(slope, other))
+    slopes = slopes_of(state, labels, v, Statistics(slope, other))
     out = real if in_place else torch.full_like(real, math.nan)
     for chunk in chunks:
         kernels.log_odds_gradient(
@@ -241,7 +246,7 @@ def test_rows_without_a_slope_are_zero_whatever_they_hold(kernels: RowKernels) -
     logits[2] = -math.inf
     state = fold(kernels, logits, labels, [slice(0, V)])
     zeros = torch.zeros(4)
-    slopes = slopes_of(state, labels, V, row_state.Statistics(zeros, zeros))
+    slopes = slopes_of(state, labels, V, Statistics(zeros, zeros))
     kernels.log_odds_gradient(Tile(logits, labels), state, slopes, logits)
     assert logits.count_nonzero() == 0
     assert logits.isfinite().all()

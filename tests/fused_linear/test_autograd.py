@@ -27,6 +27,7 @@ from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
 from unilogit_kernels.fused_linear.saved import SavedInGradient, SavedLogits
 from unilogit_kernels.fused_linear.tiles import Gradients
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.objectives import CrossEntropy
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 from unilogit_kernels.testing import assert_tensors_within_budget, assert_within_budget
@@ -231,7 +232,7 @@ class TestGpuBranch:
 class _NoKernels(EagerKernels):
     """Row kernels that check what they are given and compute nothing."""
 
-    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+    def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
         assert tile.logits.shape[0] == tile.labels.shape[0] == state.shape[1]
 
     def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.support import literal
 from unilogit_kernels import objective_loss, objectives
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.objectives import TNPO, LoKU, Mixture, Objective, SequenceObjective
 from unilogit_kernels.testing import assert_sum_within_budget, assert_within_budget
 

@@ -7,10 +7,13 @@ tensors as they are; whether a backend may run on a device is the registry's bus
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 
 class LogitTransform(NamedTuple):
@@ -103,12 +106,15 @@ class RowKernels(ABC):
     scales_in_place: bool = False
 
     @abstractmethod
-    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+    def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
         """Fold a tile into `state` (see `row_state`), in place; one read.
 
-        `state` is `[3, n]`, or `[4, n]` where the column of the largest logit of the rest is asked
-        for: of the transformed logits, the lowest column of equal ones, counted in the whole
-        vocabulary, in whatever order columns are folded. In a row that is NaN it may be any.
+        `state` has the rows of `needs`. The runner-up's column is that of the transformed logits,
+        counted in the whole vocabulary, in whatever order columns are folded; in a row that is NaN
+        it may be any. Rows of a general state that nobody needs stay as they are:
+
+        - `RUNNER_UP` is written where `needs.runner_up` is set, `COUNT` and `LINEAR` where `mean`
+          is, `DOT` where `entropy` or `variance` is, and `SQUARE` where `variance` is.
         """
 
     @abstractmethod
@@ -120,13 +126,27 @@ class RowKernels(ABC):
         `out` is `[n, v]`, any strides, of the logits' dtype or another float dtype; it may be the
         tile's logits. A row whose slope is exactly 0 becomes exactly 0, whatever its logits hold.
 
-        With a state of four rows `slope` is `[3, n]` (`row_state.row_slopes`): the slope of the
+        With a state of four rows `slope` is `[3, n]` (`statistics.row_slopes`): the slope of the
         rest, and the entries (but for dz/dx) of the label and of the state's column. A row of
         three zeros becomes exactly 0.
+
+        With a state of all rows it is `[5, n]`: `rest, at_label, at_runner_up, tilt, uniform`. With
+        `s_j = z_j - max_i`, where a maximum of -inf is taken as 0 and a sum of 0 as 1, the row is
+
+            out_j = (uniform - r_ij (rest + tilt s_j)) dz/dx
+
+        off the label and the state's column, if that is one. The product with `r_ij` is 0 where
+        `exp(s_j)` is 0, also where `s_j` is infinite. A row of five zeros becomes exactly 0.
         """
 
     def log_odds_sweep(
-        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+        self,
+        tile: Tile,
+        row_weight: Tensor,
+        objective: str,
+        vocab_size: int,
+        out: Tensor | None,
+        weights: Sequence[float] = (),
     ) -> Tensor:
         """Statistics, objective and gradient of whole rows: their second read is cached.
 
@@ -138,6 +158,9 @@ class RowKernels(ABC):
             vocab_size: The V of the objective.
             out: `[n, V]`; receives the rows of `log_odds_gradient` for the slopes
                 `row_weight * f'(d)`. It may be the tile's logits, or None for the loss alone.
+            weights: Of `"weighted_statistics"`, five: with `a, b, c, e, k` its value is
+                `a softplus(-d) + b U + c L^2 + e H + k` (`statistics`). A weight of 0 leaves its
+                term out, also where that is infinite.
 
         Returns:
             The unweighted values `f(d)`, float32 `[n]`.

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.maths import pair_state, row_state
-from unilogit_kernels.maths.row_state import finite_shift, has_runner_up
+from unilogit_kernels.maths.row_state import (
+    PLAIN,
+    RowNeeds,
+    finite_shift,
+    has_runner_up,
+    is_general,
+)
 
 BLOCK_ELEMENTS = 1 << 20
 """Logits processed at a time: temporaries of 4 MiB in float32, which stay in a CPU's cache."""
@@ -71,12 +77,23 @@ def _rest_and_target(
     return z, row_max, torch.where(inside, at_label, float("-inf"))[:, 0]
 
 
+def _moments(s: Tensor, part: Tensor, *, squares: bool) -> None:
+    """Fill in `DOT`, and `SQUARE`, of logits less their maximum."""
+    p = s.exp()
+    part[row_state.DOT] = dot = (p * s).masked_fill_(p == 0, 0.0).sum(1)
+    if squares:
+        row_sum = p.sum(1)
+        mean = torch.where(row_sum == 0, 0.0, dot / row_sum)
+        about = (s - mean[:, None]).square_().mul_(p)
+        part[row_state.SQUARE] = about.masked_fill_(p == 0, 0.0).sum(1)
+
+
 class EagerKernels(RowKernels):
     """The row kernels in torch, in blocks of rows that bound temporaries."""
 
     name = "eager"
 
-    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+    def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
         """See `RowKernels`."""
         logits, labels, first_column, transform = tile
         v = logits.shape[1]
@@ -84,15 +101,23 @@ class EagerKernels(RowKernels):
             return
         for rows in _row_blocks(logits):
             column, inside = _label_columns(labels[rows], first_column, v)
-            z, row_max, target = _rest_and_target(
+            s, row_max, target = _rest_and_target(
                 logits[rows], column, inside, transform, state.dtype
             )
-            runner_up = []
-            if has_runner_up(state):
+            part = row_state.empty_state(s.shape[0], s.device, state.dtype, needs)
+            if needs.runner_up:
                 # Of equal ones, the first; where all are -inf, the merge takes none.
-                runner_up.append(row_state.as_row(first_column + z.argmax(1), state.dtype))
-            part = [row_max, z.exp_().sum(1), target, *runner_up]
-            state[:, rows] = row_state.merge(state[:, rows], torch.stack(part))
+                columns = row_state.as_row(first_column + s.argmax(1), state.dtype)
+                part[row_state.RUNNER_UP] = columns
+            if needs.mean:
+                part[row_state.COUNT] = v - inside[:, 0].to(state.dtype)
+                without_label = s.scatter(1, column, s.gather(1, column).masked_fill(inside, 0.0))
+                part[row_state.LINEAR] = without_label.sum(1)
+            if needs.entropy or needs.variance:
+                _moments(s, part, squares=needs.variance)
+            part[row_state.ROW_MAX], part[row_state.TARGET] = row_max, target
+            part[row_state.ROW_SUM] = s.exp_().sum(1)
+            state[:, rows] = row_state.merge(state[:, rows], part)
 
     def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
         """See `RowKernels`."""
@@ -100,16 +125,25 @@ class EagerKernels(RowKernels):
         v = logits.shape[1]
         if v == 0:
             return
+        general = is_general(state)
         slopes = slope if has_runner_up(state) else slope.expand(2, -1)
         for rows in _row_blocks(logits):
-            rest, at_label, *at_runner_up = slopes[:, rows]
-            z = _transformed(logits[rows], transform, state.dtype)
+            rest, at_label, *more = slopes[:, rows]
             row_max, row_sum = state[row_state.ROW_MAX, rows], state[row_state.ROW_SUM, rows]
-            row = z.sub_(row_max[:, None]).exp_().mul_((-rest / row_sum)[:, None])
+            if general:
+                row_max, row_sum = finite_shift(row_max), row_sum.masked_fill(row_sum == 0, 1.0)
+            s = _transformed(logits[rows], transform, state.dtype).sub_(row_max[:, None])
+            if general:
+                r = s.exp().div_(row_sum[:, None])
+                tilt, uniform = more[1:]
+                factor = s.mul_(tilt[:, None]).add_(rest[:, None])
+                row = factor.mul_(r).masked_fill_(r == 0, 0.0).neg_().add_(uniform[:, None])
+            else:
+                row = s.exp_().mul_((-rest / row_sum)[:, None])
             _put(row, labels[rows], first_column, at_label)
-            if at_runner_up:
-                column = row_state.runner_up(state[:, rows], labels[rows])
-                _put(row, column, first_column, at_runner_up[0])
+            if more:
+                column = row_state.as_integers(state[row_state.RUNNER_UP, rows])
+                _put(row, column.long(), first_column, more[0])
             if transform.softcap:
                 row.mul_(_softcap_slope(logits[rows], transform, state.dtype))
             row.mul_(transform.scale)

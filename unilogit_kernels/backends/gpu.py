@@ -13,8 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
-from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
+from unilogit_kernels.backends.ids import DTYPE_IDS, GPU_OBJECTIVES
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 MOST_COLUMNS = 2**30
 """Columns are counted in 32 bits, a few tiles beyond the last one included."""
@@ -72,17 +73,19 @@ class GpuKernels(RowKernels):
     """
 
     language: str
-    swept_objectives = frozenset(OBJECTIVE_IDS)
+    swept_objectives = GPU_OBJECTIVES
     scales_in_place = True
 
     @abstractmethod
-    def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:
+    def log_odds_update(
+        self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN, finish: Finish | None = None
+    ) -> None:
         """See `RowKernels`; `finish` says what to compute beside, of a tile of whole rows."""
 
     def sweep_in_two_passes(self, tile: Tile, finish: Finish, out: Tensor | None) -> Tensor:
         """See `RowKernels.log_odds_sweep`: the merge of the parts tells each row's slope."""
         state = row_state.empty_state(tile.logits.shape[0], tile.device)
-        self.log_odds_update(tile, state, finish)
+        self.log_odds_update(tile, state, finish=finish)
         if out is not None:
             self.log_odds_gradient(tile, state, finish.slopes, out)
         return finish.values

@@ -9,9 +9,14 @@ OBJECTIVE_IDS = {
     "unilogit_forward": 1,
     "cross_entropy": 2,
     "gradient_ascent": 3,
+    "weighted_statistics": 4,
 }
-"""The objectives that fused kernels know: `UnilogitObjective` of `csrc/cpu/api.h`, `Objective` of
-`csrc/cuda/row_math.h`. Triton's kernels take the names themselves."""
+"""The objectives that fused kernels know, the last one on CPUs alone: `UnilogitObjective` of
+`csrc/cpu/api.h`, `Objective` of `csrc/cuda/row_math.h`. Triton's kernels take the names
+themselves."""
+
+GPU_OBJECTIVES = frozenset(OBJECTIVE_IDS) - {"weighted_statistics"}
+"""Those that a sweep on a GPU knows."""
 
 NO_OBJECTIVE = -1
 """`kNoObjective` of `csrc/cuda/row_math.h`: statistics alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from unilogit_kernels.calls import validation
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.objectives import Mixture, Objective, SequenceObjective
 from unilogit_kernels.ops.arguments import (
     NO_GRADIENT,
@@ -79,7 +81,7 @@ def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Te
         # What is finished in one pass has no tangents; the values of rows do.
         losses = _losses(operands, call, objective)
         return call.factor * losses.sum(), losses.detach()
-    rows = _rows(call, runner_up=objective.needs_runner_up)
+    rows = _rows(call, objective.needs)
     loss = WeightedObjective(call.row_weight, call.factor, *objectives.pack(objective))
     if isinstance(operands, Logits):
         found = ops.logits.objective_loss(operands, rows, loss, NO_GRADIENT)
@@ -90,28 +92,33 @@ def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Te
 
 def log_odds(operands: Operands, call: LossCall) -> Tensor:
     """The log-odds `[n]`, differentiable; 0 where a row does not count."""
-    return statistics(operands, call, runner_up=False)[0].log_odds
+    return statistics(operands, call, PLAIN).seen.log_odds
 
 
-def statistics(operands: Operands, call: LossCall, *, runner_up: bool) -> tuple[Statistics, Tensor]:
-    """What losses see of the rows, differentiable; 0 where a row does not count.
+class Found(NamedTuple):
+    """What rows hold.
 
-    Args:
-        operands: What the logits come from.
-        call: How.
-        runner_up: Whether to look for the largest logit but the label's.
-
-    Returns:
-        The statistics, and the runner-up's token, int64 `[n]`; empty where nobody asked for it.
+    Attributes:
+        seen: Differentiable, `[n]` each; 0 where a row does not count.
+        column: The runner-up's token, int64 `[n]`; empty where nobody asked for it.
+        state: Complete, `[k, n]`, not differentiable.
     """
-    active, rows = call.row_weight != 0, _rows(call, runner_up=runner_up)
+
+    seen: Statistics
+    column: Tensor
+    state: Tensor
+
+
+def statistics(operands: Operands, call: LossCall, needs: RowNeeds) -> Found:
+    """What losses see of the rows, one pass over the vocabulary."""
+    active, rows = call.row_weight != 0, _rows(call, needs)
     if isinstance(operands, Logits):
-        values, column, _ = ops.logits.log_odds(operands, rows)
+        values, column, state = ops.logits.log_odds(operands, rows)
     else:
-        values, column, *_ = ops.linear.linear_log_odds(
+        values, column, state, *_ = ops.linear.linear_log_odds(
             operands, Active(active), rows, call.linear, NO_GRADIENT
         )
-    return Statistics.of(torch.where(active, values, 0.0)), column
+    return Found(Statistics.of(torch.where(active, values, 0.0), needs), column, state)
 
 
 def mixture_of(
@@ -157,7 +164,7 @@ def mixture_of(
     return total, torch.where(factor_of == 0, 0.0, call.factor * sums / factor_of)
 
 
-def _rows(call: LossCall, *, runner_up: bool) -> TokenRows:
+def _rows(call: LossCall, needs: RowNeeds) -> TokenRows:
     """What describes the rows to an operator."""
     assert call.labels is not None
     return TokenRows(
@@ -165,7 +172,7 @@ def _rows(call: LossCall, *, runner_up: bool) -> TokenRows:
         call.ignore_index,
         *call.transform,
         call.vocab_size,
-        runner_up,
+        needs.bits,
         call.backend,
     )
 
@@ -217,7 +224,7 @@ def _losses(
                 f"got {list(values.shape)}"
             )
         return weigh(call.row_weight, values)
-    seen = statistics(operands, call, runner_up=objective.needs_runner_up)[0]
+    seen = statistics(operands, call, objective.needs).seen
     if isinstance(objective, SequenceObjective):
         return objective.per_sequence(seen.log_odds)
     return weigh(call.row_weight, objective.of_rows(seen, call.vocab_size))

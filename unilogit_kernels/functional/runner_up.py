@@ -12,6 +12,7 @@ from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.ops.arguments import Operands
 
 
@@ -108,7 +109,8 @@ def linear_target_and_runner_up(
 
 
 def _of(operands: Operands, call: LossCall, ignore_index: int) -> TargetAndRunnerUp:
-    (log_odds, log_prob), token = dispatch.statistics(operands, call, runner_up=True)
-    assert log_prob is not None
+    seen, token, _ = dispatch.statistics(operands, call, RowNeeds(runner_up=True))
+    assert seen.runner_up is not None
     token = torch.where(call.row_weight != 0, token, ignore_index)
-    return TargetAndRunnerUp(*(x.reshape(call.shape) for x in (log_odds, log_prob, token)))
+    found = seen.log_odds, seen.runner_up, token
+    return TargetAndRunnerUp(*(x.reshape(call.shape) for x in found))

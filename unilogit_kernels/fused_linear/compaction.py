@@ -205,9 +205,7 @@ def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[T
     heads = inputs.heads(active, index)
     m = heads[0].hidden.shape[0]
     shape = inputs.shape(m, vocab_size, needs)
-    plan = plan_linear(
-        shape, inputs.options, passes=2, coupled=loss.coupled, runner_up=loss.runner_up
-    )
+    plan = plan_linear(shape, inputs.options, passes=2, coupled=loss.coupled, adds_up=loss.adds_up)
     part, every_weight = gradients, loss.row_weight
     if index is not None:
         loss = loss.at(index)

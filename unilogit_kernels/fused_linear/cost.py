@@ -5,7 +5,7 @@ So launches, operations, bytes and the peak of memory are those of the loops by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +26,7 @@ from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
 from unilogit_kernels.maths.divergence import Divergence
 from unilogit_kernels.maths.rewrites import Rewrite
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.objectives import UnilogitReverse
 from unilogit_kernels.rows.contract import RowLoss
 from unilogit_kernels.rows.divergence import PairLoss, PairProblem
@@ -159,14 +160,20 @@ class _RecordingKernels(RowKernels):
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+    def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
         self._recorder.add("log_odds_update", [tile.logits, tile.labels, state], [state])
 
     def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
         self._recorder.add("log_odds_gradient", [tile.logits, tile.labels, state, slope], [out])
 
     def log_odds_sweep(
-        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+        self,
+        tile: Tile,
+        row_weight: Tensor,
+        objective: str,
+        vocab_size: int,
+        out: Tensor | None,
+        weights: Sequence[float] = (),
     ) -> Tensor:
         values = row_weight.new_empty(tile.logits.shape[0])
         written = [values] if out is None else [values, out]

@@ -4,7 +4,8 @@ The gradient of a token's log-odds is `dd/dhidden = W_y - sum_{j != y} r_j W_j`,
 distribution `r` is a softmax. So its sum runs along with the statistics, as the output of
 attention does in FlashAttention (arXiv 2205.14135): each chunk of columns adds its rows under the
 statistics so far, after what was added before is scaled to them. The slope comes last, as a factor
-of a finished row. Row kernels and GEMMs therefore see chunks of columns that fit into a cache,
+of a finished row; what a loss gives every column alike (label smoothing) multiplies the sum of the
+weight's rows. Row kernels and GEMMs therefore see chunks of columns that fit into a cache,
 however long the vocabulary is, and all tokens at once.
 """
 
@@ -20,6 +21,7 @@ from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.tiles import slices, tile_view
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.statistics import AT_LABEL, REST, UNIFORM
 from unilogit_kernels.rows.objective import RowProblem
 
 LABEL_ROWS = 256
@@ -33,7 +35,7 @@ def gradient_online(
     slope_of: Callable[[Tensor, slice], Tensor],
     d_hidden: Tensor,
 ) -> Tensor:
-    """Write the hidden states' gradient of `sum_i slope_i d_i`; returns the states `[3, n]`.
+    """Write the hidden states' gradient of `sum_i slope_i d_i`; returns the states.
 
     Args:
         head: With the tokens that count.
@@ -47,12 +49,18 @@ def gradient_online(
         out = total = d_hidden[tokens]
         if out.dtype != exact:
             total = allocate(out.shape, exact, out.device)
-        state, label_entry = _sum_rest(head, rows.at(tokens), plan, tokens, total)
+        state, label_entry, every_row = _sum_rest(head, rows.at(tokens), plan, tokens, total)
         slope = slope_of(state, tokens)
-        _add_labels(head, rows.labels[tokens], label_entry, total)
+        of_rest, of_label, uniform = slope, slope, None
+        if slope.dim() > 1:
+            of_rest, of_label, uniform = slope[REST], slope[AT_LABEL], slope[UNIFORM]
         # A row of slope 0 gets no gradient, whatever it holds.
-        slope = slope[:, None]
-        total.mul_(slope).masked_fill_(slope.logical_not(), 0.0)
+        total.mul_(of_rest[:, None]).masked_fill_(of_rest.logical_not()[:, None], 0.0)
+        if every_row is not None and uniform is not None:
+            total.addr_(uniform * rows.transform.scale, every_row)
+            of_label = of_label - uniform
+        label_entry = (label_entry * of_label).masked_fill_(of_label == 0, 0.0)
+        _add_labels(head, rows.labels[tokens], label_entry, total)
         if out is not total:
             out.copy_(total)
         states.append(state)
@@ -61,16 +69,21 @@ def gradient_online(
 
 def _sum_rest(
     head: LinearHead, rows: RowProblem, plan: Plan, tokens: slice, total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Write `-sum_{j != y} r_j t_j W_j`; returns the states and the labels' entries `t_y`.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Write `-sum_{j != y} r_j t_j W_j`.
 
     `t_j` is the derivative of the logit transform.
+
+    Returns:
+        The states, the labels' entries `t_y`, and where the loss asks for it `sum_j W_j`, `[h]`.
     """
     dtypes, device, m = head.dtypes, head.hidden.device, tokens.stop - tokens.start
     hidden = OperandRows((head,), m).at(tokens)[0]
     state = rows.empty_state(m, device, dtypes.exact)
     one = torch.ones(m, device=device, dtype=dtypes.exact)
-    label_entry = torch.zeros_like(one)
+    label_entry, every_row = torch.zeros_like(one), None
+    if rows.needs.mean:
+        every_row = torch.zeros(head.hidden.shape[1], device=device, dtype=dtypes.exact)
     scratch = allocate((m * plan.columns,), dtypes.logits, device)
     row_scratch = None
     if dtypes.operands != dtypes.logits:
@@ -89,8 +102,10 @@ def _sum_rest(
         if before is not None:
             total.mul_(row_state.rest_share(before, state)[:, None])
         dtypes.multiply(out, weight, total, accumulate=before is not None)
+        if every_row is not None:
+            every_row += weight.sum(0, dtype=dtypes.exact)
         del weight  # which may be a copy, before the next one is made
-    return state, label_entry
+    return state, label_entry, every_row
 
 
 def _take_labels(gradient_rows: Tensor, column: Tensor, label_entry: Tensor) -> None:

@@ -120,7 +120,7 @@ def plan_linear(
     *,
     passes: int,
     coupled: bool = False,
-    runner_up: bool = False,
+    adds_up: bool = True,
 ) -> Plan:
     """Choose the order and the chunk sizes.
 
@@ -129,14 +129,14 @@ def plan_linear(
         options: How it may run.
         passes: 2 if statistics and gradients are computed in one call, else 1.
         coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
-        runner_up: Whether a row has a second entry of its own, which one pass finds too late.
+        adds_up: See `RowLoss`; one pass finds the rest too late.
     """
     given = (options or LinearOptions()).budget(shape.device_type)
     library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
     # What grows with the tokens; logits get their share of the budget all the same.
     budget = _left(given, library + vector_bytes(shape), shape)
     skips = options is not None and options.skip_below > 0
-    if passes == 2 and not (coupled or skips or runner_up) and _suits_online(shape):
+    if passes == 2 and adds_up and not (coupled or skips) and _suits_online(shape):
         return _online(shape, budget)
     if not coupled and _suits_tokens(shape, budget, passes=passes):
         left = _left(budget, weight_sum_bytes(shape), shape)

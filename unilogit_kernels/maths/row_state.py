@@ -5,8 +5,9 @@ label's column, the sum of `exp(z_j - max)` outside that column, and the label's
 summaries of disjoint sets of columns form a commutative monoid, so the blocks of a row, the chunks
 of a vocabulary and the ranks that shard it all fold with `merge`.
 
-A state of four rows also holds the column of that largest logit, the runner-up's: of equal ones the
-lowest. Backends look for it only where they are given such a state.
+Who asks (`RowNeeds`) gets more of the same columns: where the largest logit is (the runner-up),
+the sum of all logits, and the mean and variance of the logits under the softmax. Backends compute
+only what is asked for.
 """
 
 from __future__ import annotations
@@ -16,31 +17,92 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROW_MAX, ROW_SUM, TARGET, RUNNER_UP = 0, 1, 2, 3
-"""Rows of a state tensor of shape `[3, n]` or `[4, n]`, float32 (float64 on the eager backend).
+ROW_MAX, ROW_SUM, TARGET, RUNNER_UP, COUNT, LINEAR, DOT, SQUARE = range(8)
+"""Rows of a state tensor `[3, n]`, `[4, n]` or `[8, n]`, float32 (float64 on the eager backend).
 
-`RUNNER_UP` holds the bits of an int32 (int64), since a float32 counts to 2^24 only.
+With `s_j = z_j - max` (a maximum of -inf is taken as 0), all over the columns but the label's:
+
+- `ROW_MAX`, `ROW_SUM`: the largest `z_j`; the sum of `e^s_j`.
+- `TARGET`: the label's logit.
+- `RUNNER_UP`: the column of the largest, of equal ones the lowest, as the bits of an int32 (int64),
+  since a float32 counts to 2^24 only.
+- `COUNT`, `LINEAR`: how many columns there are; the sum of `s_j`.
+- `DOT`: the sum of `e^s_j s_j`, to which a column of -inf adds nothing.
+- `SQUARE`: the sum of `e^s_j (s_j - DOT / ROW_SUM)^2`, likewise: about its mean, so that no
+  difference of large squares is taken.
 """
 
 NO_COLUMN = 2**31 - 1
 """Of a row whose logits are all -inf but the label's; also of a row that nobody has seen yet."""
 
 
+class RowNeeds(NamedTuple):
+    """What a loss sees of a row beside the label's log-odds.
+
+    Attributes:
+        runner_up: The largest logit but the label's, and where it is.
+        logsumexp: The logsumexp of the row. It costs the statistics nothing, but the gradient row
+            is then no multiple of `onehot_y - r`.
+        mean: The mean of the logits.
+        entropy: Of the softmax.
+        variance: Of the log-probability under the softmax; asks for the entropy too.
+    """
+
+    runner_up: bool = False
+    logsumexp: bool = False
+    mean: bool = False
+    entropy: bool = False
+    variance: bool = False
+
+    @property
+    def general(self) -> bool:
+        """Whether a gradient row may be more than `onehot_y - r` and an entry at the runner-up."""
+        return any(self[1:])
+
+    @property
+    def state_rows(self) -> int:
+        """How many rows a state has."""
+        return SQUARE + 1 if self.general else TARGET + 1 + self.runner_up
+
+    @property
+    def bits(self) -> int:
+        """As one number, which operators and kernels of C++ take; `of_bits` is the inverse."""
+        return sum(flag << i for i, flag in enumerate(self))
+
+    @staticmethod
+    def of_bits(bits: int) -> RowNeeds:
+        """See `bits`."""
+        return RowNeeds(*(bool(bits >> i & 1) for i in range(len(RowNeeds._fields))))
+
+    def union(self, other: RowNeeds) -> RowNeeds:
+        """What either asks for."""
+        return RowNeeds(*(a or b for a, b in zip(self, other, strict=True)))
+
+
+PLAIN = RowNeeds()
+"""The label's log-odds alone."""
+
+
 def empty_state(
-    n: int, device: torch.device, dtype: torch.dtype = torch.float32, *, runner_up: bool = False
+    n: int, device: torch.device, dtype: torch.dtype = torch.float32, needs: RowNeeds = PLAIN
 ) -> Tensor:
     """The state of `n` rows of which no column has been seen: `max = -inf, sum = 0, z_y = -inf`."""
-    rows = RUNNER_UP + 1 if runner_up else RUNNER_UP
-    state = torch.full((rows, n), float("-inf"), device=device, dtype=dtype)
+    state = torch.full((needs.state_rows, n), float("-inf"), device=device, dtype=dtype)
     state[ROW_SUM] = 0.0
-    if runner_up:
+    if has_runner_up(state):
         as_integers(state[RUNNER_UP]).fill_(NO_COLUMN)
+        state[COUNT:] = 0.0
     return state
 
 
 def has_runner_up(state: Tensor) -> bool:
-    """Whether a state, or parts of one, say where the largest logit of the rest is."""
+    """Whether a state, or parts of one, have a row for where the largest logit of the rest is."""
     return state.shape[-2] > RUNNER_UP
+
+
+def is_general(state: Tensor) -> bool:
+    """Whether a state, or parts of one, have all rows."""
+    return state.shape[-2] > COUNT
 
 
 def as_integers(row: Tensor) -> Tensor:
@@ -65,13 +127,28 @@ def merge_parts(parts: Tensor) -> Tensor:
     """Merge states stacked along the first dimension, `[k, r, n]` -> `[r, n]`, in a fixed order."""
     row_max = parts[:, ROW_MAX].amax(0)
     # +inf minus +inf gives NaN on purpose: overflow is never laundered.
-    row_sum = (parts[:, ROW_SUM] * torch.exp(parts[:, ROW_MAX] - finite_shift(row_max))).sum(0)
+    weight = torch.exp(parts[:, ROW_MAX] - finite_shift(row_max))
+    shares = parts[:, ROW_SUM] * weight
+    row_sum = shares.sum(0)
     merged = [row_max, row_sum, parts[:, TARGET].amax(0)]
     if has_runner_up(parts):
         columns = as_integers(parts[:, RUNNER_UP])
         attained = (parts[:, ROW_MAX] == row_max) & (row_max != float("-inf"))
         merged.append(torch.where(attained, columns, NO_COLUMN).amin(0).view(parts.dtype))
+    if is_general(parts):
+        count = parts[:, COUNT]
+        move = finite_shift(parts[:, ROW_MAX]) - finite_shift(row_max)
+        linear = torch.where(count == 0, 0.0, parts[:, LINEAR] + count * move)
+        part_mean = torch.where(shares == 0, 0.0, parts[:, DOT] / parts[:, ROW_SUM] + move)
+        dot = (shares * part_mean).sum(0)
+        between = shares * (part_mean - _ratio(dot, row_sum)).square()
+        merged += [count.sum(0), linear.sum(0), dot, (weight * parts[:, SQUARE] + between).sum(0)]
     return torch.stack(merged)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """`a / b`, and 0 where b is."""
+    return torch.where(b == 0, 0.0, a / b)
 
 
 def rest_share(part: Tensor, whole: Tensor) -> Tensor:
@@ -85,8 +162,11 @@ def rest_share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def with_some_rest(part: Tensor) -> Tensor:
-    """The state, with a rest that has no finite logit yet taken for 1: its columns then get 0."""
-    part = part.clone()
+    """The first rows of a state, `[3, n]`, with a rest that has no finite logit yet taken for 1.
+
+    Its columns then get 0.
+    """
+    part = part[: TARGET + 1].clone()
     row_max = part[ROW_MAX]
     empty = row_max.isneginf()
     row_max.masked_fill_(empty, 0.0)
@@ -120,39 +200,6 @@ def log_odds_of_parts(
     return d.masked_fill_(bad, float("nan"))
 
 
-# ---- the runner-up -----------------------------------------------------------------------------
-
-
-class Statistics(NamedTuple):
-    """What losses see of complete rows, `[n]` each; or a loss's derivatives by each of the two.
-
-    Attributes:
-        log_odds: `d` of the label.
-        runner_up: `log p_m` of the runner-up m; None where nobody asked for it.
-    """
-
-    log_odds: Tensor
-    runner_up: Tensor | None = None
-
-    @staticmethod
-    def of(values: Tensor) -> Statistics:
-        """Of one tensor, `[n]` or `[2, n]`."""
-        return Statistics(values) if values.dim() == 1 else Statistics(values[0], values[1])
-
-
-def statistics(state: Tensor, labels: Tensor, vocab_size: int) -> Statistics:
-    """The statistics of complete states.
-
-    `exp(z_m - max)` is 1, so the sum alone knows the runner-up's share of the rest:
-    `log p_m = log(1 - p_y) - log sum`.
-    """
-    d = log_odds(state, labels, vocab_size)
-    if not has_runner_up(state):
-        return Statistics(d)
-    softplus = d.clamp(min=0) + torch.log1p(torch.exp(-d.abs()))
-    return Statistics(d, -softplus - torch.log(_runner_up_sum(state)))
-
-
 def runner_up(state: Tensor, labels: Tensor) -> Tensor:
     """The column of the largest logit but the label's, int64 `[n]`.
 
@@ -161,33 +208,3 @@ def runner_up(state: Tensor, labels: Tensor) -> Tensor:
     column = as_integers(state[RUNNER_UP]).long()
     nowhere = (column == NO_COLUMN) | state[ROW_SUM].isnan()
     return torch.where(nowhere, (labels == 0).long(), column)
-
-
-def row_slopes(state: Tensor, log_odds: Tensor, slope: Statistics) -> Tensor:
-    """What the gradient kernels take, of the derivatives of a loss by its `Statistics`.
-
-    With `dd/dz = onehot_y - r`, `d log p_m/dz = onehot_m - p` and `p = sigmoid(-d) r` off the
-    label, nothing here is a difference of numbers that are nearly 1.
-
-    Args:
-        state: Complete.
-        log_odds: `d`, `[n]`.
-        slope: The derivatives.
-
-    Returns:
-        `[n]`, the derivative itself, for a loss of the log-odds alone; else `[3, n]`: what the rest
-        is multiplied by, and the entries of the label and of the runner-up, whose `r_m` is
-        `1 / sum`. All 0 where both derivatives are, whatever the state holds.
-    """
-    by_d, by_m = slope
-    if by_m is None:
-        return by_d
-    p, others, row_sum = torch.sigmoid(log_odds), torch.sigmoid(-log_odds), _runner_up_sum(state)
-    not_m = ((row_sum - 1) + p) / row_sum  # 1 - p_m
-    rows = torch.stack((by_d + by_m * others, by_d - by_m * p, by_m * not_m - by_d / row_sum))
-    return torch.where((by_d == 0) & (by_m == 0), 0.0, rows)
-
-
-def _runner_up_sum(state: Tensor) -> Tensor:
-    """The sum of exponentials, 1 for the runner-up; also 1 where there is nothing but -inf."""
-    return state[ROW_SUM].clamp(min=1)

@@ -14,10 +14,23 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 
 _PER_TOKEN = "per_token"
 MIXTURE, JOIN = "mixture", "+"
+
+
+class Sweep(NamedTuple):
+    """What `RowKernels.log_odds_sweep` takes of an objective.
+
+    Attributes:
+        name: Of what the kernels know.
+        weights: Its parameters.
+    """
+
+    name: str
+    weights: tuple[float, ...] = ()
 
 
 def per_token() -> Any:
@@ -53,8 +66,16 @@ class Objective:
     name: ClassVar[str]
     coupled: ClassVar[bool] = False
     """Whether a token's loss depends on other tokens: then all of them are evaluated together."""
-    needs_runner_up: ClassVar[bool] = False
-    """Whether it sees the largest logit other than the label's, which the kernels then look for."""
+
+    @property
+    def needs(self) -> RowNeeds:
+        """What it sees of a row beside the log-odds; the kernels then look for it."""
+        return PLAIN
+
+    @property
+    def sweep(self) -> Sweep:
+        """As what a backend may finish it in one pass, where it knows the name."""
+        return Sweep(self.name)
 
     def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """`f(d)`, elementwise, in the dtype of `log_odds`."""
@@ -78,7 +99,7 @@ class Objective:
         """The losses of rows, with `differentiate` as their derivative."""
         compiled = torch.compiler.is_compiling()
         function = _ValueWithSlope if compiled else _ValueWithSlopeAndTangent
-        result: Tensor = function.apply(*seen, self, vocab_size)
+        result: Tensor = function.apply(self, vocab_size, *seen)
         return result
 
     def parameters(self) -> list[float]:
@@ -149,21 +170,18 @@ class _ValueWithSlope(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        log_odds: Tensor, runner_up: Tensor | None, objective: Objective, vocab_size: int
-    ) -> Tensor:
-        return objective.evaluate(Statistics(log_odds, runner_up), vocab_size)
+    def forward(objective: Objective, vocab_size: int, *seen: Tensor | None) -> Tensor:
+        return objective.evaluate(Statistics(*seen), vocab_size)  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *seen, ctx.objective, ctx.vocab_size = inputs
+        ctx.objective, ctx.vocab_size, *seen = inputs
         ctx.save_for_backward(*seen)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
-        runner_up = None if slope.runner_up is None else grad * slope.runner_up
-        return grad * slope.log_odds, runner_up, None, None
+        return None, None, *(None if each is None else grad * each for each in slope)
 
 
 class _ValueWithSlopeAndTangent(_ValueWithSlope):
@@ -172,16 +190,15 @@ class _ValueWithSlopeAndTangent(_ValueWithSlope):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _ValueWithSlope.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:2])
+        ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
-    def jvp(ctx: Any, log_odds: Tensor, runner_up: Tensor | None, *_: None) -> Tensor:
+    def jvp(ctx: Any, objective: None, vocab_size: None, *tangents: Tensor | None) -> Tensor:
         slope = ctx.objective.differentiate(Statistics(*ctx.saved_tensors), ctx.vocab_size)
-        tangent: Tensor = log_odds * slope.log_odds
-        if runner_up is None or slope.runner_up is None:
-            return tangent
-        of_runner_up: Tensor = runner_up * slope.runner_up
-        return tangent + of_runner_up
+        terms = [
+            t * s for t, s in zip(tangents, slope, strict=True) if not (t is None or s is None)
+        ]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
 REGISTRY: dict[str, type[Objective]] = {}

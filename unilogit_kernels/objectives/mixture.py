@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.objectives.base import JOIN, MIXTURE, REGISTRY, Objective, declared, per_token
 
 
@@ -44,9 +46,9 @@ class Mixture(Objective):
         return any(each.coupled for each in self.objectives)
 
     @property
-    def needs_runner_up(self) -> bool:  # type: ignore[override]
-        """Whether one of the objectives does."""
-        return any(each.needs_runner_up for each in self.objectives)
+    def needs(self) -> RowNeeds:
+        """What any of the objectives does."""
+        return functools.reduce(RowNeeds.union, (each.needs for each in self.objectives), PLAIN)
 
     def evaluate(self, seen: Statistics, vocab_size: int) -> Tensor:
         """Each token's loss."""
@@ -55,12 +57,15 @@ class Mixture(Objective):
     def differentiate(self, seen: Statistics, vocab_size: int) -> Statistics:
         """Each token's derivatives."""
         found = [each.differentiate(seen, vocab_size) for each in self.objectives]
+        none = torch.zeros_like(seen.log_odds)
+
+        def of(derivatives: tuple[Tensor | None, ...]) -> Tensor | None:
+            if all(each is None for each in derivatives):
+                return None
+            return self._select([none if each is None else each for each in derivatives])
+
         log_odds = self._select([each.log_odds for each in found])
-        if not self.needs_runner_up:
-            return Statistics(log_odds)
-        none = torch.zeros_like(log_odds)
-        by_runner_up = [none if each.runner_up is None else each.runner_up for each in found]
-        return Statistics(log_odds, self._select(by_runner_up))
+        return Statistics(log_odds, *(of(each) for each in list(zip(*found, strict=True))[1:]))
 
     def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
         """Each token's `f(d)`."""

@@ -12,14 +12,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths.row_state import RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.objectives.base import Objective, register
 
 
 class RunnerUpObjective(Objective):
     """A loss `f(d, log p_m)`; a subclass says what it is (`of_both`), and its two `slopes`."""
 
-    needs_runner_up: ClassVar[bool] = True
+    @property
+    def needs(self) -> RowNeeds:
+        """The runner-up."""
+        return RowNeeds(runner_up=True)
 
     def of_both(self, log_odds: Tensor, runner_up: Tensor) -> Tensor:
         """`f`, elementwise."""

@@ -16,8 +16,9 @@ from unilogit_kernels.fused_linear.compaction import HeadInputs, LinearInputs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.tiles import Gradients
-from unilogit_kernels.maths import row_state
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths import row_state, statistics
+from unilogit_kernels.maths.row_state import RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.ops import literal
 from unilogit_kernels.ops.fragments import Fragment
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
@@ -100,7 +101,7 @@ class TokenRows(NamedTuple):
         scale: See `LogitTransform`.
         softcap: See `LogitTransform`.
         vocab_size: Size of the whole vocabulary.
-        runner_up: Whether to look for the largest logit but the label's.
+        needs: The bits of `RowNeeds`.
         backend: Name of the one that runs the row kernels.
     """
 
@@ -109,7 +110,7 @@ class TokenRows(NamedTuple):
     scale: float
     softcap: float
     vocab_size: int
-    runner_up: bool
+    needs: int
     backend: str
 
     def check_labels(self) -> None:
@@ -120,26 +121,31 @@ class TokenRows(NamedTuple):
         """See `RowArguments`."""
         transform = LogitTransform(self.scale, self.softcap)
         kernels = registry.load(self.backend)
-        return RowProblem(self.labels, transform, self.vocab_size, kernels, self.runner_up)
+        return RowProblem(
+            self.labels, transform, self.vocab_size, kernels, RowNeeds.of_bits(self.needs)
+        )
 
     def column(self, state: Tensor) -> Tensor:
         """See `RowArguments`."""
-        return row_state.runner_up(state, self.labels) if self.runner_up else no_column(state)
+        if not RowNeeds.of_bits(self.needs).runner_up:
+            return no_column(state)
+        return row_state.runner_up(state, self.labels)
 
     def values_like(self, like: Tensor) -> Values:
         """See `RowArguments`."""
-        n, dtype = like.shape[0], exact_dtype(like)
+        n, dtype, needs = like.shape[0], exact_dtype(like), RowNeeds.of_bits(self.needs)
+        found = statistics.count(needs)
         return Values(
-            like.new_empty((2, n) if self.runner_up else (n,), dtype=dtype),
-            like.new_empty(n if self.runner_up else 0, dtype=torch.int64),
-            like.new_empty(4 if self.runner_up else 3, n, dtype=dtype),
+            like.new_empty((found, n) if found > 1 else (n,), dtype=dtype),
+            like.new_empty(n if needs.runner_up else 0, dtype=torch.int64),
+            like.new_empty(needs.state_rows, n, dtype=dtype),
         )
 
     def literal(self, logits: Sequence[Tensor]) -> Tensor:
         """See `RowArguments`."""
         transform = LogitTransform(self.scale, self.softcap)
         return literal.values(
-            logits[0], self.labels, transform, self.vocab_size, runner_up=self.runner_up
+            logits[0], self.labels, transform, self.vocab_size, RowNeeds.of_bits(self.needs)
         )
 
 
@@ -174,7 +180,7 @@ class Values(NamedTuple):
     """What complete rows say.
 
     Attributes:
-        values: `[n]`: log-odds, or divergences. With the runner-up its `log p` is a second row.
+        values: `[n]`: log-odds, or divergences. Other statistics are more rows.
         column: The runner-up's, int64 `[n]`; empty where nobody asked for it.
         state: `[k, n]`.
     """
@@ -237,7 +243,8 @@ class WeightedObjective(NamedTuple):
 
     def literal(self, values: Tensor, vocab_size: int) -> Tensor:
         """See `LossArguments`."""
-        losses = self.weighted().objective.of_rows(Statistics.of(values), vocab_size)
+        objective = self.weighted().objective
+        losses = objective.of_rows(Statistics.of(values, objective.needs), vocab_size)
         return self.factor * weigh(self.row_weight, losses).sum()
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from unilogit_kernels import reference
 from unilogit_kernels.backends.contract import LogitTransform
+from unilogit_kernels.maths.row_state import RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 
 if TYPE_CHECKING:
     from unilogit_kernels.maths.divergence import Divergence
@@ -21,15 +23,19 @@ def wants_literal(backend: str) -> bool:
 
 
 def values(
-    logits: Tensor, labels: Tensor, transform: LogitTransform, vocab_size: int, *, runner_up: bool
+    logits: Tensor, labels: Tensor, transform: LogitTransform, vocab_size: int, needs: RowNeeds
 ) -> Tensor:
-    """The log-odds `[n]`, or `[2, n]` with the runner-up's `log p`; 0 where a label is none."""
+    """The log-odds `[n]`, or `[k, n]` with other statistics; 0 where a label is none."""
     valid, labels = _valid(labels, vocab_size)
     z = _transformed(logits, transform, vocab_size, valid)
-    found = reference.target_log_odds(z, labels)
-    if runner_up:
-        found = torch.stack((found, reference.runner_up_log_prob(z, labels)))
-    return torch.where(valid, found, 0.0)
+    found = Statistics(
+        reference.target_log_odds(z, labels),
+        reference.runner_up_log_prob(z, labels) if needs.runner_up else None,
+        z.logsumexp(-1) if needs.logsumexp else None,
+        reference.uniform_cross_entropy(z) if needs.mean else None,
+        reference.entropy(z) if needs.entropy else None,
+    )
+    return torch.where(valid, found.values(), 0.0)
 
 
 def divergences(

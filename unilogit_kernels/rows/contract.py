@@ -52,7 +52,9 @@ class RowLoss(Protocol):
         row_weight: `[n]`; 0 drops a row, whatever it holds.
         factor: 0-d; what the weighted sum of values is multiplied by.
         coupled: Whether a slope takes the statistics of all rows.
-        runner_up: Whether a row has an entry of its own at the runner-up.
+        adds_up: Whether gradient rows are sums, over the columns seen so far, of what is known of
+            each column before its row is complete: but for factors of the row, the softmax of the
+            rest and a constant.
     """
 
     @property
@@ -72,7 +74,7 @@ class RowLoss(Protocol):
         """See above."""
 
     @property
-    def runner_up(self) -> bool:
+    def adds_up(self) -> bool:
         """See above."""
 
     def at(self, tokens: slice | Tensor) -> Self:

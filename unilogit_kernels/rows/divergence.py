@@ -97,8 +97,8 @@ class PairLoss(NamedTuple):
         return False
 
     @property
-    def runner_up(self) -> bool:
-        """See `RowLoss`."""
+    def adds_up(self) -> bool:
+        """See `RowLoss`: its rows are a sum of two softmaxes, whose shares come last."""
         return False
 
     def at(self, tokens: slice | Tensor) -> PairLoss:

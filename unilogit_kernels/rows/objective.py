@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
-from unilogit_kernels.maths import row_state
-from unilogit_kernels.maths.row_state import Statistics
+from unilogit_kernels.maths import row_state, statistics
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.objectives import Objective
 from unilogit_kernels.rows.contract import weigh
 from unilogit_kernels.rows.whole import empty_gradient, logits_state, real_columns
@@ -28,22 +29,22 @@ class RowProblem(NamedTuple):
         transform: What the model does to the raw logits.
         vocab_size: Size of the whole vocabulary, which `log(V - 1)` sees.
         kernels: The backend.
-        runner_up: Whether to look for the largest logit but the label's.
+        needs: What is asked of a row beside the label's log-odds.
     """
 
     labels: Tensor
     transform: LogitTransform
     vocab_size: int
     kernels: RowKernels
-    runner_up: bool = False
+    needs: RowNeeds = PLAIN
 
     def at(self, tokens: slice | Tensor) -> RowProblem:
         """See `Rows.at`."""
         return self._replace(labels=self.labels[tokens])
 
     def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """See `Rows.empty_state`; `[3, n]`, or `[4, n]` with the runner-up."""
-        return row_state.empty_state(n, device, dtype, runner_up=self.runner_up)
+        """See `Rows.empty_state`; with as many rows as `needs` asks for."""
+        return row_state.empty_state(n, device, dtype, self.needs)
 
     def tile(self, logits: Tensor, first_column: int = 0) -> Tile:
         """What the kernels take of these rows' logits."""
@@ -51,7 +52,7 @@ class RowProblem(NamedTuple):
 
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
         """See `Rows.update`."""
-        self.kernels.log_odds_update(self.tile(logits[0], first_column), state)
+        self.kernels.log_odds_update(self.tile(logits[0], first_column), state, self.needs)
 
     def gradient(
         self,
@@ -65,24 +66,20 @@ class RowProblem(NamedTuple):
         self.kernels.log_odds_gradient(self.tile(logits[0], first_column), state, slope, out)
 
     def values(self, state: Tensor) -> Tensor:
-        """The log-odds, `[n]`; and the runner-up's `log p`, `[2, n]` together."""
-        seen = self.statistics(state)
-        return (
-            seen.log_odds
-            if seen.runner_up is None
-            else torch.stack((seen.log_odds, seen.runner_up))
-        )
+        """The log-odds, `[n]`; with other statistics, `[k, n]` together."""
+        return self.statistics(state).values()
 
     def statistics(self, state: Tensor) -> Statistics:
         """What an objective sees of the rows."""
-        return row_state.statistics(state, self.labels, self.vocab_size)
+        return statistics.statistics(state, self.labels, self.vocab_size, self.needs)
 
     def slope(self, state: Tensor, upstream: Tensor) -> Tensor:
         """The `row_slopes` of an upstream gradient of the values."""
-        if not self.runner_up:
+        if not any(self.needs):
             return upstream.contiguous()
         log_odds = row_state.log_odds(state, self.labels, self.vocab_size)
-        return row_state.row_slopes(state, log_odds, Statistics.of(upstream))
+        derivatives = Statistics.of(upstream, self.needs)
+        return statistics.row_slopes(state, log_odds, derivatives, self.vocab_size)
 
 
 class Weighted(NamedTuple):
@@ -140,9 +137,11 @@ class ObjectiveLoss(NamedTuple):
         return self.weighted.objective.coupled
 
     @property
-    def runner_up(self) -> bool:
+    def adds_up(self) -> bool:
         """See `RowLoss`."""
-        return self.rows.runner_up
+        needs = self.rows.needs
+        tilted = needs.entropy or (needs.mean and self.rows.transform.softcap != 0.0)
+        return not (needs.runner_up or tilted)
 
     def at(self, tokens: slice | Tensor) -> ObjectiveLoss:
         """See `RowLoss.at`."""
@@ -170,9 +169,9 @@ class ObjectiveLoss(NamedTuple):
     def sizes(self, gradient_rows: Tensor) -> Tensor | None:
         """A row's slope is its gradient at the label's column.
 
-        Unless a softcap is flat there, or the runner-up has a slope of its own.
+        Unless a softcap is flat there, or the row is no multiple of `onehot_y - r`.
         """
-        if self.rows.transform.softcap or self.runner_up:
+        if self.rows.transform.softcap or any(self.rows.needs):
             return None
         column = self.rows.labels.clamp(0, gradient_rows.shape[1] - 1)[:, None]
         return gradient_rows.gather(1, column)[:, 0].abs().float()
@@ -239,9 +238,10 @@ def finish_rows(
     Returns:
         The values, and the sizes `[n]` that rows were divided by, or None.
     """
-    if objective.name in rows.kernels.swept_objectives:
+    swept = objective.sweep
+    if swept.name in rows.kernels.swept_objectives:
         values = rows.kernels.log_odds_sweep(
-            rows.tile(logits), slope_weight, objective.name, rows.vocab_size, out
+            rows.tile(logits), slope_weight, swept.name, rows.vocab_size, out, swept.weights
         )
         return values, None
     state = logits_state([logits], rows)
@@ -278,6 +278,6 @@ def weighted_slopes(
 ) -> Tensor:
     """The `row_slopes` of `slope_weight * f`, 0 for a row of weight 0, whatever it holds."""
     slope = objective.differentiate(seen, vocab_size)
-    by_runner_up = None if slope.runner_up is None else weigh(slope_weight, slope.runner_up)
-    weighted = Statistics(weigh(slope_weight, slope.log_odds), by_runner_up)
-    return row_state.row_slopes(state, seen.log_odds, weighted)
+    others = (None if each is None else weigh(slope_weight, each) for each in slope[1:])
+    weighted = Statistics(weigh(slope_weight, slope.log_odds), *others)
+    return statistics.row_slopes(state, seen.log_odds, weighted, vocab_size)

@@ -13,6 +13,7 @@ from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.testing import assert_within_budget
 
 TRITON, EAGER = TritonKernels(), EagerKernels()
@@ -158,7 +159,7 @@ def check_runner_up(case: Case) -> None:
     views = [place(logits[:, first:last], case.layout) for first, last in chunks]
     states = {}
     for dtype, kernels in ((torch.float64, EAGER), (torch.float32, TRITON)):
-        state = row_state.empty_state(case.n, logits.device, dtype, runner_up=True)
+        state = row_state.empty_state(case.n, logits.device, dtype, needs=RowNeeds(runner_up=True))
         for (first, _), (view, _) in zip(chunks, views, strict=True):
             kernels.log_odds_update(Tile(view, labels, first, case.transform), state)
         states[dtype] = state

@@ -26,6 +26,7 @@ from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.backends.triton.settings import Settings
 from unilogit_kernels.maths import pair_state, row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.testing import force_backend
 
 MANY_ROWS = 4096
@@ -88,7 +89,7 @@ def _runner_up(v: int, dtype: torch.dtype, softcap: float | None) -> None:
     for n in (MANY_ROWS, FEW_ROWS):
         logits, labels = _logits(n, v, dtype)
         logits = logits.detach()
-        state = row_state.empty_state(n, logits.device, runner_up=True)
+        state = row_state.empty_state(n, logits.device, needs=RowNeeds(runner_up=True))
         kernels.log_odds_update(Tile(logits, labels, transform=transform), state)
         kernels.log_odds_gradient(
             Tile(logits, labels, transform=transform), state, torch.ones(3, n), logits

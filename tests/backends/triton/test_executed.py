@@ -33,6 +33,7 @@ from tests.support import ROOT
 from unilogit_kernels import linear_unilogit_loss, unilogit_loss
 from unilogit_kernels.backends.contract import Tile, TilePair
 from unilogit_kernels.maths import pair_state, row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.testing import assert_within_budget, force_backend
 
 SEQUENTIAL = Schedule()
@@ -167,7 +168,7 @@ def test_states_beyond_32_bits() -> None:
     a, b, labels = torch.randn(2, 300), torch.randn(2, 300), torch.tensor([5, 299])
     states = (
         pair_state.empty_state(2, a.device),
-        row_state.empty_state(2, a.device, runner_up=True),
+        row_state.empty_state(2, a.device, needs=RowNeeds(runner_up=True)),
     )
     for state in states:
         rows = state.shape[0]

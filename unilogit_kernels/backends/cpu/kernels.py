@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref
 from typing import Literal
 
@@ -12,6 +13,7 @@ from unilogit_kernels.backends.contract import RowKernels, Tile, TilePair
 from unilogit_kernels.backends.cpu.library import OUT_OF_MEMORY, Matrix, Transform, load_library
 from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 _STUDENT_IDS = {"a": 0, "b": 1}
 """`kUnilogitStudentIsA` of `csrc/cpu/api.h`, or another."""
@@ -42,7 +44,7 @@ class CpuKernels(RowKernels):
     name = "cpu"
     swept_objectives = frozenset(OBJECTIVE_IDS)
 
-    def log_odds_update(self, tile: Tile, state: Tensor) -> None:
+    def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
         """See `RowKernels`."""
         _run(
             "unilogit_log_odds_update",
@@ -71,7 +73,13 @@ class CpuKernels(RowKernels):
         )
 
     def log_odds_sweep(
-        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+        self,
+        tile: Tile,
+        row_weight: Tensor,
+        objective: str,
+        vocab_size: int,
+        out: Tensor | None,
+        weights: Sequence[float] = (),
     ) -> Tensor:
         """See `RowKernels`; the second pass of a row finds it in the cache."""
         values = torch.empty(tile.logits.shape[0], dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64
 
 import torch
@@ -16,6 +17,7 @@ from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.gpu import Finish, GpuKernels
 from unilogit_kernels.backends.ids import NO_OBJECTIVE, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 _FLIGHT_BYTES, _CAPPED_FLIGHT_BYTES = 64, 32
 """`kFlightBytes` and `kCappedFlightBytes` of `csrc/cuda/row_walk.h`."""
@@ -39,7 +41,9 @@ def _vocabulary(vocab_size: int) -> tuple[c_float, c_float, c_float]:
 class LogOddsLaunches(GpuKernels):
     """Launches of the log-odds kernels."""
 
-    def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:
+    def log_odds_update(
+        self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN, finish: Finish | None = None
+    ) -> None:
         """See `GpuKernels`; in one stage or two."""
         if self.are_empty(tile.logits):
             return
@@ -136,7 +140,13 @@ class LogOddsLaunches(GpuKernels):
         )
 
     def log_odds_sweep(
-        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+        self,
+        tile: Tile,
+        row_weight: Tensor,
+        objective: str,
+        vocab_size: int,
+        out: Tensor | None,
+        weights: Sequence[float] = (),
     ) -> Tensor:
         """See `RowKernels`."""
         logits, labels, _, transform = tile

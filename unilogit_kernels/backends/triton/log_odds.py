@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +29,7 @@ from unilogit_kernels.backends.triton.kernels.log_odds import (
 )
 from unilogit_kernels.backends.triton.settings import Settings
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 LARGEST_TILE = 16384
 """Columns of a tile in a sweep. What fills no tile of a row is walked over under masks, which at
@@ -45,7 +48,9 @@ class LogOddsLaunches(GpuKernels):
     """Launches of the log-odds kernels."""
 
     @on_its_device
-    def log_odds_update(self, tile: Tile, state: Tensor, finish: Finish | None = None) -> None:
+    def log_odds_update(
+        self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN, finish: Finish | None = None
+    ) -> None:
         """See `GpuKernels`; in one stage or two."""
         if self.are_empty(tile.logits):
             return
@@ -135,7 +140,13 @@ class LogOddsLaunches(GpuKernels):
 
     @on_its_device
     def log_odds_sweep(
-        self, tile: Tile, row_weight: Tensor, objective: str, vocab_size: int, out: Tensor | None
+        self,
+        tile: Tile,
+        row_weight: Tensor,
+        objective: str,
+        vocab_size: int,
+        out: Tensor | None,
+        weights: Sequence[float] = (),
     ) -> Tensor:
         """See `RowKernels`."""
         logits, labels, _, transform = tile

@@ -217,7 +217,7 @@ def log_odds_gradient_kernel(
     """Gradient rows `[n, v]`; grid `(n, parts of a row)`; `out` may be `logits`.
 
     Args:
-        slopes: `[n]`; with the runner-up `[3, n]`, see `row_state.row_slopes`.
+        slopes: `[n]`; with the runner-up `[3, n]`, see `statistics.row_slopes`.
     """
     row_index = tl.program_id(0).to(tl.int64)
     state_stride = state_stride.to(tl.int64)
