@@ -82,7 +82,7 @@ def found_statistics(state: Tensor, labels: Tensor, v: int, needs: RowNeeds) -> 
 def literal_statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {
         "log_odds": reference.target_log_odds(z, labels),
-        "runner_up": reference.runner_up_log_prob(z, labels),
+        "runner_up_log_prob": reference.runner_up_log_prob(z, labels),
         "logsumexp": z.logsumexp(-1),
         "uniform_cross_entropy": reference.uniform_cross_entropy(z),
         "entropy": reference.entropy(z),
@@ -242,7 +242,7 @@ def test_hard_rows(kernels: RowKernels, at: tuple[int, ...]) -> None:
             assert (value[[0, 1, 2, 6]].abs() == INF).all(), name
         elif name == "log_odds":
             assert value[1] == -INF
-        elif name != "runner_up":
+        elif name != "runner_up_log_prob":
             for i in (0, 1):
                 assert_within_budget(value[i], exact[name][i], plain[name][i], name)
     for i in (2, 6):

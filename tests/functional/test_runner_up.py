@@ -163,15 +163,15 @@ def test_hard_rows(kernels: RowKernels, where: int) -> None:
         row_state.runner_up(state, labels),
         statistics.statistics(state, labels, V, RUNNER_UP),
     )
-    assert seen.runner_up is not None
+    assert seen.runner_up_log_prob is not None
     lowest = [int(label == 0) for label in labels.tolist()]
     assert found[:2].tolist() == lowest[:2]
     assert found[2] == where
     assert found[3] == first_largest(logits[3:4], labels[3:4])[0]
     assert found[4:].tolist() == lowest[4:]
     assert seen.log_odds[0] == math.inf
-    assert seen.runner_up[0] == -math.inf
-    assert seen.runner_up[2] == 0
+    assert seen.runner_up_log_prob[0] == -math.inf
+    assert seen.runner_up_log_prob[2] == 0
     assert seen.log_odds[1].isnan()
     assert seen.log_odds[4:].isnan().all()
 

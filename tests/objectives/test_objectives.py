@@ -134,9 +134,9 @@ def test_loku(d: float, rest: float) -> None:
         relative = 4 * torch.finfo(torch.float32).eps * (1 + abs(log_prob.item()))
         assert abs(LoKU().evaluate(seen, 9).item() - value) <= relative * value + 1e-37
         slope = LoKU().differentiate(seen, 9)
-        assert slope.runner_up is not None
+        assert slope.runner_up_log_prob is not None
         assert abs(slope.log_odds.item() - by_d) <= relative * by_d + 1e-37
-        assert abs(slope.runner_up.item() + float(m)) <= relative * float(m) + 1e-37
+        assert abs(slope.runner_up_log_prob.item() + float(m)) <= relative * float(m) + 1e-37
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))

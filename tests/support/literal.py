@@ -109,6 +109,35 @@ def inverted_hinge(z: Tensor, y: Tensor) -> Tensor:
     return 1 + p.gather(1, y[:, None])[:, 0] - others.amax(-1)
 
 
+def entropy(z: Tensor) -> Tensor:
+    """`-(sum_v p(v) log p(v))`, where a token of probability 0 adds nothing."""
+    log_q = torch.log_softmax(z, dim=-1)
+    return -(log_q.exp() * log_q.masked_fill(log_q == -math.inf, 0.0)).sum(-1)
+
+
+def cross_entropy(
+    label_smoothing: float = 0.0, z_loss: float = 0.0, weight: float = 0.0
+) -> Literal:
+    """PyTorch's label smoothing, PaLM's z-loss, and the entropy times `weight`."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        smoothed = F.cross_entropy(z, y, label_smoothing=label_smoothing, reduction="none")
+        return smoothed + z_loss * z.logsumexp(-1).square() + weight * entropy(z)
+
+    return loss
+
+
+def max_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """Yuan et al. 2024, arXiv 2410.08109: `KL(uniform || p)`, as the authors' code has it."""
+    uniform = torch.full_like(z, 1 / z.shape[-1])
+    return F.kl_div(torch.log_softmax(z, dim=-1), uniform, reduction="none").sum(-1)
+
+
+def flatness(z: Tensor, y: Tensor) -> Tensor:
+    """Entesari et al. 2025 (PDU), arXiv 2506.05314."""
+    return (z.max(-1).values - z.mean(-1)).square()
+
+
 TOKEN: dict[str, Literal] = {
     "unilogit": unilogit("reverse"),
     "unilogit_forward": unilogit("forward"),
@@ -120,6 +149,9 @@ TOKEN: dict[str, Literal] = {
     # Wang et al. 2025, arXiv 2502.19301; Yang et al. 2025, arXiv 2505.11953.
     "wga": weighted(lambda p: p),
     "loku": inverted_hinge,
+    "max_entropy": max_entropy,
+    "entropy": lambda z, y: -entropy(z),
+    "pdu": flatness,
     "satimp": weighted(lambda p: p**5 * (1 - p)),
 }
 """Methods of one token, by the package's names, with the default parameters."""

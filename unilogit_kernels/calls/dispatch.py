@@ -15,7 +15,12 @@ from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.maths.statistics import Statistics
-from unilogit_kernels.objectives import Mixture, Objective, SequenceObjective
+from unilogit_kernels.objectives import (
+    Mixture,
+    Objective,
+    SequenceObjective,
+    StatisticsFunction,
+)
 from unilogit_kernels.ops.arguments import (
     NO_GRADIENT,
     NO_GRADIENTS,
@@ -54,7 +59,7 @@ def from_linear(
 
 
 def objective_of(
-    operands: Operands, call: LossCall, objective: Objective | Callable[[Tensor], Tensor]
+    operands: Operands, call: LossCall, objective: Objective | Callable[..., Tensor]
 ) -> Tensor:
     """The reduced loss of any objective.
 
@@ -213,11 +218,14 @@ def _place_sequences(
 
 
 def _losses(
-    operands: Operands, call: LossCall, objective: Objective | Callable[[Tensor], Tensor]
+    operands: Operands, call: LossCall, objective: Objective | Callable[..., Tensor]
 ) -> Tensor:
     """The weighted losses `[n]`, differentiable; of sequences one each (they take no weights)."""
     if not isinstance(objective, Objective):
-        values = objective(log_odds(operands, call))
+        if isinstance(objective, StatisticsFunction):
+            values = objective(statistics(operands, call, objective.needs).seen)
+        else:
+            values = objective(log_odds(operands, call))
         if values.shape != call.row_weight.shape:
             raise ValueError(
                 f"objective must return one loss per token, shape {list(call.row_weight.shape)}, "

@@ -22,6 +22,11 @@ from unilogit_kernels.functional.runner_up import (
     target_and_runner_up,
 )
 from unilogit_kernels.functional.sequences import linear_sequence_log_probs, sequence_log_probs
+from unilogit_kernels.functional.token_statistics import (
+    TokenStatistics,
+    linear_token_statistics,
+    token_statistics,
+)
 from unilogit_kernels.maths.rewrites import Mask, Rewrite, Shift, Uniform
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "Rewrite",
     "Shift",
     "TargetAndRunnerUp",
+    "TokenStatistics",
     "Uniform",
     "UnilogitLoss",
     "count_ignored_positions",
@@ -43,6 +49,7 @@ __all__ = [
     "linear_sequence_log_probs",
     "linear_target_and_runner_up",
     "linear_target_log_odds",
+    "linear_token_statistics",
     "linear_unilogit_loss",
     "mixed_loss",
     "objective_loss",
@@ -50,5 +57,6 @@ __all__ = [
     "shift_labels",
     "target_and_runner_up",
     "target_log_odds",
+    "token_statistics",
     "unilogit_loss",
 ]

@@ -13,8 +13,9 @@ from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
 
-ObjectiveLike = str | Objective | Callable[[Tensor], Tensor]
-"""A name from `objectives.REGISTRY`, an instance, or a differentiable function of the log-odds."""
+ObjectiveLike = str | Objective | Callable[..., Tensor]
+"""A name from `objectives.REGISTRY`, an instance, or a differentiable function of the log-odds, or
+of other statistics (`objectives.of_statistics`)."""
 
 _UNILOGIT = {"reverse": "unilogit", "forward": "unilogit_forward"}
 

@@ -110,7 +110,7 @@ def linear_target_and_runner_up(
 
 def _of(operands: Operands, call: LossCall, ignore_index: int) -> TargetAndRunnerUp:
     seen, token, _ = dispatch.statistics(operands, call, RowNeeds(runner_up=True))
-    assert seen.runner_up is not None
+    assert seen.runner_up_log_prob is not None
     token = torch.where(call.row_weight != 0, token, ignore_index)
-    found = seen.log_odds, seen.runner_up, token
+    found = seen.log_odds, seen.runner_up_log_prob, token
     return TargetAndRunnerUp(*(x.reshape(call.shape) for x in found))

@@ -45,14 +45,14 @@ class Statistics(NamedTuple):
 
     Attributes:
         log_odds: `d` of the label.
-        runner_up: `log p_m` of the runner-up m.
+        runner_up_log_prob: `log p_m` of the runner-up m.
         logsumexp: Of the row.
         uniform_cross_entropy: `-(mean_j log p_j)`, of all V tokens: logsumexp less the mean logit.
         entropy: Of the softmax.
     """
 
     log_odds: Tensor
-    runner_up: Tensor | None = None
+    runner_up_log_prob: Tensor | None = None
     logsumexp: Tensor | None = None
     uniform_cross_entropy: Tensor | None = None
     entropy: Tensor | None = None
@@ -128,8 +128,8 @@ def row_slopes(state: Tensor, log_odds: Tensor, slope: Statistics, vocab_size: i
     rest, at_label = by_d, by_d
     at_runner_up = -by_d / row.runner_up_sum
     used = by_d != 0
-    if slope.runner_up is not None:
-        by_m = slope.runner_up
+    by_m = slope.runner_up_log_prob
+    if by_m is not None:
         not_m = ((row.runner_up_sum - 1) + p) / row.runner_up_sum  # 1 - p_m
         rest, at_label = rest + by_m * q, at_label - by_m * p
         at_runner_up = at_runner_up + by_m * not_m

@@ -72,8 +72,7 @@ class Objective:
         """What it sees of a row beside the log-odds; the kernels then look for it."""
         return PLAIN
 
-    @property
-    def sweep(self) -> Sweep:
+    def sweep(self, vocab_size: int) -> Sweep:
         """As what a backend may finish it in one pass, where it knows the name."""
         return Sweep(self.name)
 
@@ -120,7 +119,17 @@ class Objective:
         return self.map_tokens(lambda tensor: tensor[rows])
 
     def __call__(self, log_odds: Tensor, vocab_size: int) -> Tensor:
-        """`f(d)` with `f'(d)` as its derivative; differentiable twice where `slope` is once."""
+        """`f(d)` with `f'(d)` as its derivative; differentiable twice where `slope` is once.
+
+        Raises:
+            TypeError: It sees more of a row than its log-odds.
+        """
+        if any(self.needs):
+            asked = [name for name, need in self.needs._asdict().items() if need]
+            raise TypeError(
+                f"objective {self.name!r} is no function of the log-odds alone: it also sees: "
+                f"{', '.join(asked)}. Pass it to objective_loss or linear_objective_loss"
+            )
         return self.of_rows(Statistics(log_odds), vocab_size)
 
 
@@ -257,8 +266,8 @@ def by_name(name: str, **parameters: float) -> Objective:
 
 
 def resolve(
-    objective: str | Objective | Callable[[Tensor], Tensor],
-) -> Objective | Callable[[Tensor], Tensor]:
+    objective: str | Objective | Callable[..., Tensor],
+) -> Objective | Callable[..., Tensor]:
     """Turn what a user may pass as `objective` into an instance, or leave a callable as it is.
 
     Raises:

@@ -35,13 +35,13 @@ class RunnerUpObjective(Objective):
 
     def evaluate(self, seen: Statistics, vocab_size: int) -> Tensor:
         """See `Objective.evaluate`."""
-        assert seen.runner_up is not None
-        return self.of_both(seen.log_odds, seen.runner_up)
+        assert seen.runner_up_log_prob is not None
+        return self.of_both(seen.log_odds, seen.runner_up_log_prob)
 
     def differentiate(self, seen: Statistics, vocab_size: int) -> Statistics:
         """See `Objective.differentiate`."""
-        assert seen.runner_up is not None
-        return Statistics(*self.slopes(seen.log_odds, seen.runner_up))
+        assert seen.runner_up_log_prob is not None
+        return Statistics(*self.slopes(seen.log_odds, seen.runner_up_log_prob))
 
 
 @register

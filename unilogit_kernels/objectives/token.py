@@ -78,22 +78,6 @@ class UnilogitForward(Objective):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy(Objective):
-    """`-log p_y = softplus(-d)`: the usual language-modelling loss, for retain data."""
-
-    name: ClassVar[str] = "cross_entropy"
-
-    def value(self, log_odds: Tensor, vocab_size: int) -> Tensor:
-        """`softplus(-d)` in nats."""
-        return softplus(-log_odds)
-
-    def slope(self, log_odds: Tensor, vocab_size: int) -> Tensor:
-        """`-sigmoid(-d) = p_y - 1`."""
-        return -torch.sigmoid(-log_odds)
-
-
-@register
-@dataclasses.dataclass(frozen=True)
 class GradientAscent(Objective):
     """`log p_y = -softplus(-d)`: minimising it is gradient ascent on the likelihood. Unbounded."""
 

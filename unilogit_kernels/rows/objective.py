@@ -238,7 +238,7 @@ def finish_rows(
     Returns:
         The values, and the sizes `[n]` that rows were divided by, or None.
     """
-    swept = objective.sweep
+    swept = objective.sweep(rows.vocab_size)
     if swept.name in rows.kernels.swept_objectives:
         values = rows.kernels.log_odds_sweep(
             rows.tile(logits), slope_weight, swept.name, rows.vocab_size, out, swept.weights
