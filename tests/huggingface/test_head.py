@@ -18,6 +18,7 @@ from unilogit_kernels.huggingface.head import (
     UnsupportedHeadError,
     fused_log_odds,
     fused_loss,
+    fused_token_statistics,
     observe_logit_transform,
     run_head,
     verify_head,
@@ -150,6 +151,31 @@ def test_log_odds_of_each_token() -> None:
     with torch.no_grad():
         exact, plain = from_logits(copy.deepcopy(model).double()), from_logits(model)
     assert_within_budget(seen[:, :-1][counted].detach(), exact, plain)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_statistics_of_each_token(name: str) -> None:
+    """Numbers and tokens, each about the token after its position; any of them alone."""
+    model, batch = make_model(name), make_batch()
+    seen = fused_token_statistics(model, **batch)
+    counted = batch["labels"][:, 1:] != -100
+    labels = batch["labels"][:, 1:][counted]
+
+    def from_logits(model: nn.Module) -> tuple[Tensor, Tensor]:
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return logits[counted], reference.entropy(logits[counted])
+
+    with torch.no_grad():
+        (z, exact), (_, plain) = from_logits(copy.deepcopy(model).double()), from_logits(model)
+    assert seen.entropy is not None
+    assert seen.argmax is not None
+    assert_within_budget(seen.entropy[:, :-1][counted].detach(), exact, plain)
+    assert torch.equal(seen.argmax[:, :-1][counted], z.argmax(-1))
+    assert gradients(model, seen.entropy.sum())
+    alone = fused_token_statistics(model, **batch, fields=("is_argmax",))
+    assert alone.entropy is None
+    assert alone.is_argmax is not None
+    assert torch.equal(alone.is_argmax[:, :-1][counted], z.argmax(-1) == labels)
 
 
 def test_token_weights_belong_to_the_labels_tokens() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unilogit_kernels import reference
 from unilogit_kernels.functional import ObjectiveLike
+from unilogit_kernels.functional.token_statistics import FIELDS, TokenStatistics
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
@@ -33,6 +34,7 @@ __all__ = [
     "evaluating",
     "fused_log_odds",
     "fused_loss",
+    "fused_token_statistics",
     "observe_logit_transform",
     "run_head",
     "run_head_with_auxiliary_loss",
@@ -157,6 +159,45 @@ def fused_log_odds(
         return head.log_odds(labels, backend=backend, options=options)
 
     return replace_head(model, compute, inputs).result
+
+
+def fused_token_statistics(
+    model: nn.Module,
+    *,
+    labels: Tensor,
+    fields: Sequence[str] = FIELDS,
+    backend: str | None = None,
+    options: LinearOptions | None = None,
+    **inputs: Any,
+) -> TokenStatistics:
+    """Statistics of each token under a causal LM, without the logits: see `token_statistics`.
+
+    Args:
+        model: see `fused_loss`.
+        labels: int64 `[B, T]`, not shifted; -100 does not count.
+        fields: names of `TokenStatistics`; what is not among them is None and costs nothing.
+        backend: name of a backend, or None for the best available.
+        options: how the call may run: memory, dtype of the logits, skipped rows.
+        inputs: what the model's forward takes.
+
+    Returns:
+        `[B, T]` each: position t is about token t + 1.
+
+    Raises:
+        UnsupportedHeadError, TypeError: see `fused_loss`.
+        ValueError: there is no such field.
+    """
+    found: list[TokenStatistics] = []
+
+    def compute(head: HeadCall) -> Tensor:
+        found[:] = [head.token_statistics(labels, fields=fields, backend=backend, options=options)]
+        numbers = [x for x in found[0] if x is not None and x.is_floating_point()]
+        return torch.stack(numbers) if numbers else head.hidden.new_zeros(0)
+
+    numbers = iter(replace_head(model, compute, inputs).result)
+    return TokenStatistics(
+        *(next(numbers) if x is not None and x.is_floating_point() else x for x in found[0])
+    )
 
 
 def run_head(model: nn.Module, compute: Callable[[HeadCall], Tensor], **inputs: Any) -> Tensor:

@@ -16,6 +16,11 @@ from unilogit_kernels.functional import (
     shift_labels,
 )
 from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss
+from unilogit_kernels.functional.token_statistics import (
+    FIELDS,
+    TokenStatistics,
+    linear_token_statistics,
+)
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.huggingface.logit_transform import HeadTransform
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens
@@ -185,6 +190,28 @@ class HeadCall:
             **dataclasses.asdict(self.transform),
         )
         return at.by_token(found)
+
+    def token_statistics(
+        self,
+        labels: Tensor,
+        *,
+        fields: Sequence[str] = FIELDS,
+        backend: str | None = None,
+        options: LinearOptions | None = None,
+    ) -> TokenStatistics:
+        """`linear_token_statistics`: `[B, T]` each, position t is about token t + 1."""
+        at = self._positions(labels)
+        seen = linear_token_statistics(
+            at.hidden,
+            self.weight,
+            at.of_tokens(labels, -100),
+            bias=self.bias,
+            fields=fields,
+            backend=backend,
+            options=options,
+            **dataclasses.asdict(self.transform),
+        )
+        return TokenStatistics(*(None if x is None else at.by_token(x) for x in seen))
 
     def hidden_of(self, labels: Tensor, rows: slice = slice(None)) -> Tensor:
         """The hidden states of the labels' own positions, `[B', T, H]`.

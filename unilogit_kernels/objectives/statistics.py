@@ -123,7 +123,10 @@ class CrossEntropy(_WeightedStatistics):
     @property
     def needs(self) -> RowNeeds:
         """What the terms with a weight see."""
-        return PLAIN if self._is_plain else super().needs
+        # Not the base class's: torch.compile does not follow a property of super().
+        return RowNeeds(
+            logsumexp=self.z_loss != 0, mean=self.label_smoothing != 0, entropy=self.entropy != 0
+        )
 
     def sweep(self, vocab_size: int) -> Sweep:
         """See `Objective.sweep`."""
