@@ -10,6 +10,11 @@ from unilogit_kernels.functional import (
     target_log_odds,
     unilogit_loss,
 )
+from unilogit_kernels.functional.cross_entropy import (
+    CrossEntropyResult,
+    cross_entropy_loss,
+    linear_cross_entropy_loss,
+)
 from unilogit_kernels.functional.explain import explain_plan
 from unilogit_kernels.functional.kl import kl_loss, linear_kl_loss
 from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss, mixed_loss
@@ -31,6 +36,7 @@ from unilogit_kernels.maths.rewrites import Mask, Shift, Uniform
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossEntropyResult",
     "LinearOptions",
     "LinearUnilogitLoss",
     "Mask",
@@ -41,8 +47,10 @@ __all__ = [
     "Uniform",
     "UnilogitLoss",
     "available_backends",
+    "cross_entropy_loss",
     "explain_plan",
     "kl_loss",
+    "linear_cross_entropy_loss",
     "linear_kl_loss",
     "linear_mixed_loss",
     "linear_objective_loss",

@@ -15,6 +15,8 @@ from tests.support import literal
 from tests.support.problems import TRANSFORMS
 from unilogit_kernels import (
     LinearOptions,
+    cross_entropy_loss,
+    linear_cross_entropy_loss,
     linear_objective_loss,
     linear_token_statistics,
     mixed_loss,
@@ -111,6 +113,32 @@ def test_regularised_cross_entropy(
     case.check_loss(
         objective, literal.cross_entropy(weight=weight, **parameters), backend, **options
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_z_loss_apart(case: Case, backend: str, reduction: str) -> None:
+    function: Any = linear_cross_entropy_loss if case.linear else cross_entropy_loss
+    leaves, valid = case.leaves(case.operands[0].dtype), case.labels != -100
+    parameters = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    more: dict[str, Any] = {"reduction": reduction, "backend": backend}
+    loss, z_loss = function(*leaves, case.labels, **parameters, **more)
+    whole: Any = linear_objective_loss if case.linear else objective_loss
+    assert torch.equal(loss, whole(*leaves, case.labels, CrossEntropy(**parameters), **more))
+    assert not z_loss.requires_grad
+    exact, plain = (
+        1e-2 * case.logits(case.leaves(t)).detach().logsumexp(-1).square()
+        for t in (torch.float64, case.operands[0].dtype)
+    )
+    if reduction == "none":
+        assert (z_loss[~valid] == 0).all()
+        assert_within_budget(z_loss[valid], exact, plain)
+        return
+    n = len(exact) if reduction == "mean" else 1
+    assert_sum_within_budget(z_loss, exact / n, plain / n)
+    assert function(*leaves, torch.full_like(case.labels, -100), **parameters, **more).z_loss == 0
+    without = function(*leaves, case.labels, **more)
+    assert without.z_loss == 0
+    assert torch.equal(without.loss, whole(*leaves, case.labels, "cross_entropy", **more))
 
 
 @pytest.mark.parametrize("name", ["max_entropy", "entropy", "pdu"])

@@ -163,7 +163,8 @@ class RowKernels(ABC):
                 term out, also where that is infinite.
 
         Returns:
-            The unweighted values `f(d)`, float32 `[n]`.
+            The unweighted values `f(d)`, float32 `[n]`; `[2, n]` with `c L^2` where there is a
+            weight c.
         """
         raise NotImplementedError(f"the {self.name} backend sweeps no objective")
 

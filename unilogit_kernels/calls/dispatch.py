@@ -70,28 +70,51 @@ def objective_of(
         objective, call = _place_sequences(objective, call)
     elif isinstance(objective, Objective):
         objective = _flatten(objective, call)
+    return _reduced(operands, call, objective)[0]
+
+
+def loss_and_report(
+    operands: Operands, call: LossCall, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss of an objective that reports a part of it, and that part, detached."""
+    loss, reported = _reduced(operands, call, objective)
+    assert reported is not None
+    return loss, reported.detach()
+
+
+def _reduced(
+    operands: Operands, call: LossCall, objective: Objective | Callable[..., Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and the part of it that the objective reports, if it does."""
     if call.reduction != "none" and objectives.is_registered(objective):
-        return finish(operands, call, objective)[0]
-    losses = _losses(operands, call, objective)
+        loss, losses = finish(operands, call, objective)
+        return loss, call.factor * losses[1].sum() if losses.dim() > 1 else None
+    losses, reported = _losses(operands, call, objective)
     if call.reduction != "none":
-        return call.factor * losses.sum()
+        return call.factor * losses.sum(), None
     if isinstance(objective, SequenceObjective):
-        return losses.reshape(call.shape[:-1]) if objective.members == 1 else losses
-    return losses.reshape(call.shape)
+        return losses.reshape(call.shape[:-1]) if objective.members == 1 else losses, None
+    return losses.reshape(call.shape), None if reported is None else reported.reshape(call.shape)
 
 
 def finish(operands: Operands, call: LossCall, objective: Objective) -> tuple[Tensor, Tensor]:
-    """The loss (0-d) and the weighted losses `[n]` (detached); gradients are computed at once."""
+    """The loss (0-d) and the weighted losses (detached); gradients are computed at once.
+
+    The losses are `[n]`, or `[2, n]` with the part that the objective reports.
+    """
     if any_tangent(operands):
         # What is finished in one pass has no tangents; the values of rows do.
-        losses = _losses(operands, call, objective)
-        return call.factor * losses.sum(), losses.detach()
-    rows = _rows(call, objective.needs)
+        losses, reported = _losses(operands, call, objective)
+        rows = losses if reported is None else torch.stack((losses, reported))
+        return call.factor * losses.sum(), rows.detach()
+    token_rows = _rows(call, objective.needs)
     loss = WeightedObjective(call.row_weight, call.factor, *objectives.pack(objective))
     if isinstance(operands, Logits):
-        found = ops.logits.objective_loss(operands, rows, loss, NO_GRADIENT)
+        found = ops.logits.objective_loss(operands, token_rows, loss, NO_GRADIENT)
         return found.loss, found.losses
-    finished = ops.linear.linear_objective_loss(operands, rows, loss, call.linear, NO_GRADIENTS)
+    finished = ops.linear.linear_objective_loss(
+        operands, token_rows, loss, call.linear, NO_GRADIENTS
+    )
     return finished.loss, finished.losses
 
 
@@ -219,8 +242,11 @@ def _place_sequences(
 
 def _losses(
     operands: Operands, call: LossCall, objective: Objective | Callable[..., Tensor]
-) -> Tensor:
-    """The weighted losses `[n]`, differentiable; of sequences one each (they take no weights)."""
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted losses `[n]`, differentiable; of sequences one each (they take no weights).
+
+    And the part of them that the objective reports, `[n]`, if it does.
+    """
     if not isinstance(objective, Objective):
         if isinstance(objective, StatisticsFunction):
             values = objective(statistics(operands, call, objective.needs).seen)
@@ -231,8 +257,11 @@ def _losses(
                 f"objective must return one loss per token, shape {list(call.row_weight.shape)}, "
                 f"got {list(values.shape)}"
             )
-        return weigh(call.row_weight, values)
+        return weigh(call.row_weight, values), None
     seen = statistics(operands, call, objective.needs).seen
     if isinstance(objective, SequenceObjective):
-        return objective.per_sequence(seen.log_odds)
-    return weigh(call.row_weight, objective.of_rows(seen, call.vocab_size))
+        return objective.per_sequence(seen.log_odds), None
+    losses = weigh(call.row_weight, objective.of_rows(seen, call.vocab_size))
+    if not objective.reports:
+        return losses, None
+    return losses, weigh(call.row_weight, objective.report(seen, call.vocab_size))

@@ -1,5 +1,10 @@
 """The losses as functions and modules, by family: names, docstrings and reductions."""
 
+from unilogit_kernels.functional.cross_entropy import (
+    CrossEntropyResult,
+    cross_entropy_loss,
+    linear_cross_entropy_loss,
+)
 from unilogit_kernels.functional.explain import explain_plan
 from unilogit_kernels.functional.kl import count_ignored_positions, kl_loss, linear_kl_loss
 from unilogit_kernels.functional.log_odds import (
@@ -30,6 +35,7 @@ from unilogit_kernels.functional.token_statistics import (
 from unilogit_kernels.maths.rewrites import Mask, Rewrite, Shift, Uniform
 
 __all__ = [
+    "CrossEntropyResult",
     "LinearUnilogitLoss",
     "Mask",
     "MixedLoss",
@@ -41,8 +47,10 @@ __all__ = [
     "Uniform",
     "UnilogitLoss",
     "count_ignored_positions",
+    "cross_entropy_loss",
     "explain_plan",
     "kl_loss",
+    "linear_cross_entropy_loss",
     "linear_kl_loss",
     "linear_mixed_loss",
     "linear_objective_loss",

@@ -195,25 +195,30 @@ def compacted_gradient(
 
 
 def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
-    """Weighted losses `[n]` and gradients, from the rows whose weight is not 0."""
+    """Weighted losses and gradients, from the rows whose weight is not 0.
+
+    The losses are `[n]`, or `[2, n]` where a part of them is reported.
+    """
     active = loss.row_weight != 0
     index = inputs.positions(active)
     vocab_size = loss.rows.vocab_size
     gradients = inputs.new_gradients(vocab_size, needs)
     if active.numel() == 0 or (index is not None and index.numel() == 0):
-        return torch.zeros_like(loss.row_weight), _zeroed(gradients)
+        nothing = torch.zeros_like(loss.row_weight)
+        return torch.stack((nothing, nothing)) if loss.reports else nothing, _zeroed(gradients)
     heads = inputs.heads(active, index)
     m = heads[0].hidden.shape[0]
     shape = inputs.shape(m, vocab_size, needs)
     plan = plan_linear(shape, inputs.options, passes=2, coupled=loss.coupled, adds_up=loss.adds_up)
-    part, every_weight = gradients, loss.row_weight
+    part = gradients
     if index is not None:
         loss = loss.at(index)
         if gradients.hidden is not None:
             part = gradients._replace(hidden=gradients.hidden[:m])
     losses = weigh(loss.row_weight, linear_loss(heads, loss, plan, part, inputs.options))
     if index is not None:
-        losses = torch.zeros_like(every_weight).index_copy_(0, index, losses)
+        everywhere = losses.new_zeros(*losses.shape[:-1], active.numel())
+        losses = everywhere.index_copy_(-1, index, losses)
     return losses, _spread(gradients, index)
 
 

@@ -61,7 +61,7 @@ def _multiply(gradients: Gradients, factor: Tensor) -> None:
 def linear_loss(
     heads: Heads, loss: RowLoss, plan: Plan, gradients: Gradients, options: LinearOptions
 ) -> Tensor:
-    """Losses `[n]` before weights, and gradients, in one call.
+    """Losses before weights, `[n]` or `[2, n]` (`RowLoss.reports`), and gradients, in one call.
 
     Each head's logits take one GEMM, and each gradient.
     """
@@ -70,12 +70,15 @@ def linear_loss(
     if not fold:
         loss = loss.over(float16_scale(loss.row_weight))
     if plan.order == "token_chunks":
-        values = student.hidden.new_empty(student.hidden.shape[0], dtype=student.dtypes.exact)
+        n = student.hidden.shape[0]
+        values = student.hidden.new_empty(
+            (2, n) if loss.reports else (n,), dtype=student.dtypes.exact
+        )
         drop = _InactiveRows(options, student.hidden.device)
 
         def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> Tensor | None:
             part = loss.at(tokens)
-            values[tokens] = part.finish(logits, out, fold_factor=fold)
+            values[..., tokens] = part.finish(logits, out, fold_factor=fold)
             return drop.active(out, part)
 
         by_tokens(heads, loss.rows, plan, gradients, gradient_rows)

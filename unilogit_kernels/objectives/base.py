@@ -72,6 +72,20 @@ class Objective:
         """What it sees of a row beside the log-odds; the kernels then look for it."""
         return PLAIN
 
+    @property
+    def reports(self) -> bool:
+        """Whether it also says how large a part of its loss is, which `report` computes."""
+        return False
+
+    def report(self, seen: Statistics, vocab_size: int) -> Tensor:
+        """That part of the losses of rows, `[n]`."""
+        raise NotImplementedError(f"objective {self.name!r} reports no part of its loss")
+
+    def evaluate_with_report(self, seen: Statistics, vocab_size: int) -> Tensor:
+        """The losses of rows, `[n]`; where it reports, `[2, n]` with that part of them."""
+        losses = self.evaluate(seen, vocab_size)
+        return torch.stack((losses, self.report(seen, vocab_size))) if self.reports else losses
+
     def sweep(self, vocab_size: int) -> Sweep:
         """As what a backend may finish it in one pass, where it knows the name."""
         return Sweep(self.name)

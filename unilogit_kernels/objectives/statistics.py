@@ -117,6 +117,16 @@ class CrossEntropy(_WeightedStatistics):
         return 1 - self.label_smoothing, self.label_smoothing, self.z_loss, self.entropy, 0.0
 
     @property
+    def reports(self) -> bool:
+        """The z-loss, where there is one."""
+        return self.z_loss != 0
+
+    def report(self, seen: Statistics, vocab_size: int) -> Tensor:
+        """`z_loss L^2`."""
+        assert seen.logsumexp is not None
+        return self.z_loss * seen.logsumexp.square()
+
+    @property
     def _is_plain(self) -> bool:
         return not (self.label_smoothing or self.z_loss or self.entropy)
 

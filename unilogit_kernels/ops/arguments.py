@@ -209,6 +209,10 @@ class LossArguments(Fragment, Protocol[_RowsT]):
     def factor(self) -> Tensor:
         """0-d; what the weighted sum of values is multiplied by."""
 
+    @property
+    def reports(self) -> bool:
+        """See `RowLoss`."""
+
     def loss(self, problem: _RowsT) -> RowLoss:
         """The loss as the layers below take it."""
 
@@ -232,6 +236,11 @@ class WeightedObjective(NamedTuple):
     objective: str
     parameters: list[float]
     tensors: list[Tensor]
+
+    @property
+    def reports(self) -> bool:
+        """See `LossArguments`."""
+        return objectives.unpack(*self[2:]).reports
 
     def weighted(self) -> Weighted:
         """The arguments as the layers below take them."""
@@ -357,6 +366,12 @@ def loss_like(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=exact_dtype(like))
 
 
-def losses_like(like: Tensor) -> Tensor:
+def losses_like(like: Tensor, *, reports: bool = False) -> Tensor:
     """What the losses of the rows of `like` look like to a fake kernel."""
-    return like.new_empty(like.shape[0], dtype=exact_dtype(like))
+    n = like.shape[0]
+    return like.new_empty((2, n) if reports else (n,), dtype=exact_dtype(like))
+
+
+def total_of(losses: Tensor) -> Tensor:
+    """The sum of the losses, `[n]`, or `[2, n]` with a part of them that is in the first row."""
+    return losses.sum() if losses.dim() == 1 else losses[0].sum()

@@ -135,6 +135,11 @@ class Weights(NamedTuple):
         """See `LossArguments`."""
         return PairLoss(problem, *self)
 
+    @property
+    def reports(self) -> bool:
+        """See `LossArguments`."""
+        return False
+
     def literal(self, values: Tensor, vocab_size: int) -> Tensor:
         """See `LossArguments`."""
         return self.factor * weigh(self.row_weight, values).sum()

@@ -29,6 +29,7 @@ from unilogit_kernels.ops.arguments import (
     linear_inputs,
     loss_like,
     losses_like,
+    total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
 from unilogit_kernels.ops.literal import gradients_of, wants_literal
@@ -273,7 +274,7 @@ class LossOfHead(NamedTuple):
 
     Attributes:
         loss: 0-d.
-        losses: `[n]`, weighted.
+        losses: `[n]`, weighted; `[2, n]` where a part of them is reported.
         hidden_grad: See `HeadGradients`; as are the other two.
         weight_grad: See there.
         bias_grad: See there.
@@ -300,7 +301,7 @@ def linear_loss_operator(
         inputs = linear_inputs(models, options)
         row_loss = loss.loss(rows.problem(inputs.hidden))
         losses, gradients = compacted_loss(inputs, row_loss, needs.needs())
-        total = loss.factor * losses.sum()
+        total = loss.factor * total_of(losses)
         return LossOfHead(total, losses, *HeadGradients.of(gradients, models))
 
     @reduced.fake
@@ -309,7 +310,8 @@ def linear_loss_operator(
         hidden = models[0]
         dtypes = GemmDtypes.of(hidden.dtype, hidden.device.type)
         gradients = HeadGradients.like(needs, models, dtypes)
-        return LossOfHead(loss_like(hidden), losses_like(hidden), *gradients)
+        losses = losses_like(hidden, reports=loss.reports)
+        return LossOfHead(loss_like(hidden), losses, *gradients)
 
     class _Derivatives:
         operands: ClassVar[int] = _MODEL

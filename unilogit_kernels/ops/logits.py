@@ -22,6 +22,7 @@ from unilogit_kernels.ops.arguments import (
     gradient_like,
     loss_like,
     losses_like,
+    total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
 from unilogit_kernels.ops.literal import gradients_of, wants_literal
@@ -130,7 +131,7 @@ class ObjectiveOfLogits(NamedTuple):
 
     Attributes:
         loss: 0-d.
-        losses: `[n]`, weighted.
+        losses: `[n]`, weighted; `[2, n]` where the objective reports.
         logits_grad: `[n, V]`, empty if it is not wanted.
         row_scale: `[n]`, by which float16 rows are still to be multiplied; empty for other dtypes.
     """
@@ -155,7 +156,7 @@ def objective_loss(
     )
     empty = logits.new_empty(0)
     return ObjectiveOfLogits(
-        loss.factor * found.losses.sum(),
+        loss.factor * total_of(found.losses),
         found.losses,
         empty if found.gradient is None else found.gradient,
         loss.row_weight.new_empty(0) if found.row_scale is None else found.row_scale,
@@ -170,7 +171,7 @@ def _(
     scaled_later = logits.dtype == torch.float16 and needs.needs_grad
     return ObjectiveOfLogits(
         loss_like(logits),
-        losses_like(logits),
+        losses_like(logits, reports=loss.reports),
         gradient_like(needs.needs_grad, logits),
         gradient_like(scaled_later, losses_like(logits)),
     )

@@ -55,6 +55,7 @@ class RowLoss(Protocol):
         adds_up: Whether gradient rows are sums, over the columns seen so far, of what is known of
             each column before its row is complete: but for factors of the row, the softmax of the
             rest and a constant.
+        reports: Whether values are `[2, n]`: the second row is a part of the loss by itself.
     """
 
     @property
@@ -77,6 +78,10 @@ class RowLoss(Protocol):
     def adds_up(self) -> bool:
         """See above."""
 
+    @property
+    def reports(self) -> bool:
+        """See above."""
+
     def at(self, tokens: slice | Tensor) -> Self:
         """The same for some of the rows."""
 
@@ -84,7 +89,7 @@ class RowLoss(Protocol):
         """The same loss with its weights divided by `scale` (0-d), and its factor multiplied."""
 
     def values(self, state: Tensor) -> Tensor:
-        """Losses `[n]` before weights."""
+        """Losses `[n]` before weights; `[2, n]` where it reports."""
 
     def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
         """What `Rows.gradient` takes, for the weighted sum, with or without its factor."""

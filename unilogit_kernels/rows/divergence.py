@@ -101,6 +101,11 @@ class PairLoss(NamedTuple):
         """See `RowLoss`: its rows are a sum of two softmaxes, whose shares come last."""
         return False
 
+    @property
+    def reports(self) -> bool:
+        """See `RowLoss`."""
+        return False
+
     def at(self, tokens: slice | Tensor) -> PairLoss:
         """See `RowLoss.at`."""
         return PairLoss(self.rows.at(tokens), self.row_weight[tokens], self.factor)

@@ -143,6 +143,11 @@ class ObjectiveLoss(NamedTuple):
         tilted = needs.entropy or (needs.mean and self.rows.transform.softcap != 0.0)
         return not (needs.runner_up or tilted)
 
+    @property
+    def reports(self) -> bool:
+        """See `RowLoss`."""
+        return self.weighted.objective.reports
+
     def at(self, tokens: slice | Tensor) -> ObjectiveLoss:
         """See `RowLoss.at`."""
         return ObjectiveLoss(self.rows.at(tokens), self.weighted.at(tokens))
@@ -153,7 +158,8 @@ class ObjectiveLoss(NamedTuple):
 
     def values(self, state: Tensor) -> Tensor:
         """See `RowLoss.values`."""
-        return self.weighted.objective.evaluate(self.rows.statistics(state), self.rows.vocab_size)
+        objective, seen = self.weighted.objective, self.rows.statistics(state)
+        return objective.evaluate_with_report(seen, self.rows.vocab_size)
 
     def slope(self, state: Tensor, *, fold_factor: bool) -> Tensor:
         """See `RowLoss.slope`."""
@@ -181,7 +187,7 @@ class LogitsObjective(NamedTuple):
     """An objective of logits that exist as a whole.
 
     Attributes:
-        losses: Weighted, `[n]`.
+        losses: Weighted, `[n]`; `[2, n]` where the objective reports.
         gradient: `[n, V]`, or None if it is not wanted.
         row_scale: `[n]`, by which its rows are still to be multiplied; None for 1.
     """
@@ -225,7 +231,7 @@ def finish_rows(
     *,
     of_size_1: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Values `f` (`[n]`) of rows that hold the whole vocabulary; their gradients into `out`.
+    """Values of rows that hold the whole vocabulary; their gradients into `out`.
 
     Args:
         logits: `[n, V]`.
@@ -236,7 +242,8 @@ def finish_rows(
         of_size_1: Divide gradient rows by their sizes, where these are not of order 1 anyway.
 
     Returns:
-        The values, and the sizes `[n]` that rows were divided by, or None.
+        The values `f`, `[n]` (`[2, n]` where the objective reports), and the sizes `[n]` that rows
+        were divided by, or None.
     """
     swept = objective.sweep(rows.vocab_size)
     if swept.name in rows.kernels.swept_objectives:
@@ -252,7 +259,7 @@ def finish_rows(
             sizes = finite_size(slope.abs() if slope.dim() == 1 else slope.abs().amax(0))
             slope = slope / sizes
         rows.gradient([logits], 0, state, slope, out)
-    return objective.evaluate(seen, rows.vocab_size), sizes
+    return objective.evaluate_with_report(seen, rows.vocab_size), sizes
 
 
 LARGEST_IN_FLOAT16 = 1024.0
