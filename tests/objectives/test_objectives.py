@@ -86,8 +86,9 @@ def test_every_objective_has_an_oracle() -> None:
     of_sequences = {
         name for name, cls in objectives.REGISTRY.items() if issubclass(cls, SequenceObjective)
     }
-    assert set(EXACT) | of_sequences | {"tnpo", "loku"} == set(objectives.REGISTRY)
-    assert set(EXACT) | {"loku"} == set(literal.TOKEN)
+    of_rows = {"loku", "max_entropy", "entropy", "pdu"}
+    assert set(EXACT) | of_sequences | of_rows | {"tnpo"} == set(objectives.REGISTRY)
+    assert set(EXACT) | of_rows == set(literal.TOKEN)
 
 
 @pytest.mark.parametrize("name", sorted(EXACT))
