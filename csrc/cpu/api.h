@@ -91,7 +91,7 @@ std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const std:
 // Statistics, objective and gradient of whole rows; `out` may be null. Rows of weight 0 are not
 // read. `weights`, null but for kUnilogitWeightedStatistics, are its five, of which a 0 leaves its
 // term out: of the cross-entropy, the cross-entropy of the uniform distribution, the squared
-// logsumexp, the entropy, and 1.
+// logsumexp, the entropy, and 1. Where the third is not 0, `loss` has a second row: that term.
 std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const std::int64_t* labels,
                                      const float* row_weight, std::int32_t objective,
                                      const float* weights, std::int64_t vocab_size,
@@ -261,6 +261,7 @@ struct StatisticsTerms {
 // The loss of a row, and its gradient row as `unilogit_log_odds_gradient` takes it.
 struct StatisticsResult {
   double loss;
+  double of_logsumexp;  // the part of the loss that is its square's
   double rest;
   double at_label;
   double tilt;

@@ -212,7 +212,7 @@ inline double expected(double probability, double x) {
 inline StatisticsResult finish_statistics(const Moments& rest, float target, bool label_exists,
                                           const StatisticsTerms& terms) {
   const double d = log_odds({rest.max, rest.sum}, target, label_exists);
-  if (d != d) return {kNan, kNan, kNan, kNan, kNan};
+  if (d != d) return {kNan, kNan, kNan, kNan, kNan, kNan};
   const bool empty = rest.max == -kInfinity;
   const double size = std::fabs(d);
   const double tail_exp = std::exp(-size);
@@ -224,7 +224,7 @@ inline StatisticsResult finish_statistics(const Moments& rest, float target, boo
   const double rest_mean = rest.dot / sum;
   // logsumexp - shift
   const double total = empty ? target : std::log(sum) + ((d > 0 ? d : 0.0) + std::log1p(tail_exp));
-  double loss = terms.constant, by_d = 0.0, by_logsumexp = 0.0, tilt = 0.0;
+  double loss = terms.constant, of_logsumexp = 0.0, by_d = 0.0, by_logsumexp = 0.0, tilt = 0.0;
   if (terms.cross_entropy != 0.0) {
     loss += terms.cross_entropy * ((d < 0 ? -d : 0.0) + std::log1p(tail_exp));
     by_d = -terms.cross_entropy * q;
@@ -235,7 +235,8 @@ inline StatisticsResult finish_statistics(const Moments& rest, float target, boo
   }
   if (terms.squared_logsumexp != 0.0) {
     const double logsumexp = shift + total;
-    loss += terms.squared_logsumexp * logsumexp * logsumexp;
+    of_logsumexp = terms.squared_logsumexp * logsumexp * logsumexp;
+    loss += of_logsumexp;
     by_logsumexp += 2.0 * terms.squared_logsumexp * logsumexp;
   }
   if (terms.entropy != 0.0) {
@@ -247,8 +248,12 @@ inline StatisticsResult finish_statistics(const Moments& rest, float target, boo
   const double uniform = -terms.uniform / terms.vocab_size;
   const double mean = expected(p, label_excess) + q * rest_mean;
   const double label_above_rest = empty ? 0.0 : label_excess - rest_mean;
-  return {loss, by_d - by_logsumexp * q - tilt * mean,
-          by_d + by_logsumexp * p - expected(p, tilt * label_above_rest) + uniform, tilt, uniform};
+  return {loss,
+          of_logsumexp,
+          by_d - by_logsumexp * q - tilt * mean,
+          by_d + by_logsumexp * p - expected(p, tilt * label_above_rest) + uniform,
+          tilt,
+          uniform};
 }
 
 // ---- general gradient rows ---------------------------------------------------------------------

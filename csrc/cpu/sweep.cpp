@@ -277,6 +277,9 @@ class Sweep {
         kernels_.moments->merge(row_scratch.parts, blocks_, needs_, row_scratch.weights);
     const StatisticsResult result = kernels_.moments->finish_row(rest, label.logit, exists, terms_);
     loss_[row] = static_cast<float>(result.loss);
+    if (terms_.squared_logsumexp != 0.0) {
+      loss_[logits_.rows + row] = static_cast<float>(result.of_logsumexp);
+    }
     const double scale = static_cast<double>(row_weight_[row]) * transform_.scale;
     const double sum = rest.sum == 0.0f ? 1.0 : rest.sum;
     pending.factor = -scale * result.rest / sum;
@@ -319,6 +322,9 @@ class Sweep {
 
   void skip_row(int64_t row) {
     loss_[row] = 0.0f;
+    if constexpr (kGeneral) {
+      if (terms_.squared_logsumexp != 0.0) loss_[logits_.rows + row] = 0.0f;
+    }
     if (out_ != nullptr) write_zeros(kernels_, *out_, row, stream_);
   }
 

@@ -91,7 +91,9 @@ class CpuKernels(RowKernels):
         weights: Sequence[float] = (),
     ) -> Tensor:
         """See `RowKernels`; the second pass of a row finds it in the cache."""
-        values = torch.empty(tile.logits.shape[0], dtype=torch.float32)
+        n = tile.logits.shape[0]
+        reports = objective == WEIGHTED_STATISTICS and weights[2] != 0
+        values = torch.empty((2, n) if reports else (n,), dtype=torch.float32)
         _run(
             "unilogit_log_odds_sweep",
             byref(_matrix(tile.logits, "logits")),
