@@ -1,7 +1,7 @@
 """What each method costs relative to cross-entropy: `python benchmarks/method_cost.py`.
 
-Forward and backward of one fused linear call with a trained lm_head, and of one call on logits; the
-methods alternate in one process, and each ratio is the median over the rounds.
+Forward and backward of one fused linear call with a trained lm_head or a frozen one, and of one call
+on logits; the methods alternate in one process, and each ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def methods(tokens: int) -> dict[str, str | Objective]:
             given[name] = cls(reference=reference)  # type: ignore[call-arg]
         else:
             given[name] = name
+    given["smoothing, z-loss"] = objectives.CrossEntropy(label_smoothing=0.1, z_loss=1e-4)
+    given["entropy bonus"] = objectives.CrossEntropy(entropy=-0.01)
     return given
 
 
@@ -85,6 +87,14 @@ def main() -> None:
 
         return step
 
+    def frozen(method: str | Objective) -> Callable[[], None]:
+        def step() -> None:
+            torch.autograd.grad(
+                linear_objective_loss(hidden, weight.detach(), labels, method), hidden
+            )
+
+        return step
+
     def full(method: str | Objective) -> Callable[[], None]:
         def step() -> None:
             torch.autograd.grad(objective_loss(logits, labels, method), logits)
@@ -92,7 +102,7 @@ def main() -> None:
         return step
 
     print(f"{n} x {h} x {v} {arguments.dtype}, {torch.get_num_threads()} threads")
-    for title, make in (("linear", linear), ("logits", full)):
+    for title, make in (("linear", linear), ("frozen", frozen), ("logits", full)):
         found = ratios({name: make(method) for name, method in chosen.items()}, arguments.rounds)
         for name, (milliseconds, ratio) in found.items():
             print(f"{title:7} {name:20} {milliseconds:8.1f} ms {ratio:6.2f}x")
