@@ -1,7 +1,7 @@
 """What each method costs relative to cross-entropy: `python benchmarks/method_cost.py`.
 
-Forward and backward of one fused linear call with a trained lm_head or a frozen one, and of one call
-on logits; the methods alternate in one process, and each ratio is the median over the rounds.
+Forward and backward of one fused linear call with a trained lm_head or a frozen one, and of one
+call on logits; the methods alternate in one process, and each ratio is the median over the rounds.
 """
 
 from __future__ import annotations
