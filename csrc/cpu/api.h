@@ -5,7 +5,7 @@
 
 // Which functions these are and what they take: one more with every change. A caller that counts on
 // another number must not call them.
-#define UNILOGIT_INTERFACE 1
+#define UNILOGIT_INTERFACE 2
 
 // Everything else stays inside the library.
 #pragma GCC visibility push(default)
@@ -24,6 +24,16 @@ enum UnilogitObjective : std::int32_t {
   kUnilogitForward = 1,
   kUnilogitCrossEntropy = 2,
   kUnilogitGradientAscent = 3,
+  kUnilogitWeightedStatistics = 4,
+};
+
+// What is asked of a row beside the log-odds of its label, as bits: `RowNeeds` of row_state.py.
+enum UnilogitNeeds : std::int32_t {
+  kUnilogitRunnerUp = 1,
+  kUnilogitLogsumexp = 2,
+  kUnilogitMean = 4,
+  kUnilogitEntropy = 8,
+  kUnilogitVariance = 16,
 };
 
 // z = softcap * tanh(scale * x / softcap), or scale * x where softcap is 0.
@@ -56,30 +66,37 @@ std::int32_t unilogit_interface(void);
 std::int32_t unilogit_select_instruction_set(const char* name);
 const char* unilogit_instruction_set(void);
 
-// Folds the columns of `logits` into `state` (max, sum, target: rows `state_stride` apart). With
-// `runner_up`, its fourth row holds the column of the maximum, of equal ones the lowest, as the
-// bits of an int32.
+// Folds the columns of `logits` into `state`, rows `state_stride` apart, those of row_state.py:
+// max, sum, target, and of the others those that `needs` (UnilogitNeeds) asks for. The runner-up is
+// the column of the maximum, of equal ones the lowest, as the bits of an int32.
 std::int32_t unilogit_log_odds_update(const UnilogitMatrix* logits, const std::int64_t* labels,
                                       std::int64_t first_column, float* state,
-                                      std::int64_t state_stride, std::int32_t runner_up,
+                                      std::int64_t state_stride, std::int32_t needs,
                                       const UnilogitTransform* transform, std::int32_t threads);
 
-// out = slope * (1[j == label] - exp(z - max) / sum) * dz/dx from a complete state. Where
-// `slope_stride` is not 0, two more rows of `slope`, so far apart, replace `slope * 1[...]` at the
-// label, and the whole but for dz/dx at the column of the state's fourth row.
+// Gradient rows from a complete state and `slope_rows` rows of `slope`, `slope_stride` apart:
+//   1: slope * (1[j == label] - exp(z - max) / sum) * dz/dx;
+//   3: the second replaces `slope * 1[...]` at the label, the third the whole but for dz/dx at the
+//      column of the state's fourth row;
+//   5: (uniform - exp(z - max) / sum * (slope + tilt (z - max))) * dz/dx but at these two columns,
+//      with a maximum of -inf taken as 0 and a sum of 0 as 1; the fourth is tilt, the fifth
+//      uniform.
 std::int32_t unilogit_log_odds_gradient(const UnilogitMatrix* logits, const std::int64_t* labels,
                                         std::int64_t first_column, const float* state,
                                         std::int64_t state_stride, const float* slope,
-                                        std::int64_t slope_stride, const UnilogitMatrix* out,
+                                        std::int64_t slope_stride, std::int32_t slope_rows,
+                                        const UnilogitMatrix* out,
                                         const UnilogitTransform* transform, std::int32_t threads);
 
 // Statistics, objective and gradient of whole rows; `out` may be null. Rows of weight 0 are not
-// read.
+// read. `weights`, null but for kUnilogitWeightedStatistics, are its five, of which a 0 leaves its
+// term out: of the cross-entropy, the cross-entropy of the uniform distribution, the squared
+// logsumexp, the entropy, and 1.
 std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const std::int64_t* labels,
                                      const float* row_weight, std::int32_t objective,
-                                     std::int64_t vocab_size, const UnilogitMatrix* out,
-                                     float* loss, const UnilogitTransform* transform,
-                                     std::int32_t threads);
+                                     const float* weights, std::int64_t vocab_size,
+                                     const UnilogitMatrix* out, float* loss,
+                                     const UnilogitTransform* transform, std::int32_t threads);
 
 // The student's logits, whose gradient is written, are those of row a.
 constexpr std::int32_t kUnilogitStudentIsA = 0;
@@ -149,6 +166,17 @@ struct Part {
   float sum;
 };
 
+// More of the same columns, with s = z - max (a maximum of -inf is taken as 0): their number, the
+// sum of s, the sum of exp(s) s, and that of exp(s) (s - dot / sum)^2. What nobody asks for is 0.
+struct Moments {
+  float max;
+  float sum;
+  float count = 0.0f;
+  float linear = 0.0f;
+  float dot = 0.0f;
+  float square = 0.0f;
+};
+
 // The same of two rows, and their dot product:
 // the sum of exp(a - a_max) ((a - a_max) - (b - b_max)).
 struct PairPart {
@@ -166,6 +194,15 @@ struct PairFactors {
   float alpha;
   float beta;
   float gamma;
+};
+
+// What a block of a general gradient row is made of: with e = exp(z - shift),
+// (uniform + e (rest + tilt (z - shift))) times the cap's slope. The scale is in the factors.
+struct RowFactors {
+  float shift;
+  float rest;
+  float tilt;
+  float uniform;
 };
 
 // The label's entry: `offset` counts from the first column of a block and may lie outside of it;
@@ -186,7 +223,8 @@ struct RowWriter {
   float values[kMaxUnit];  // `pending` values that do not fill a store yet
 };
 
-// A block's contribution to a gradient row: factor * exponentials[k], and `label_value` at `label`.
+// A block's contribution to a gradient row: factor * exponentials[k] + constant, and `label_value`
+// at `label`.
 struct GradientBlock {
   const float* exponentials;
   int64_t count;
@@ -194,6 +232,7 @@ struct GradientBlock {
   int64_t label;
   float label_value;
   bool last;  // nothing follows: flush
+  float constant = 0.0f;
 };
 
 // What an objective needs of the vocabulary, computed once a call.
@@ -209,9 +248,57 @@ struct RowResult {
   double slope;
 };
 
+// The weights of `unilogit_log_odds_sweep`, and the V of the uniform distribution.
+struct StatisticsTerms {
+  double cross_entropy;
+  double uniform;
+  double squared_logsumexp;
+  double entropy;
+  double constant;
+  double vocab_size;
+};
+
+// The loss of a row, and its gradient row as `unilogit_log_odds_gradient` takes it.
+struct StatisticsResult {
+  double loss;
+  double rest;
+  double at_label;
+  double tilt;
+  double uniform;
+};
+
+// More of a row than its log-odds, by one instruction set. Compiled apart from the other kernels,
+// so that these are inlined as if there were no more. Arrays are indexed by UnilogitType.
+struct MomentKernels {
+  // `block_part` with the moments that `needs` asks for, one at least.
+  Moments (*block_moments[kTypes])(const void* x, int64_t stride, int64_t count,
+                                   const UnilogitTransform& transform, std::int32_t needs,
+                                   Label& label, float* exponentials);
+  // `write_block`, of the constant too.
+  void (*write_block[kTypes])(RowWriter& writer, const GradientBlock& block);
+  // write_block, then block_moments; [type of logits][type of gradient].
+  Moments (*write_block_and_moments[kTypes][kTypes])(RowWriter& writer, const GradientBlock& block,
+                                                     const void* x, int64_t stride, int64_t count,
+                                                     const UnilogitTransform& transform,
+                                                     std::int32_t needs, Label& label,
+                                                     float* exponentials);
+  Moments (*merge)(const Moments* parts, int64_t count, std::int32_t needs, float* weights);
+  StatisticsResult (*finish_row)(const Moments& rest, float target, bool label_exists,
+                                 const StatisticsTerms& terms);
+  // Blocks of whole steps of a general gradient row, without its label's entry; `cap_slope` may be
+  // null.
+  void (*row_values[kTypes])(const void* x, int64_t count, const RowFactors& factors,
+                             const float* cap_slope, float* values);
+  // The same where `values` holds the exponentials, times the cap's slope, relative to another
+  // maximum, whose weight is in the factors.
+  void (*finish_values[kTypes])(const void* x, int64_t count, const RowFactors& factors,
+                                const float* cap_slope, float* values);
+};
+
 // One instruction set. Arrays are indexed by UnilogitType.
 struct Kernels {
   const char* name;
+  const MomentKernels* moments;
   // Statistics of a block; its exponentials relative to its own maximum, times the cap's slope,
   // go to `exponentials` (kBlock floats) unless that is null.
   Part (*block_part[kTypes])(const void* x, int64_t stride, int64_t count,
@@ -220,6 +307,7 @@ struct Kernels {
   void (*block_exponentials[kTypes])(const void* x, int64_t stride, int64_t count,
                                      const UnilogitTransform& transform, float max, Label& label,
                                      float* exponentials);
+  // Takes no notice of a constant.
   void (*write_block[kTypes])(RowWriter& writer, const GradientBlock& block);
   // write_block, then block_part into the same exponentials; [type of logits][type of gradient].
   Part (*write_block_and_part[kTypes][kTypes])(RowWriter& writer, const GradientBlock& block,
@@ -248,6 +336,10 @@ struct Kernels {
 };
 
 // Defined by the sources of the instruction sets.
+extern const MomentKernels kBaselineMoments;
+extern const MomentKernels kAvx2Moments;
+extern const MomentKernels kAvx512Moments;
+extern const MomentKernels kAvx512Bf16Moments;
 extern const Kernels kBaselineKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;

@@ -1,43 +1,8 @@
 // The two-row kernels: statistics and gradient of KL(P_a || P_b) between rows of the same columns.
-#include <limits>
-
 #include "rows.h"
 
 namespace unilogit {
 namespace {
-
-// A row of logits as its model means them.
-struct Side {
-  const UnilogitMatrix& logits;
-  const UnilogitTransform& transform;
-};
-
-// A block of one row, without the label's column: where it lies if it can be read there, else a
-// copy in float32.
-struct Block {
-  alignas(kCacheLine) float z[kBlock];
-  alignas(kCacheLine) float cap_slope[kBlock];
-  Label label;
-  const void* data;
-  std::int32_t type;
-  int64_t padded;
-
-  void read(const Kernels& kernels, const Side& side, int64_t row, int64_t first, int64_t count,
-            int64_t label_offset) {
-    const UnilogitMatrix& m = side.logits;
-    label = {label_offset, 0.0f, 1.0f};
-    data = element(m, row, first);
-    type = m.type;
-    padded = count;
-    if (m.column_stride == 1 && count % kWholeStep == 0 && side.transform.scale == 1.0f &&
-        side.transform.softcap == 0.0f && (label_offset < 0 || label_offset >= count)) {
-      return;
-    }
-    padded = kernels.stage[type](data, m.column_stride, count, side.transform, label, z, cap_slope);
-    data = z;
-    type = kUnilogitFloat32;
-  }
-};
 
 // Rows of a pair's state, `[7, n]`.
 enum StateRow { kAMax, kASum, kADot, kBMax, kBSum, kATarget, kBTarget };
@@ -109,8 +74,7 @@ void gradient(const Kernels& kernels, const Side& a, const Side& b, const int64_
       return static_cast<float>(scale * coefficients.at(which, row));
     };
     const auto shift = [&](StateRow which) {
-      const float max = state[which * state_stride + row];
-      return max == -std::numeric_limits<float>::infinity() ? 0.0f : max;
+      return finite_shift(state[which * state_stride + row]);
     };
     const PairFactors factors{shift(kAMax), shift(kBMax), scaled(0), scaled(1), scaled(2)};
     const Block& student_block = student_is_a ? a_block : b_block;

@@ -8,9 +8,11 @@ namespace avx2 {
 #include "lanes_avx2.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "array_kernels.h"
 #include "pair_kernels.h"
+#include "kernel_table.h"
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = avx2::make_kernels("avx2");
+const Kernels kAvx2Kernels = avx2::make_kernels("avx2", kAvx2Moments);
 }  // namespace unilogit
 #endif

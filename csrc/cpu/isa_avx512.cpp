@@ -8,9 +8,11 @@ namespace avx512 {
 #include "lanes_avx512.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "array_kernels.h"
 #include "pair_kernels.h"
+#include "kernel_table.h"
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = avx512::make_kernels("avx512");
+const Kernels kAvx512Kernels = avx512::make_kernels("avx512", kAvx512Moments);
 }  // namespace unilogit
 #endif

@@ -9,9 +9,11 @@ namespace avx512bf16 {
 #include "lanes_avx512.h"
 #include "row_math.h"
 #include "row_kernels.h"
+#include "array_kernels.h"
 #include "pair_kernels.h"
+#include "kernel_table.h"
 }  // namespace avx512bf16
 
-const Kernels kAvx512Bf16Kernels = avx512bf16::make_kernels("avx512bf16");
+const Kernels kAvx512Bf16Kernels = avx512bf16::make_kernels("avx512bf16", kAvx512Bf16Moments);
 }  // namespace unilogit
 #endif

@@ -26,6 +26,8 @@ inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 // a > b ? a : b, hence b where either is NaN.
 inline Floats max_or_second(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 

@@ -48,10 +48,18 @@ inline Floats load(const float16* p) {
 inline void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
 
 // Fused where the target has it; the callers are accurate either way.
+inline float fma(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__FP_FAST_FMAF)
   Floats result;
-  for (int i = 0; i < kWidth; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  for (int i = 0; i < kWidth; ++i) result[i] = fma(a[i], b[i], c[i]);
   return result;
 #else
   return a * b + c;

@@ -111,11 +111,21 @@ struct Nothing {
   void operator()(int64_t) const {}
 };
 
+inline Floats sum_of_four(const Floats* a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+
+// No other sums beside that of exponentials; see MomentSums.
+struct NoSums {
+  void begin() const {}
+  void add(int, Floats, Floats) const {}
+  void end() const {}
+};
+
 // Sum of exp(x - max); the terms go to `exponentials` if asked for, which may be `x` itself.
-// `before_step(k)` runs before the terms of columns k .. k + kStep - 1 are stored.
-template <bool kStore, class T, class BeforeStep = Nothing>
+// `before_step(k)` runs before the terms of columns k .. k + kStep - 1 are stored. `more` adds up
+// other sums of x - max and its exponential, in chains as short.
+template <bool kStore, class T, class BeforeStep = Nothing, class More = const NoSums>
 inline float sum_exponentials(const T* x, int64_t padded, float max, float* exponentials,
-                              const BeforeStep& before_step = {}) {
+                              const BeforeStep& before_step = {}, More& more = {}) {
   // Short chains of additions keep the rounding of the sum small, whatever the vectors' width.
   constexpr int64_t kChain = 16 * kStep;
   const Floats shift = broadcast(max);
@@ -124,18 +134,22 @@ inline float sum_exponentials(const T* x, int64_t padded, float max, float* expo
     const int64_t last = first + kChain < padded ? first + kChain : padded;
     Floats sum[4];
     for (Floats& lane : sum) lane = broadcast(0.0f);
+    more.begin();
     for (int64_t k = first; k < last; k += kStep) {
       Floats z[4];
       for (int i = 0; i < 4; ++i) z[i] = load(x + k + i * kWidth);
       prefetch(x + k);
       before_step(k);
       for (int i = 0; i < 4; ++i) {
-        const Floats e = exponential(z[i] - shift);
+        const Floats s = z[i] - shift;
+        const Floats e = exponential(s);
         sum[i] = sum[i] + e;
+        more.add(i, s, e);
         if constexpr (kStore) store(exponentials + k + i * kWidth, e);
       }
     }
-    total = total + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    total = total + sum_of_four(sum);
+    more.end();
   }
   return reduce_add(total);
 }
@@ -196,20 +210,27 @@ inline void flush(RowWriter& writer) {
   writer.pending = 0;
 }
 
-template <class Out, bool kStream>
-inline void write_units(RowWriter& writer, const float* exponentials, int64_t count, float factor) {
-  const Floats factors = broadcast(factor);
+// A gradient row's values, the same one by one as side by side.
+template <bool kConstant, class Values>
+inline Values gradient_value(Values exponential, Values factor, Values constant) {
+  return kConstant ? fma(exponential, factor, constant) : exponential * factor;
+}
+
+template <class Out, bool kStream, bool kConstant>
+inline void write_units(RowWriter& writer, const float* exponentials, int64_t count, float factor,
+                        float constant) {
+  const Floats factors = broadcast(factor), constants = broadcast(constant);
+  const auto values = [&](int64_t k) {
+    return gradient_value<kConstant>(load(exponentials + k), factors, constants);
+  };
   Out* out = static_cast<Out*>(writer.out);
-  for (int64_t k = 0; k < count; k += kUnit) {
-    put<kStream>(out + k, load(exponentials + k) * factors,
-                 load(exponentials + k + kWidth) * factors);
-  }
+  for (int64_t k = 0; k < count; k += kUnit) put<kStream>(out + k, values(k), values(k + kWidth));
   writer.out = out + count;
 }
 
 // Whole units go out aligned and straight from the vectors. Values at the row's ends, beside the
 // label or across two blocks are collected first, so that no cache line is written twice.
-template <class Out>
+template <class Out, bool kConstant = false>
 void write_block(RowWriter& writer, const GradientBlock& block) {
   int64_t k = 0;
   while (k < block.count) {
@@ -219,9 +240,11 @@ void write_block(RowWriter& writer, const GradientBlock& block) {
       const int64_t whole = run / kUnit * kUnit;
       const float* exponentials = block.exponentials + k;
       if (writer.stream) {
-        write_units<Out, true>(writer, exponentials, whole, block.factor);
+        write_units<Out, true, kConstant>(writer, exponentials, whole, block.factor,
+                                          block.constant);
       } else {
-        write_units<Out, false>(writer, exponentials, whole, block.factor);
+        write_units<Out, false, kConstant>(writer, exponentials, whole, block.factor,
+                                           block.constant);
       }
       k += whole;
       continue;
@@ -229,7 +252,9 @@ void write_block(RowWriter& writer, const GradientBlock& block) {
     const int64_t goal = writer.head > 0 && writer.head < kUnit ? writer.head : kUnit;
     for (; writer.pending < goal && k < block.count; ++k) {
       writer.values[writer.pending++] =
-          k == block.label ? block.label_value : block.exponentials[k] * block.factor;
+          k == block.label
+              ? block.label_value
+              : gradient_value<kConstant>(block.exponentials[k], block.factor, block.constant);
     }
     if (writer.pending < goal) break;
     if (writer.stride == 1 && writer.head == 0 && writer.stream) {
@@ -244,24 +269,45 @@ void write_block(RowWriter& writer, const GradientBlock& block) {
   if (block.last) flush<Out>(writer);
 }
 
-// write_block of an earlier row and block_part of the next one, which takes the same memory for its
-// exponentials. Step by step, so that the stores drain behind the arithmetic: stores in a row fill
-// the store queue, and the two times add up.
-template <class T, class Out, bool kStream>
-inline Part write_while_reading(RowWriter& writer, const GradientBlock& block, const T* x,
-                                float* exponentials) {
+// Whether write_while_reading can take both blocks.
+inline bool can_write_while_reading(const RowWriter& writer, const GradientBlock& block,
+                                    int64_t stride, int64_t count,
+                                    const UnilogitTransform& transform, const Label& label) {
+  return is_plain(stride, count, transform, label) && writer.stride == 1 && writer.head <= kUnit &&
+         count == kBlock && block.count == kBlock && (block.label < 0 || block.label >= kBlock);
+}
+
+// Reads a plain block, by part_of.
+template <class T>
+struct PartReader {
+  const T* x;
+  float* exponentials;
+
+  template <class BeforeStep>
+  Part read(const BeforeStep& before_step) const {
+    return part_of<true>(x, kBlock, exponentials, before_step);
+  }
+};
+
+// write_block of an earlier row and the reading of a block of the next one, which takes the same
+// memory for its exponentials. Step by step, so that the stores drain behind the arithmetic: stores
+// in a row fill the store queue, and the two times add up.
+template <class Out, bool kStream, bool kConstant, class Reader>
+inline auto write_while_reading(RowWriter& writer, const GradientBlock& block, Reader reader) {
   // Columns that complete a unit begun by the block before: reading runs that far ahead.
   const int64_t begun = writer.head > 0 ? writer.head : writer.pending > 0 ? kUnit : 0;
   const int64_t ahead = begun - writer.pending;
   if (ahead > 0) {
-    write_block<Out>(writer, {block.exponentials, ahead, block.factor, -1, 0.0f, false});
+    write_block<Out, kConstant>(
+        writer, {block.exponentials, ahead, block.factor, -1, 0.0f, false, block.constant});
   }
-  return part_of<true>(x, kBlock, exponentials, [&](int64_t k) {
+  return reader.read([&](int64_t k) {
     const float* source = block.exponentials + ahead + k;
     if (k + kStep < kBlock) {
-      write_units<Out, kStream>(writer, source, kStep, block.factor);
+      write_units<Out, kStream, kConstant>(writer, source, kStep, block.factor, block.constant);
     } else {
-      write_block<Out>(writer, {source, kStep - ahead, block.factor, -1, 0.0f, block.last});
+      write_block<Out, kConstant>(
+          writer, {source, kStep - ahead, block.factor, -1, 0.0f, block.last, block.constant});
     }
   });
 }
@@ -270,43 +316,11 @@ template <class T, class Out>
 Part write_block_and_part(RowWriter& writer, const GradientBlock& block, const void* data,
                           int64_t stride, int64_t count, const UnilogitTransform& transform,
                           Label& label, float* exponentials) {
-  if (is_plain(stride, count, transform, label) && writer.stride == 1 && writer.head <= kUnit &&
-      count == kBlock && block.count == kBlock && (block.label < 0 || block.label >= kBlock)) {
-    const T* x = static_cast<const T*>(data);
-    return writer.stream ? write_while_reading<T, Out, true>(writer, block, x, exponentials)
-                         : write_while_reading<T, Out, false>(writer, block, x, exponentials);
+  if (can_write_while_reading(writer, block, stride, count, transform, label)) {
+    const PartReader<T> reader{static_cast<const T*>(data), exponentials};
+    return writer.stream ? write_while_reading<Out, true, false>(writer, block, reader)
+                         : write_while_reading<Out, false, false>(writer, block, reader);
   }
   write_block<Out>(writer, block);
   return block_part<T>(data, stride, count, transform, label, exponentials);
-}
-
-void stream_copy(const char* source, char* destination, int64_t bytes) {
-  constexpr int64_t kChunk = kUnit * static_cast<int64_t>(sizeof(float));
-  int64_t k = 0;
-  for (; k + kChunk <= bytes; k += kChunk) {
-    const float* from = reinterpret_cast<const float*>(source + k);
-    put<true>(reinterpret_cast<float*>(destination + k), load(from), load(from + kWidth));
-  }
-  std::memcpy(destination + k, source + k, static_cast<std::size_t>(bytes - k));
-}
-
-void exp_array(const float* x, float* result, int64_t count) {
-  for (int64_t k = 0; k < count; k += kWidth) {
-    float lanes[kWidth];
-    store(lanes, exponential(gather(x + k, 1, count - k)));
-    for (int64_t i = 0; i < kWidth && k + i < count; ++i) result[k + i] = lanes[i];
-  }
-}
-
-void tanh_array(const float* x, float* result, float* slope, int64_t count) {
-  for (int64_t k = 0; k < count; k += kWidth) {
-    const Tanh tanh = hyperbolic_tangent(gather(x + k, 1, count - k));
-    float values[kWidth], slopes[kWidth];
-    store(values, tanh.value);
-    store(slopes, tanh.slope);
-    for (int64_t i = 0; i < kWidth && k + i < count; ++i) {
-      result[k + i] = values[i];
-      slope[k + i] = slopes[i];
-    }
-  }
 }

@@ -26,11 +26,14 @@ alignas(kCacheLine) constexpr float kSixteenthPowers[16] = {
     0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
     0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
 
+// `t`, or where exp(t) is 0 something finite, so that no product with that exponential is NaN.
+inline Floats above_underflow(Floats t) { return max_or_second(broadcast(kExpUnderflow), t); }
+
 // exp(t) for t <= 72; NaN passes, -inf gives 0. Error <= 2 ulp over [-104, 0], subnormals included
 // (checked over every float32). t = n log 2 + r; exp(r) is a minimax polynomial of degree 6 for
 // integers n (relative error 3.1e-9), of degree 3 (9.2e-9) for multiples of 1/16.
 inline Floats exponential(Floats t) {
-  t = max_or_second(broadcast(kExpUnderflow), t);
+  t = above_underflow(t);
   const Floats bias = broadcast(kLooksUpSixteen ? kSixteenthsBias : kIntegerBias);
   const Floats biased = fma(t, broadcast(kLog2E), bias);
   const Floats n = biased - bias;

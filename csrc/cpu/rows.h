@@ -4,11 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 
 #include "api.h"
 #include "parallel.h"
 
 namespace unilogit {
+
+// What of `needs` takes moments of blocks.
+constexpr std::int32_t kMomentNeeds = kUnilogitMean | kUnilogitEntropy | kUnilogitVariance;
 
 // Of the instruction set in use.
 const Kernels& current_kernels();
@@ -18,6 +22,11 @@ constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // Columns that are worth handing out to a thread by themselves.
 constexpr int64_t kGrainColumns = 8 * kBlock;
+
+// What is taken off before an exponential: the maximum, or 0 where there is nothing but -inf.
+inline float finite_shift(float max) {
+  return max == -std::numeric_limits<float>::infinity() ? 0.0f : max;
+}
 
 inline int64_t element_size(std::int32_t type) { return type == kUnilogitFloat32 ? 4 : 2; }
 
@@ -82,6 +91,39 @@ inline int useful_threads(const UnilogitMatrix& logits, int threads) {
   const int64_t grains = divide_up(logits.rows * logits.columns, kGrainColumns);
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, grains)));
 }
+
+// Rows of logits as their model means them.
+struct Side {
+  const UnilogitMatrix& logits;
+  const UnilogitTransform& transform;
+};
+
+// A block of one row, without the label's column: where it lies if it can be read there, else a
+// copy in float32.
+struct Block {
+  alignas(kCacheLine) float z[kBlock];
+  alignas(kCacheLine) float cap_slope[kBlock];  // written only where there is a cap
+  Label label;
+  const void* data;
+  std::int32_t type;
+  int64_t padded;
+
+  void read(const Kernels& kernels, const Side& side, int64_t row, int64_t first, int64_t count,
+            int64_t label_offset) {
+    const UnilogitMatrix& m = side.logits;
+    label = {label_offset, 0.0f, 1.0f};
+    data = element(m, row, first);
+    type = m.type;
+    padded = count;
+    if (m.column_stride == 1 && count % kWholeStep == 0 && side.transform.scale == 1.0f &&
+        side.transform.softcap == 0.0f && (label_offset < 0 || label_offset >= count)) {
+      return;
+    }
+    padded = kernels.stage[type](data, m.column_stride, count, side.transform, label, z, cap_slope);
+    data = z;
+    type = kUnilogitFloat32;
+  }
+};
 
 // Zeros for a whole row, or for some of its blocks.
 inline void write_zeros(const Kernels& kernels, const UnilogitMatrix& out, int64_t row,

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -9,27 +10,29 @@
 namespace unilogit {
 namespace {
 
-// What one row needs while it is worked on: parts and factors of its blocks, and exponentials.
+// What one row needs while it is worked on: parts of its blocks, their weights, and exponentials.
+template <class Piece>
 struct RowScratch {
-  Part* parts;
-  float* factors;
+  Piece* parts;
+  float* weights;
   float* exponentials;  // null where no gradient is asked for
 };
 
 // Lays out `count` RowScratch of rows with `blocks` blocks each.
+template <class Piece>
 class RowScratches {
  public:
   RowScratches(int64_t count, int64_t blocks, bool with_exponentials)
       : exponentials_bytes_(with_exponentials ? blocks * kBlock * int64_t{sizeof(float)} : 0),
-        parts_bytes_(divide_up(blocks * int64_t{sizeof(Part)}, kCacheLine) * kCacheLine),
+        parts_bytes_(divide_up(blocks * int64_t{sizeof(Piece)}, kCacheLine) * kCacheLine),
         stride_(exponentials_bytes_ + 2 * parts_bytes_),
         base_(static_cast<char*>(scratch.reserve(std::max(count * stride_, kCacheLine)))) {}
 
   bool ok() const { return base_ != nullptr; }
 
-  RowScratch operator[](int64_t k) const {
+  RowScratch<Piece> operator[](int64_t k) const {
     char* base = base_ + k * stride_;
-    return {reinterpret_cast<Part*>(base + exponentials_bytes_),
+    return {reinterpret_cast<Piece*>(base + exponentials_bytes_),
             reinterpret_cast<float*>(base + exponentials_bytes_ + parts_bytes_),
             exponentials_bytes_ == 0 ? nullptr : reinterpret_cast<float*>(base)};
   }
@@ -41,21 +44,37 @@ class RowScratches {
   char* base_;
 };
 
-ObjectiveTerms make_terms(std::int32_t objective, int64_t vocab_size) {
+ObjectiveTerms objective_terms(std::int32_t objective, int64_t vocab_size) {
   const auto v = static_cast<double>(vocab_size);
   return {objective, 1.0 / v, -std::log(v - 1.0), std::log1p(1.0 / (v - 1.0))};
 }
 
+StatisticsTerms statistics_terms(const float* weights, int64_t vocab_size) {
+  return {weights[0], weights[1], weights[2],
+          weights[3], weights[4], static_cast<double>(vocab_size)};
+}
+
+// The moments that a loss needs of a row: what its weights leave out is not computed.
+std::int32_t moment_needs(const ObjectiveTerms&) { return 0; }
+
+std::int32_t moment_needs(const StatisticsTerms& terms) {
+  return (terms.uniform != 0.0 ? kUnilogitMean : 0) | (terms.entropy != 0.0 ? kUnilogitEntropy : 0);
+}
+
+// Of a loss by its Terms: an objective of the log-odds, whose gradient rows are multiples of
+// `onehot - softmax of the rest`, or weighted statistics, whose rows are general.
+template <class Terms>
 class Sweep {
  public:
   Sweep(const Kernels& kernels, const UnilogitMatrix& logits, const int64_t* labels,
-        const float* row_weight, const ObjectiveTerms& terms, const UnilogitMatrix* out,
-        float* loss, const UnilogitTransform& transform)
+        const float* row_weight, const Terms& terms, const UnilogitMatrix* out, float* loss,
+        const UnilogitTransform& transform)
       : kernels_(kernels),
         logits_(logits),
         labels_(labels),
         row_weight_(row_weight),
         terms_(terms),
+        needs_(moment_needs(terms)),
         out_(out),
         loss_(loss),
         transform_(transform),
@@ -71,7 +90,7 @@ class Sweep {
     // Rows beyond a multiple of the threads are cut into segments, so that no thread idles.
     const int64_t cut_rows = rows % threads;
     const int64_t whole_rows = rows - cut_rows;
-    const RowScratches scratches(threads, blocks_, out_ != nullptr);
+    const Scratches scratches(threads, blocks_, out_ != nullptr);
     if (!scratches.ok()) return kUnilogitOutOfMemory;
     if (whole_rows > 0) run_whole(threads, active.data(), whole_rows, scratches);
     if (cut_rows > 0) run_cut(threads, active.data() + whole_rows, cut_rows, scratches);
@@ -81,21 +100,36 @@ class Sweep {
   }
 
  private:
-  // A row whose statistics are done and whose gradient is still to be written.
+  static constexpr bool kGeneral = std::is_same_v<Terms, StatisticsTerms>;
+  using Piece = std::conditional_t<kGeneral, Moments, Part>;
+  using Scratch = RowScratch<Piece>;
+  using Scratches = RowScratches<Piece>;
+
+  // A row whose statistics are done and whose gradient is still to be written: factors of the
+  // exponentials relative to the row's maximum, and, of a general row, of these times z - maximum,
+  // and a constant.
   struct PendingRow {
     RowWriter writer;
     int64_t label_column;
     float label_value;
+    double factor;
+    double tilt = 0.0;
+    float constant = 0.0f;
+    float shift = 0.0f;
+    int64_t row = 0;
+
+    // Whether its values are more than a factor and a constant make of exponentials.
+    bool is_unfinished(bool capped) const { return tilt != 0.0 || (capped && constant != 0.0f); }
   };
 
   int64_t grain() const {
     return std::max<int64_t>(1, kGrainColumns / std::max<int64_t>(1, logits_.columns));
   }
 
-  void run_whole(int threads, const int64_t* rows, int64_t count, const RowScratches& scratches) {
+  void run_whole(int threads, const int64_t* rows, int64_t count, const Scratches& scratches) {
     ItemQueue queue(count, grain());
     run_team(threads, [&](int thread) {
-      const RowScratch row_scratch = scratches[thread];
+      const Scratch row_scratch = scratches[thread];
       PendingRow pending;
       bool has_pending = false;
       ItemQueue::Cursor cursor;
@@ -110,14 +144,13 @@ class Sweep {
         has_pending = finish_row(row, label, row_scratch, pending);
       }
       for (int64_t b = 0; has_pending && b < blocks_; ++b) {
-        kernels_.write_block[out_->type](pending.writer,
-                                         gradient_block(pending, row_scratch, b, b + 1 == blocks_));
+        write(pending, row_scratch, b, b + 1 == blocks_);
       }
     });
   }
 
   // Few rows: every thread works on segments of all of them.
-  void run_cut(int threads, const int64_t* rows, int64_t count, const RowScratches& scratches) {
+  void run_cut(int threads, const int64_t* rows, int64_t count, const Scratches& scratches) {
     const Segments cut(count, logits_.columns, threads);
     std::vector<Label> labels(static_cast<std::size_t>(count));
     std::vector<PendingRow> pending(static_cast<std::size_t>(count));
@@ -142,10 +175,7 @@ class Sweep {
       if (!has_pending[k]) return;
       PendingRow segment = pending[k];
       segment.writer = make_writer(*out_, rows[k], first * kBlock, stream_);
-      for (int64_t b = first; b < last; ++b) {
-        kernels_.write_block[out_->type](segment.writer,
-                                         gradient_block(segment, scratches[k], b, b + 1 == last));
-      }
+      for (int64_t b = first; b < last; ++b) write(segment, scratches[k], b, b + 1 == last);
     });
   }
 
@@ -155,55 +185,136 @@ class Sweep {
   }
 
   // Also writes the same block of `pending`, whose exponentials the new ones replace.
-  void compute_block(int64_t row, int64_t b, Label& row_label, const RowScratch& row_scratch,
+  void compute_block(int64_t row, int64_t b, Label& row_label, const Scratch& row_scratch,
                      PendingRow* pending) {
     const Columns columns = block_columns(logits_.columns, b);
     // Only the thread that meets the label writes to `row_label`, and nobody else reads it.
     Label label{row_label.offset - columns.first, 0.0f, 1.0f};
     float* exponentials = out_ == nullptr ? nullptr : row_scratch.exponentials + columns.first;
     const char* x = element(logits_, row, columns.first);
-    row_scratch.parts[b] =
-        pending == nullptr
-            ? kernels_.block_part[logits_.type](x, logits_.column_stride, columns.count, transform_,
-                                                label, exponentials)
-            : kernels_.write_block_and_part[logits_.type][out_->type](
-                  pending->writer, gradient_block(*pending, row_scratch, b, b + 1 == blocks_), x,
-                  logits_.column_stride, columns.count, transform_, label, exponentials);
+    Piece& part = row_scratch.parts[b];
+    if (pending == nullptr) {
+      part = read_block(x, columns.count, label, exponentials);
+    } else {
+      const GradientBlock block = gradient_block(*pending, row_scratch, b, b + 1 == blocks_);
+      part = write_and_read(pending->writer, block, x, columns.count, label, exponentials);
+    }
     if (label.offset >= 0 && label.offset < columns.count) {
       row_label.logit = label.logit;
       row_label.cap_slope = label.cap_slope;
     }
   }
 
+  Piece read_block(const char* x, int64_t count, Label& label, float* exponentials) const {
+    if constexpr (kGeneral) {
+      if (needs_ != 0) {
+        return kernels_.moments->block_moments[logits_.type](
+            x, logits_.column_stride, count, transform_, needs_, label, exponentials);
+      }
+    }
+    const Part part = kernels_.block_part[logits_.type](x, logits_.column_stride, count, transform_,
+                                                        label, exponentials);
+    return {part.max, part.sum};
+  }
+
+  Piece write_and_read(RowWriter& writer, const GradientBlock& block, const char* x, int64_t count,
+                       Label& label, float* exponentials) const {
+    if constexpr (kGeneral) {
+      if (needs_ != 0) {
+        return kernels_.moments->write_block_and_moments[logits_.type][out_->type](
+            writer, block, x, logits_.column_stride, count, transform_, needs_, label,
+            exponentials);
+      }
+    }
+    // Without a mean there is no constant.
+    const Part part = kernels_.write_block_and_part[logits_.type][out_->type](
+        writer, block, x, logits_.column_stride, count, transform_, label, exponentials);
+    return {part.max, part.sum};
+  }
+
+  void write(PendingRow& pending, const Scratch& row_scratch, int64_t b, bool last) const {
+    const auto* write_block = kGeneral ? kernels_.moments->write_block : kernels_.write_block;
+    write_block[out_->type](pending.writer, gradient_block(pending, row_scratch, b, last));
+  }
+
   // True if a gradient that is not zero remains to be written.
-  bool finish_row(int64_t row, const Label& label, const RowScratch& row_scratch,
+  bool finish_row(int64_t row, const Label& label, const Scratch& row_scratch,
                   PendingRow& pending) {
-    const Part rest = kernels_.merge(row_scratch.parts, blocks_, row_scratch.factors);
     const bool exists = label.offset >= 0 && label.offset < logits_.columns;
-    const RowResult result = kernels_.finish_row(rest, label.logit, exists, terms_);
-    loss_[row] = static_cast<float>(result.loss);
+    bool counts;
+    if constexpr (kGeneral) {
+      counts = finish_statistics(row, label, exists, row_scratch, pending);
+    } else {
+      counts = finish_objective(row, label, exists, row_scratch, pending);
+    }
     if (out_ == nullptr) return false;
-    const auto slope = static_cast<float>(row_weight_[row] * result.slope);
-    if (slope == 0.0f) {
+    if (!counts) {
       write_zeros(kernels_, *out_, row, stream_);
       return false;
     }
-    const double outer_slope = static_cast<double>(slope) * transform_.scale;
-    for (int64_t b = 0; b < blocks_; ++b) {
-      row_scratch.factors[b] =
-          static_cast<float>(row_scratch.factors[b] * (-outer_slope / rest.sum));
-    }
     pending.writer = make_writer(*out_, row, 0, stream_);
     pending.label_column = label.offset;
-    pending.label_value = static_cast<float>(outer_slope * label.cap_slope);
+    pending.row = row;
     return true;
   }
 
-  GradientBlock gradient_block(const PendingRow& pending, const RowScratch& row_scratch, int64_t b,
+  // Whether the gradient row is not zero.
+  bool finish_objective(int64_t row, const Label& label, bool exists, const Scratch& row_scratch,
+                        PendingRow& pending) {
+    const Part rest = kernels_.merge(row_scratch.parts, blocks_, row_scratch.weights);
+    const RowResult result = kernels_.finish_row(rest, label.logit, exists, terms_);
+    loss_[row] = static_cast<float>(result.loss);
+    const auto slope = static_cast<float>(row_weight_[row] * result.slope);
+    const double outer_slope = static_cast<double>(slope) * transform_.scale;
+    pending.factor = -outer_slope / rest.sum;
+    pending.label_value = static_cast<float>(outer_slope * label.cap_slope);
+    return slope != 0.0f;
+  }
+
+  bool finish_statistics(int64_t row, const Label& label, bool exists, const Scratch& row_scratch,
+                         PendingRow& pending) {
+    const Moments rest =
+        kernels_.moments->merge(row_scratch.parts, blocks_, needs_, row_scratch.weights);
+    const StatisticsResult result = kernels_.moments->finish_row(rest, label.logit, exists, terms_);
+    loss_[row] = static_cast<float>(result.loss);
+    const double scale = static_cast<double>(row_weight_[row]) * transform_.scale;
+    const double sum = rest.sum == 0.0f ? 1.0 : rest.sum;
+    pending.factor = -scale * result.rest / sum;
+    pending.tilt = -scale * result.tilt / sum;
+    pending.constant = static_cast<float>(scale * result.uniform);
+    pending.label_value = static_cast<float>(scale * result.at_label * label.cap_slope);
+    pending.shift = finite_shift(rest.max);
+    return result.rest != 0.0 || result.at_label != 0.0 || result.tilt != 0.0 ||
+           result.uniform != 0.0;
+  }
+
+  // Of the exponentials, which it turns into finished values where they take more than a factor.
+  GradientBlock gradient_block(const PendingRow& pending, const Scratch& row_scratch, int64_t b,
                                bool last) const {
     const Columns columns = block_columns(logits_.columns, b);
-    return {row_scratch.exponentials + columns.first, columns.count,       row_scratch.factors[b],
-            pending.label_column - columns.first,     pending.label_value, last};
+    float* exponentials = row_scratch.exponentials + columns.first;
+    const double weight = row_scratch.weights[b];
+    GradientBlock block{exponentials,
+                        columns.count,
+                        static_cast<float>(weight * pending.factor),
+                        pending.label_column - columns.first,
+                        pending.label_value,
+                        last,
+                        pending.constant};
+    const bool capped = transform_.softcap != 0.0f;
+    if (kGeneral && pending.is_unfinished(capped)) {
+      // The logits are read again, before anything is written in their place.
+      Block staged;
+      staged.read(kernels_, {logits_, transform_}, pending.row, columns.first, columns.count,
+                  block.label);
+      kernels_.moments->finish_values[staged.type](
+          staged.data, staged.padded,
+          {pending.shift, block.factor, static_cast<float>(weight * pending.tilt), block.constant},
+          capped ? staged.cap_slope : nullptr, exponentials);
+      block.factor = 1.0f;
+      block.constant = 0.0f;
+    }
+    return block;
   }
 
   void skip_row(int64_t row) {
@@ -215,7 +326,8 @@ class Sweep {
   const UnilogitMatrix& logits_;
   const int64_t* labels_;
   const float* row_weight_;
-  ObjectiveTerms terms_;
+  Terms terms_;
+  std::int32_t needs_;
   const UnilogitMatrix* out_;
   float* loss_;
   const UnilogitTransform& transform_;
@@ -230,10 +342,14 @@ using namespace unilogit;
 
 std::int32_t unilogit_log_odds_sweep(const UnilogitMatrix* logits, const int64_t* labels,
                                      const float* row_weight, std::int32_t objective,
-                                     int64_t vocab_size, const UnilogitMatrix* out, float* loss,
+                                     const float* weights, int64_t vocab_size,
+                                     const UnilogitMatrix* out, float* loss,
                                      const UnilogitTransform* transform, std::int32_t threads) {
   if (logits->rows == 0) return kUnilogitOk;
-  return Sweep(current_kernels(), *logits, labels, row_weight, make_terms(objective, vocab_size),
-               out, loss, *transform)
-      .run(useful_threads(*logits, threads));
+  const auto run = [&](const auto& terms) {
+    return Sweep(current_kernels(), *logits, labels, row_weight, terms, out, loss, *transform)
+        .run(useful_threads(*logits, threads));
+  };
+  return objective == kUnilogitWeightedStatistics ? run(statistics_terms(weights, vocab_size))
+                                                  : run(objective_terms(objective, vocab_size));
 }

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from tests.backends.cpu import test_kernels as test_cpu_kernels
+from tests.backends.cpu import rows as cpu_rows
 from tests.support import ROOT
 from unilogit_kernels.backends import ids
 from unilogit_kernels.backends.cpu import kernels, library
 from unilogit_kernels.backends.cuda import divergence, geometry, log_odds
-from unilogit_kernels.maths import pair_state, row_state
+from unilogit_kernels.maths import pair_state, row_state, statistics
 from unilogit_kernels.objectives import REGISTRY
 
 CSRC = ROOT / "csrc"
@@ -39,21 +39,48 @@ def constants(header: str) -> dict[str, int]:
 
 
 def spelled(name: str, prefix: str) -> str:
-    """An objective as an enumerator: the name of its class."""
-    return "k" + prefix + REGISTRY[name].__name__.removeprefix(prefix)
+    """An objective as an enumerator: the name of its class, if it has one of its own."""
+    words = REGISTRY[name].__name__ if name in REGISTRY else pascal_case(name)
+    return "k" + prefix + words.removeprefix(prefix)
+
+
+def pascal_case(name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_"))
 
 
 @pytest.mark.parametrize(
-    ("header", "enum", "prefix"),
+    ("header", "enum", "prefix", "known"),
     [
-        ("cpu/api.h", "UnilogitObjective", "Unilogit"),
-        ("cuda/row_math.h", "Objective", ""),
+        ("cpu/api.h", "UnilogitObjective", "Unilogit", frozenset(ids.OBJECTIVE_IDS)),
+        ("cuda/row_math.h", "Objective", "", ids.GPU_OBJECTIVES),
     ],
 )
-def test_objectives(header: str, enum: str, prefix: str) -> None:
+def test_objectives(header: str, enum: str, prefix: str, known: frozenset[str]) -> None:
     found = enumerators(header, enum)
     assert found.pop("kNoObjective", ids.NO_OBJECTIVE) == ids.NO_OBJECTIVE
-    assert found == {spelled(name, prefix): i for name, i in ids.OBJECTIVE_IDS.items()}
+    assert found == {spelled(name, prefix): ids.OBJECTIVE_IDS[name] for name in known}
+
+
+def test_needs() -> None:
+    """The bits of `RowNeeds` by the names of its fields, in order."""
+    fields = row_state.RowNeeds._fields
+    assert enumerators("cpu/api.h", "UnilogitNeeds") == {
+        "kUnilogit" + pascal_case(name): row_state.RowNeeds(**{name: True}).bits for name in fields
+    }
+
+
+def test_rows_of_states_and_slopes() -> None:
+    """Enumerated from 0 on, in the order of Python's."""
+    rows = r"enum {}Row {{ ([\w, ]*) }};"
+    source = (CSRC / "cpu/log_odds.cpp").read_text()
+    for name, expected in (
+        ("State", ["Max", "Sum", "Target", "RunnerUp", "Count", "Linear", "Dot", "Square"]),
+        ("Slope", ["Rest", "AtLabel", "AtRunnerUp", "Tilt", "Uniform"]),
+    ):
+        (found,) = re.findall(rows.format(name), source)
+        assert found.split(", ") == ["k" + each for each in expected]
+    assert (row_state.RUNNER_UP, row_state.COUNT, row_state.SQUARE) == (3, 4, 7)
+    assert (statistics.REST, statistics.AT_RUNNER_UP, statistics.UNIFORM) == (0, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +112,7 @@ def test_statuses_of_the_cpu_library() -> None:
         ("cuda/row_walk.h", "kFlightBytes", log_odds._FLIGHT_BYTES),
         ("cuda/row_walk.h", "kCappedFlightBytes", log_odds._CAPPED_FLIGHT_BYTES),
         ("cuda/pair_math.h", "kPairFields", pair_state.B_SUM + 1),
-        ("cpu/rows.h", "kStreamBytes", test_cpu_kernels.STREAM_BYTES),
+        ("cpu/rows.h", "kStreamBytes", cpu_rows.STREAM_BYTES),
     ],
 )
 def test_constants(header: str, name: str, expected: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ptxsim import KernelFaultError
-from tests.backends.cpu import test_kernels as rows
+from tests.backends.cpu import rows
 from tests.backends.cuda import devices
 from tests.backends.cuda.bugs import Bug, sources_with
 from tests.backends.cuda.test_rows import KERNELS, distant_rows

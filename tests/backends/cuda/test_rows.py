@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptxsim import Schedule
-from tests.backends.cpu import test_kernels as rows
+from tests.backends.cpu import rows
 from tests.backends.cuda import devices
 from tests.support.layouts import CANARY, LAYOUTS, assert_only_written, place
 from unilogit_kernels.backends.contract import LogitTransform, Tile

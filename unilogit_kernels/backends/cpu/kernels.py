@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import Array, byref, c_float
 from typing import Literal
 
 import torch
@@ -14,6 +14,9 @@ from unilogit_kernels.backends.cpu.library import OUT_OF_MEMORY, Matrix, Transfo
 from unilogit_kernels.backends.ids import DTYPE_IDS, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+
+WEIGHTED_STATISTICS = "weighted_statistics"
+"""The one objective of `OBJECTIVE_IDS` that takes weights."""
 
 _STUDENT_IDS = {"a": 0, "b": 1}
 """`kUnilogitStudentIsA` of `csrc/cpu/api.h`, or another."""
@@ -29,6 +32,11 @@ def _matrix(tensor: Tensor, name: str) -> Matrix:
     rows, columns = tensor.shape
     row_stride, column_stride = tensor.stride()
     return Matrix(tensor.data_ptr(), rows, columns, row_stride, column_stride, type_id)
+
+
+def _weights(weights: Sequence[float]) -> Array[c_float]:
+    a, b, c, e, k = weights
+    return (c_float * 5)(a, b, c, e, k)
 
 
 def _run(function: str, *arguments: object) -> None:
@@ -53,7 +61,7 @@ class CpuKernels(RowKernels):
             tile.first_column,
             state.data_ptr(),
             state.stride(0),
-            row_state.has_runner_up(state),
+            needs.bits,
             byref(Transform(*tile.transform)),
         )
 
@@ -67,7 +75,8 @@ class CpuKernels(RowKernels):
             state.data_ptr(),
             state.stride(0),
             slope.data_ptr(),
-            slope.stride(0) if row_state.has_runner_up(state) else 0,
+            slope.stride(0),
+            slope.shape[0] if row_state.has_runner_up(state) else 1,
             byref(_matrix(out, "out")),
             byref(Transform(*tile.transform)),
         )
@@ -89,6 +98,7 @@ class CpuKernels(RowKernels):
             tile.labels.data_ptr(),
             row_weight.data_ptr(),
             OBJECTIVE_IDS[objective],
+            _weights(weights) if objective == WEIGHTED_STATISTICS else None,
             vocab_size,
             None if out is None else byref(_matrix(out, "out")),
             values.data_ptr(),

@@ -47,7 +47,7 @@ class Transform(ctypes.Structure):
     _fields_ = (("scale", c_float), ("softcap", c_float))
 
 
-_INTERFACE = 1
+_INTERFACE = 2
 """`UNILOGIT_INTERFACE` of `csrc/cpu/api.h`: the signatures below are those of this number."""
 
 _MATRIX, _TRANSFORM = POINTER(Matrix), POINTER(Transform)
@@ -63,13 +63,16 @@ _SIGNATURES = {
     "unilogit_log_odds_gradient": (
         c_int32,
         [
-            *(_MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, c_int64),
+            *(_MATRIX, _ARRAY, c_int64, _ARRAY, c_int64, _ARRAY, c_int64, c_int32),
             *(_MATRIX, _TRANSFORM, c_int32),
         ],
     ),
     "unilogit_log_odds_sweep": (
         c_int32,
-        [_MATRIX, _ARRAY, _ARRAY, c_int32, c_int64, _MATRIX, _ARRAY, _TRANSFORM, c_int32],
+        [
+            *(_MATRIX, _ARRAY, _ARRAY, c_int32, _ARRAY, c_int64),
+            *(_MATRIX, _ARRAY, _TRANSFORM, c_int32),
+        ],
     ),
     "unilogit_divergence_update": (
         c_int32,

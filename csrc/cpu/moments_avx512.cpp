@@ -1,0 +1,16 @@
+#include "lanes_types.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace unilogit {
+namespace avx512_moments {
+#include "lanes_avx512.h"
+#include "row_math.h"
+#include "row_kernels.h"
+#include "moment_kernels.h"
+}  // namespace avx512_moments
+
+const MomentKernels kAvx512Moments = avx512_moments::make_moment_kernels();
+}  // namespace unilogit
+#endif
