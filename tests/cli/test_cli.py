@@ -22,7 +22,7 @@ from tests.support.tiny_models import (
     write_rows,
 )
 from unilogit_kernels import available_backends
-from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli import progress
 from unilogit_kernels.cli.unlearn import app
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -80,7 +80,7 @@ def test_interrupt_and_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(unlearn._Bar, "on_step_end", interrupted)
+        patch.setattr(progress.Bar, "on_step_end", interrupted)
         result = run(f"{UNLEARN} --checkpoint-steps 1")
     assert result.exit_code == 130
     assert "--resume goes on" in result.output

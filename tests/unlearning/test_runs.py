@@ -30,7 +30,7 @@ from tests.support.tiny_models import (
 )
 from tests.unlearning.test_trainer import InterruptAt, settings
 from tests.unlearning.tiny_trainer import arguments
-from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli import progress, unlearn
 from unilogit_kernels.unlearning import run as run_module
 from unilogit_kernels.unlearning.record import newest_checkpoint
 from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
@@ -138,7 +138,7 @@ def test_a_run_ends_at_the_first_loss_that_is_not_finite(
         if state.global_step == 2:
             next(model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(unlearn._Bar, "on_step_begin", poison)
+    monkeypatch.setattr(progress.Bar, "on_step_begin", poison)
     result = run(f"{UNLEARN} --checkpoint-steps 1")
     assert result.exit_code == 1
     assert "at step 3, so the run ends, and out/checkpoints/checkpoint-2 is kept" in result.stderr
