@@ -141,6 +141,11 @@ def test_options_without_effect_are_refused(
         make_trainer(make_model(), arguments(tmp_path), **{option: lambda *_: None})
 
 
+def test_hugging_face_smooths_nothing(tmp_path: Path) -> None:
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    assert make_trainer(make_model(), args).label_smoother is None
+
+
 def test_evaluation_says_what_to_call(tmp_path: Path) -> None:
     trainer = make_trainer(make_model(), arguments(tmp_path))
     with pytest.raises(NotImplementedError, match="evaluate_rows"):

@@ -107,6 +107,8 @@ def test_a_resumed_training_has_the_weight(
     for name in ("loss", "forget_loss", "retain_loss", "retain_weight"):
         assert logged(again, name) == logged(whole, name), name
     assert again.retain_weight == whole.retain_weight
+    assert whole.model is not None
+    assert again.model is not None
     expected = whole.model.state_dict()
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, expected[name]), name

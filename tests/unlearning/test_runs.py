@@ -155,7 +155,7 @@ def test_every_setting_is_an_option() -> None:
 
 
 def test_settings_of_the_retain_loss_reach_the_trainer(settings: Settings) -> None:
-    given = {
+    given: dict[str, Any] = {
         "z_loss": 0.2,
         "dual_step_size": 0.3,
         "retain_loss_target": 0.4,

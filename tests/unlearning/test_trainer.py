@@ -98,8 +98,8 @@ def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) 
 
     logits, labels = logits_and_labels(None, [RETAIN[r] for _, rows in pairs for r in rows])
     counted = labels != -100
-    keep = literal.cross_entropy(args.label_smoothing_factor, args.z_loss)
-    keep = keep(logits[counted], labels[counted]).mean()
+    retain_loss = literal.cross_entropy(args.label_smoothing_factor, args.z_loss)
+    keep = retain_loss(logits[counted], labels[counted]).mean()
     drop = literal_forget(args.method, args.method_parameters, start, logits_and_labels)
     loss = args.forget_weight * drop + args.retain_weight * keep
     loss.backward()
