@@ -171,9 +171,9 @@ inline void for_weighted(const Moments* parts, int64_t count, float max, float* 
   }
 }
 
-// The one merge of moments, `merge_parts` with more: a fold in the order given. A part of no
-// columns adds nothing to the linear sum, one of no share nothing to those of exponentials. Squares
-// about means of their own become squares about the mean of all (Chan), so that none cancel.
+// The one merge of moments, `merge_parts` with more: a fold in the order given; an empty part adds
+// nothing. Squares about means of their own become squares about the mean of all (Chan), so that
+// none cancel.
 Moments merge_moments(const Moments* parts, int64_t count, std::int32_t needs, float* weights) {
   float max = -kInfinity;
   for (int64_t k = 0; k < count; ++k) max = parts[k].max > max ? parts[k].max : max;
@@ -182,8 +182,8 @@ Moments merge_moments(const Moments* parts, int64_t count, std::int32_t needs, f
     const double share = weight * static_cast<double>(part.sum);
     sum += share;
     columns += part.count;
-    if (part.count != 0.0f) linear += part.linear + part.count * move;
-    if (share != 0.0) dot += weight * part.dot + share * move;
+    linear += part.linear + part.count * move;
+    dot += weight * part.dot + share * move;
   });
   if ((needs & kUnilogitVariance) != 0) {
     const double mean = sum == 0.0 ? 0.0 : dot / sum;
