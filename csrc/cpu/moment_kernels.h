@@ -255,22 +255,25 @@ inline StatisticsResult finish_statistics(const Moments& rest, float target, boo
 
 // Values of a block; with kStored they hold exponentials times the cap's slope. Where an
 // exponential is 0 the product with it is 0, also where z is -inf.
-template <bool kStored, bool kTilt, class T>
+template <bool kStored, bool kTilt, bool kCapped, class T>
 inline void values_of(const T* x, int64_t padded, const RowFactors& factors, const float* cap_slope,
                       float* values) {
   const Floats shift = broadcast(factors.shift), rest = broadcast(factors.rest);
-  const Floats tilt = broadcast(factors.tilt);
-  for (int64_t k = 0; k < padded; k += kWidth) {
-    Floats factor = rest, uniform = broadcast(factors.uniform), e;
+  const Floats tilt = broadcast(factors.tilt), constant = broadcast(factors.uniform);
+  const auto value = [&](int64_t k) {
+    Floats factor = rest, uniform = constant, e;
     if constexpr (kTilt) factor = fma(tilt, above_underflow(load(x + k) - shift), rest);
     if constexpr (kStored) e = load(values + k);
     if constexpr (!kStored) e = exponential(load(x + k) - shift);
-    if (cap_slope != nullptr) {
+    if constexpr (kCapped) {
       const Floats slope = load(cap_slope + k);
       uniform = uniform * slope;
       if constexpr (!kStored) e = e * slope;
     }
-    store(values + k, fma(e, factor, uniform));
+    return fma(e, factor, uniform);
+  };
+  for (int64_t step = 0; step < padded; step += kStep) {
+    for (int i = 0; i < 4; ++i) store(values + step + i * kWidth, value(step + i * kWidth));
   }
 }
 
@@ -278,10 +281,13 @@ template <bool kStored, class T>
 void row_values(const void* data, int64_t padded, const RowFactors& factors, const float* cap_slope,
                 float* values) {
   const T* x = static_cast<const T*>(data);
-  if (factors.tilt == 0.0f) {
-    values_of<kStored, false>(x, padded, factors, cap_slope, values);
+  const bool has_tilt = factors.tilt != 0.0f;
+  if (cap_slope == nullptr) {
+    has_tilt ? values_of<kStored, true, false>(x, padded, factors, cap_slope, values)
+             : values_of<kStored, false, false>(x, padded, factors, cap_slope, values);
   } else {
-    values_of<kStored, true>(x, padded, factors, cap_slope, values);
+    has_tilt ? values_of<kStored, true, true>(x, padded, factors, cap_slope, values)
+             : values_of<kStored, false, true>(x, padded, factors, cap_slope, values);
   }
 }
 

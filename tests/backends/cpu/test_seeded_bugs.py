@@ -100,7 +100,7 @@ BUGS = {
         "fma(tilt, above_underflow(load(x + k) - shift), rest)",
         "fma(tilt, load(x + k) - shift, rest)",
     ),
-    "a tilt that is left out": of_moments("if (factors.tilt == 0.0f)", "if (factors.tilt != 0.0f)"),
+    "a tilt that is left out": of_moments("factors.tilt != 0.0f;", "factors.tilt == 0.0f;"),
     "the cap's slope of the constant": of_moments("uniform = uniform * slope;", ""),
     "the cap's slope of the exponential": of_moments("e = e * slope;", "e = e;"),
     "the cap's slope twice": of_moments("if constexpr (!kStored) e = e * slope;", "e = e * slope;"),

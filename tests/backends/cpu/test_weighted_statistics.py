@@ -192,7 +192,7 @@ def test_sweep(isa: str, weights: Weights, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hard_rows(isa: str, dtype: torch.dtype, weights: Weights, v: int) -> None:
     names, logits, labels, row_weight = hard_problem(v, dtype)
-    for transform in (PLAIN, CAPPED):
+    for transform in (PLAIN, CAPPED) if v == 40 else (PLAIN,):
         for i, name in enumerate(names):
             row = slice(i, i + 1)
             out = torch.full((1, v), CANARY, dtype=dtype)
