@@ -17,7 +17,7 @@ import torch
 from tests.backends import test_statistics_kernels as shared
 from tests.backends.cpu import test_general_rows as general
 from tests.backends.cpu import test_weighted_statistics as weighted
-from tests.backends.cpu.rows import KERNELS
+from tests.backends.cpu.rows import CAPPED, KERNELS
 from tests.support import ROOT
 from unilogit_kernels.backends.cpu import library
 
@@ -189,7 +189,7 @@ def run_tests() -> None:
     for name in ("all", "smoothing", "entropy alone"):
         weighted.test_sweep(isa, weighted.WEIGHTS[name], float32)
         weighted.test_hard_rows(isa, float32, weighted.WEIGHTS[name], 40)
-        for transform in (shared.PLAIN, weighted.CAPPED):
+        for transform in (shared.PLAIN, CAPPED):
             weighted.test_in_place_in_any_layout_on_any_threads(
                 isa, weighted.WEIGHTS[name], transform, float32
             )

@@ -182,8 +182,8 @@ def test_sweep(isa: str, weights: Weights, dtype: torch.dtype) -> None:
             loss = sweep(logits, labels, row_weight, weights, transform, out)
             alone = sweep(logits, labels, row_weight, weights, transform)
             assert torch.equal(loss, alone)
-            assert_within_budget(loss, *losses, smallest_scale=1.0)
-            assert_rows_within_budget(out, *gradients, f"{shape}")
+            assert_within_budget(loss, losses[0], losses[1], smallest_scale=1.0)
+            assert_rows_within_budget(out, gradients[0], gradients[1], f"{shape}")
             assert_only_written(out, memory)
 
 
