@@ -77,9 +77,10 @@ def sweep(
     out: Tensor | None = None,
 ) -> Tensor:
     tile = Tile(logits, labels, 0, transform)
-    return KERNELS.log_odds_sweep(
+    found = KERNELS.log_odds_sweep(
         tile, row_weight, WEIGHTED_STATISTICS, logits.shape[1], out, weights
     )
+    return found[0] if weights.squared_logsumexp else found
 
 
 def two_passes(
@@ -264,6 +265,27 @@ def test_rows_of_weight_zero_are_not_read(isa: str) -> None:
     assert loss[::2].count_nonzero() == out[::2].count_nonzero() == 0
     assert bool(loss.isfinite().all())
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_square_of_the_logsumexp_is_reported(isa: str, dtype: torch.dtype) -> None:
+    """In a row of its own, unweighted as the loss is, and 0 where that is."""
+    logits, labels, row_weight = problem(9, 2100, dtype)
+    row_weight[4] = 0.0
+    weights = Weights(1.0, 0.1, 2.0**-8)
+    loss, reported = KERNELS.log_odds_sweep(
+        Tile(logits, labels), row_weight, WEIGHTED_STATISTICS, 2100, None, weights
+    )
+    exact, plain = (
+        torch.where(row_weight == 0, 0.0, 2.0**-8 * logits.to(t).logsumexp(1).square())
+        for t in (torch.float64, torch.float32)
+    )
+    assert reported[4] == loss[4] == 0
+    assert_within_budget(reported, exact, plain)
+    without = KERNELS.log_odds_sweep(
+        Tile(logits, labels), row_weight, WEIGHTED_STATISTICS, 2100, None, Weights(1.0, 0.1)
+    )
+    assert without.shape == (9,)
 
 
 def test_five_weights_are_asked_for() -> None:

@@ -119,7 +119,7 @@ std::uint64_t run(const Case& c, int32_t threads) {
   const Matrix logits = make_logits(c);
   std::vector<int64_t> labels(n);
   // Rows of a state: max, sum, target, runner-up, count, linear, dot, square.
-  std::vector<float> weight(n), loss(n), state(8 * n, -kInfinity), slopes(5 * n);
+  std::vector<float> weight(n), loss(2 * n), state(8 * n, -kInfinity), slopes(5 * n);
   constexpr std::int32_t kNoColumn = 0x7FFFFFFF;
   for (std::size_t i = 0; i < n; ++i) {
     labels[i] = i % 5 == 4 ? -100 : static_cast<int64_t>(i * 7919) % c.columns;
