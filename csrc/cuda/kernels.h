@@ -33,7 +33,7 @@ UNILOGIT_DEVICE PartOf<Needs> merge_block(PartOf<Needs> part, Needs needs) {
   __shared__ float max[kWarps];
   __shared__ float sum[kWarps];
   __shared__ int column[Needs::kMayNeedColumn ? kWarps : 1];
-  __shared__ float more[Needs::kIsGeneral ? kStateRows - kStateCount : 1][kWarps];
+  __shared__ float moments[Needs::kIsGeneral ? kMoments : 1][kWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   part = merge_warp(part, needs);
@@ -42,18 +42,16 @@ UNILOGIT_DEVICE PartOf<Needs> merge_block(PartOf<Needs> part, Needs needs) {
     sum[warp] = part.sum;
     if (needs.has(kNeedsRunnerUp)) column[warp] = part.column;
     visit_moments(part, needs,
-                  [=](float& field, int row) { more[row - kStateCount][warp] = field; });
+                  [=](float& field, int row) { moments[row - kStateCount][warp] = field; });
   }
   __syncthreads();
   if (warp == 0) {
     const bool exists = lane < static_cast<int>(blockDim.x) / kWarp;
-    part = exists ? PartOf<Needs>{max[lane], sum[lane]} : PartOf<Needs>{-infinity(), 0.0f};
+    part = exists ? PartOf<Needs>{max[lane], sum[lane]} : PartOf<Needs>{};
     if (exists) {
-      if constexpr (Needs::kMayNeedColumn) {
-        if (needs.has(kNeedsRunnerUp)) part.column = column[lane];
-      }
+      if (needs.has(kNeedsRunnerUp)) part.column = column[lane];
       visit_moments(part, needs,
-                    [=](float& field, int row) { field = more[row - kStateCount][lane]; });
+                    [=](float& field, int row) { field = moments[row - kStateCount][lane]; });
     }
     part = merge_warp(part, needs);
   }
@@ -70,8 +68,8 @@ UNILOGIT_DEVICE float target_of(const Matrix<Logits>& row, int label,
 // ---- statistics --------------------------------------------------------------------------------
 
 // Folds `v` columns into `state`, of which only the rows that are needed are touched. Where several
-// blocks share a row they leave theirs in `parts` (`[Needs::kPlanes, n, gridDim.y]`) for
-// merge_parts; a row of weight 0 is then not read.
+// blocks share a row they leave their parts in `parts` (`[planes, n, gridDim.y]`) for merge_parts;
+// a row of weight 0 is then not read.
 template <class Logits, bool kCapped, class Needs>
 UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
                             const float* row_weight, float* state, int64 state_stride, float* parts,
@@ -82,26 +80,26 @@ UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
   const Matrix<Logits> row = logits.at_row(row_index);
   const int label = label_column(labels, row_index, first_column, v);
   const bool is_read = row_weight == nullptr || row_weight[row_index] != 0.0f;
-  PartOf<Needs> part = {-infinity(), 0.0f};
+  PartOf<Needs> part;
   if (is_read) {
     const RestStatistics<Logits, kCapped, Needs> rest(row, v, label, transform, needs);
     part = rest.walk(part, team);
   }
   part = merge_block(part, needs);
   if (threadIdx.x != 0) return;
-  const RowState row_state(state, state_stride, row_index);
+  const RowState own(state, state_stride, row_index);
   if (needs.has(kNeedsRunnerUp) && part.column != kNoColumn) {
     part.column += static_cast<int>(first_column);
   }
   if (parts == nullptr) {
-    row_state.merge_in(part, needs);
+    own.merge_in(part, needs);
   } else {
     const int64 index = row_index * team.parts + team.part;
     const int64 plane = static_cast<int64>(gridDim.x) * team.parts;
     store_part(part, parts, plane, index, needs);
   }
   if (team.part == 0 && label >= 0 && is_read) {
-    row_state.at(kStateTarget) = target_of(row, label, transform);
+    own.at(kStateTarget) = target_of(row, label, transform);
   }
 }
 
@@ -115,19 +113,19 @@ UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* lab
   const int64 row_index = blockIdx.x;
   const int64 plane = static_cast<int64>(gridDim.x) * count;
   parts += row_index * count;
-  PartOf<Needs> part = {-infinity(), 0.0f};
+  PartOf<Needs> part;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     part = merge(part, load_part(parts, plane, i, needs), needs);
   }
   part = merge_block(part, needs);
   if (threadIdx.x != 0) return;
-  const RowState row_state(state, state_stride, row_index);
-  part = row_state.merge_in(part, needs);
+  const RowState own(state, state_stride, row_index);
+  part = own.merge_in(part, needs);
   if (terms.objective == kNoObjective) return;
   const float weight = row_weight[row_index];
   const int64 label = labels[row_index];
   const bool label_exists = label >= 0 && label < vocab_size;
-  const float d = log_odds(part, row_state.at(kStateTarget), label_exists);
+  const float d = log_odds(part, own.at(kStateTarget), label_exists);
   const RowResult result = evaluate_objective(terms, d);
   values[row_index] = weight == 0.0f ? 0.0f : result.value;
   slopes[row_index] = weight == 0.0f ? 0.0f : weight * result.slope;
@@ -146,9 +144,8 @@ UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels,
   const Matrix<Logits> row = logits.at_row(row_index);
   const Matrix<Out> out_row = out.at_row(row_index);
   const int label = label_column(labels, row_index, first_column, v);
-  const CompleteRow complete = {state, state_stride, row_index, first_column, v};
-  const Slopes own = {slopes, slope_stride, row_index};
-  const Row values = Row::of(complete, own, transform.derivative);
+  const Row values = Row::of({state, state_stride, row_index, first_column, v},
+                             {slopes, slope_stride, row_index}, transform.derivative);
   GradientWriter<Logits, Out, kCapped, Row>(row, out_row, v, label, transform).walk(values, team);
 }
 

@@ -155,10 +155,11 @@ struct GeneralRow : RunnerUpRow {
   float tilt;
   float uniform;
 
-  // An exponential of 0 leaves its s out, which may be infinite.
+  // Where the exponential is 0 so is the product, also if s is infinite.
   UNILOGIT_DEVICE float entry(float s) const {
     const float weight = exponential(s);
-    return weight == 0.0f ? uniform : fmaf(weight, fmaf(tilt, s, coefficient), uniform);
+    const float factor = fmaf(tilt, s, coefficient);
+    return fmaf(weight, weight == 0.0f ? 0.0f : factor, uniform);
   }
 
   static UNILOGIT_DEVICE GeneralRow of(const CompleteRow& state, const Slopes& slopes,

@@ -29,8 +29,9 @@ enum StateRow : int {
   kStateLinear = 5,
   kStateDot = 6,
   kStateSquare = 7,
-  kStateRows = 8,
 };
+
+constexpr int kMoments = kStateSquare + 1 - kStateCount;
 
 // Parts have these rows but the label's.
 UNILOGIT_DEVICE constexpr int plane_of(int row) { return row < kStateTarget ? row : row - 1; }
@@ -40,12 +41,14 @@ constexpr int kNoColumn = 0x7fffffff;
 
 // Of some columns without the label's: the largest z, and the sum of exp(z - max). The column of
 // the largest, of equal ones the lowest, is kept only by kernels that need it; the others never
-// look at it, so that it costs them nothing.
+// look at it, so that it costs them nothing. It begins as empty.
 struct Part {
-  float max;
-  float sum;
+  float max = -infinity();
+  float sum = 0.0f;
   int column = kNoColumn;
 };
+
+UNILOGIT_DEVICE Part empty_part() { return {}; }
 
 // One with more of the same columns, where s = z - max (a maximum of -inf is taken as 0).
 struct GeneralPart : Part {
@@ -79,8 +82,6 @@ struct LaunchNeeds {
 
 template <class Needs>
 using PartOf = typename Needs::Part;
-
-UNILOGIT_DEVICE Part empty_part() { return {-infinity(), 0.0f}; }
 
 // Calls `visit` with each field that is needed beside the first three and with its row in a state.
 template <class Needs, class Visit>
@@ -182,7 +183,7 @@ UNILOGIT_DEVICE AnyPart spread_nan(AnyPart part) {
 template <class Needs>
 UNILOGIT_DEVICE PartOf<Needs> load_part(const float* planes, int64 stride, int64 index,
                                         Needs needs) {
-  PartOf<Needs> part = {-infinity(), 0.0f};
+  PartOf<Needs> part;
   visit_fields(part, needs, [=](auto& field, int row) {
     read_word(field, planes[plane_of(row) * stride + index]);
   });
@@ -219,7 +220,7 @@ struct RowState {
   // Adds a part; the result is what the state then holds.
   template <class Needs>
   UNILOGIT_DEVICE PartOf<Needs> merge_in(PartOf<Needs> part, Needs needs) const {
-    PartOf<Needs> so_far = {-infinity(), 0.0f};
+    PartOf<Needs> so_far;
     visit_fields(so_far, needs, [=](auto& field, int row) { read_word(field, at(row)); });
     part = spread_nan(merge(so_far, part, needs));
     visit_fields(part, needs, [=](auto& field, int row) { at(row) = word_of(field); });
