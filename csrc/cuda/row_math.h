@@ -106,6 +106,7 @@ struct CompleteRow {
 // `coefficient * exp(s)` with s = z - max. A row of size 0 is exactly 0.
 struct GradientRow {
   static constexpr bool kHasRunnerUp = false;
+  static constexpr bool kIsGeneral = false;
   float max;
   float coefficient;
   float at_label;
@@ -152,14 +153,12 @@ struct RunnerUpRow : GradientRow {
 
 // One whose entries elsewhere are `exp(s) (coefficient + tilt s) + uniform`.
 struct GeneralRow : RunnerUpRow {
+  static constexpr bool kIsGeneral = true;
   float tilt;
   float uniform;
 
-  // Where the exponential is 0 so is the product, also if s is infinite.
   UNILOGIT_DEVICE float entry(float s) const {
-    const float weight = exponential(s);
-    const float factor = fmaf(tilt, s, coefficient);
-    return fmaf(weight, weight == 0.0f ? 0.0f : factor, uniform);
+    return fmaf(exponential(s), fmaf(tilt, bounded(s), coefficient), uniform);
   }
 
   static UNILOGIT_DEVICE GeneralRow of(const CompleteRow& state, const Slopes& slopes,
@@ -167,7 +166,6 @@ struct GeneralRow : RunnerUpRow {
     const float tilt = slopes.at(kSlopeTilt), uniform = slopes.at(kSlopeUniform);
     Part rest = state.rest();
     rest.max = shift_of(rest.max);
-    rest.sum = rest.sum == 0.0f ? 1.0f : rest.sum;
     const GradientRow elsewhere = GradientRow::of(rest, slopes.at(kSlopeRest), derivative);
     GeneralRow row = {RunnerUpRow::of(elsewhere, state, slopes, derivative),
                       -tilt * derivative / rest.sum, uniform * derivative};

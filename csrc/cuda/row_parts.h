@@ -78,6 +78,7 @@ struct LaunchNeeds {
   int bits;
 
   UNILOGIT_DEVICE bool has(int any) const { return (bits & any) != 0; }
+  UNILOGIT_DEVICE LaunchNeeds without(int some) const { return {bits & ~some}; }
 };
 
 template <class Needs>
@@ -111,6 +112,9 @@ UNILOGIT_DEVICE void visit_fields(PartOf<Needs>& part, Needs needs, const Visit&
 // purpose: overflow is never laundered.
 UNILOGIT_DEVICE float shift_of(float max) { return max == -infinity() ? 0.0f : max; }
 
+// s, or a number where exp(s) is 0 too: their product is then 0, however far below the maximum.
+UNILOGIT_DEVICE float bounded(float s) { return fmaxf(s, -1e4f); }
+
 // 0 where nothing has weight.
 UNILOGIT_DEVICE float ratio(float a, float b) { return b == 0.0f ? 0.0f : quick_quotient(a, b); }
 
@@ -123,9 +127,8 @@ struct Moved {
 
 UNILOGIT_DEVICE Moved moved(const GeneralPart& part, float shift) {
   const float weight = exponential(part.max - shift);
-  const float dot = weight * fmaf(part.sum, shift_of(part.max) - shift, part.dot);
-  // What has no weight adds nothing, however far below the maximum it is.
-  return {weight, weight * part.sum, weight == 0.0f ? 0.0f : dot};
+  const float dot = fmaf(part.sum, bounded(shift_of(part.max) - shift), part.dot);
+  return {weight, weight * part.sum, weight * dot};
 }
 
 // What the distance of two parts' means adds to the square about the mean of both.
@@ -266,7 +269,7 @@ UNILOGIT_DEVICE Part fold(Part part, const float (&kept)[kCount],
   return {max, fmaf(part.sum, exponential(part.max - shift), sum), part.column};
 }
 
-// The same sum, and `dot`. An exponential of 0 leaves its s out, which may be infinite.
+// The same sum, and `dot`.
 template <bool kCapped, int kCount>
 UNILOGIT_DEVICE void sum_products(GeneralPart& tile, const float (&kept)[kCount],
                                   const Transform<kCapped>& transform, float shift) {
@@ -276,14 +279,13 @@ UNILOGIT_DEVICE void sum_products(GeneralPart& tile, const float (&kept)[kCount]
     const float s = transform.shifted(kept[i], shift);
     const float weight = exponential(s);
     sum.add(i, weight);
-    dot.add(i, weight * (weight > 0.0f ? s : 0.0f));
+    dot.add(i, weight * bounded(s));
   }
   tile.sum = sum.total();
   tile.dot = dot.total();
 }
 
-// `square`, about a mean that is known: no difference of large squares. The exponentials are
-// computed anew: to keep them takes as many registers as the logits.
+// `square`, about a mean that is known: no difference of large squares.
 template <bool kCapped, int kCount>
 UNILOGIT_DEVICE void sum_squares(GeneralPart& tile, const float (&kept)[kCount],
                                  const Transform<kCapped>& transform, float shift) {
@@ -293,7 +295,7 @@ UNILOGIT_DEVICE void sum_squares(GeneralPart& tile, const float (&kept)[kCount],
   for (int i = 0; i < kCount; ++i) {
     const float s = transform.shifted(kept[i], shift);
     const float weight = exponential(s);
-    const float gap = weight > 0.0f ? s - mean : 0.0f;
+    const float gap = bounded(s) - mean;
     square.add(i, weight * gap * gap);
   }
   tile.square = square.total();

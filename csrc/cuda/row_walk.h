@@ -9,7 +9,7 @@
 namespace unilogit {
 
 // Bytes of logits that a thread has in flight. The tanh of a cap needs the registers of half, and
-// so do moments.
+// so does a general gradient row.
 constexpr int kFlightBytes = 64;
 constexpr int kFewerFlightBytes = 32;
 
@@ -146,8 +146,7 @@ template <class Logits, bool kCapped, class Needs>
 class RestStatistics {
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Logits::Stored));
-  static constexpr int kVectors =
-      (kCapped || Needs::kIsGeneral ? kFewerFlightBytes : kFlightBytes) / kAccessBytes;
+  static constexpr int kVectors = (kCapped ? kFewerFlightBytes : kFlightBytes) / kAccessBytes;
 
   UNILOGIT_DEVICE RestStatistics(const Matrix<Logits>& row, int v, int label,
                                  const Transform<kCapped>& transform, Needs needs)
@@ -160,11 +159,11 @@ class RestStatistics {
   UNILOGIT_DEVICE PartOf<Needs> walk(PartOf<Needs> part, Team team) const {
 #pragma unroll 1
     for (int tile = team.part; tile < layout_.tiles; tile += team.parts) {
-      part = add<kVectors>(part, layout_.tile_column(tile), layout_.vector_step());
+      part = add_tile(part, layout_.tile_column(tile), layout_.vector_step());
     }
 #pragma unroll 1
     for (int i = team.member(); i < layout_.tail_vectors; i += team.size()) {
-      part = add<1>(part, layout_.tail_column(i), 0);
+      part = add<1>(part, layout_.tail_column(i), 0, needs_);
     }
 #pragma unroll 1
     for (int i = team.member(); i < layout_.singles(); i += team.size()) {
@@ -186,8 +185,22 @@ class RestStatistics {
   }
 
  private:
+  UNILOGIT_DEVICE PartOf<Needs> add_tile(PartOf<Needs> part, int first, int step) const {
+    if constexpr (Needs::kIsGeneral) {
+      if (needs_.has(kNeedsVariance)) {
+        // Squares need the exponentials a second time, and so the registers of half a tile.
+        constexpr int kHalf = kVectors / 2;
+        part = add<kHalf>(part, first, step, needs_);
+        return add<kHalf>(part, first + kHalf * step, step, needs_);
+      }
+      return add<kVectors>(part, first, step, needs_.without(kNeedsVariance));
+    } else {
+      return add<kVectors>(part, first, step, needs_);
+    }
+  }
+
   template <int kCount>
-  UNILOGIT_DEVICE PartOf<Needs> add(PartOf<Needs> part, int first, int step) const {
+  UNILOGIT_DEVICE PartOf<Needs> add(PartOf<Needs> part, int first, int step, Needs needs) const {
     float kept[kCount * kVector];
     load_columns<Logits, kCount, kVector>(row_.data + first, step, kept);
 #pragma unroll
@@ -202,13 +215,13 @@ class RestStatistics {
       }
     }
     if constexpr (Needs::kMayNeedColumn) {
-      if (needs_.has(kNeedsRunnerUp)) {
+      if (needs.has(kNeedsRunnerUp)) {
         part.column = fold_column(part, kept, transform_,
                                   [=](int i) { return first + i / kVector * step + i % kVector; });
       }
     }
     if constexpr (Needs::kIsGeneral) {
-      return fold(part, kept, transform_, needs_, may_hold_it,
+      return fold(part, kept, transform_, needs, may_hold_it,
                   [=](int i) { return before == i / kVector * step + i % kVector; });
     } else {
       return fold(part, kept, transform_);
@@ -230,7 +243,7 @@ template <class Logits, class Out, bool kCapped, class Row>
 class GradientWriter {
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Out::Stored));
-  static constexpr int kVectors = (kCapped ? kFewerFlightBytes : kFlightBytes) /
+  static constexpr int kVectors = (kCapped || Row::kIsGeneral ? kFewerFlightBytes : kFlightBytes) /
                                   (kVector * static_cast<int>(sizeof(typename Logits::Stored)));
 
   UNILOGIT_DEVICE GradientWriter(const Matrix<Logits>& row, const Matrix<Out>& out, int v,

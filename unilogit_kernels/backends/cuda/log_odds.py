@@ -86,8 +86,8 @@ class LogOddsLaunches(GpuKernels):
         launcher = current()
         n, v = logits.shape
         family = _family(needs)
-        fewer = bool(transform.softcap) or family is _GENERAL
-        shares = Shares.of(logits, _thread_columns(logits, fewer=fewer), launcher)
+        columns = _thread_columns(logits, fewer=bool(transform.softcap))
+        shares = Shares.of(logits, columns, launcher)
         assert finish is None or family is _PLAIN
         parts = None
         if shares.parts > 1 or finish is not None:
@@ -151,8 +151,8 @@ class LogOddsLaunches(GpuKernels):
         logits, labels, first_column, transform = tile
         launcher = current()
         n, v = logits.shape
-        columns = _thread_columns(logits, fewer=bool(transform.softcap))
-        shares = Shares.of(logits, columns, launcher)
+        fewer = bool(transform.softcap) or row_state.is_general(state)
+        shares = Shares.of(logits, _thread_columns(logits, fewer=fewer), launcher)
         launcher.launch(
             Kernel(_gradient(state), (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
             (n, shares.parts),
