@@ -166,6 +166,7 @@ struct GeneralRow : RunnerUpRow {
     const float tilt = slopes.at(kSlopeTilt), uniform = slopes.at(kSlopeUniform);
     Part rest = state.rest();
     rest.max = shift_of(rest.max);
+    rest.sum = rest.sum == 0.0f ? 1.0f : rest.sum;
     const GradientRow elsewhere = GradientRow::of(rest, slopes.at(kSlopeRest), derivative);
     GeneralRow row = {RunnerUpRow::of(elsewhere, state, slopes, derivative),
                       -tilt * derivative / rest.sum, uniform * derivative};

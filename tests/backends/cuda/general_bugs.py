@@ -168,6 +168,9 @@ CASES = {
     "a rest of nothing has an infinite maximum": Case(
         in_rows("rest.max = shift_of(rest.max);", ""), hard_gradients
     ),
+    "a rest of nothing is divided by": Case(
+        in_rows("rest.sum == 0.0f ? 1.0f : rest.sum", "rest.sum"), hard_gradients
+    ),
     "a tilt alone is a row of zeros": Case(
         in_rows("row.size += fabsf(tilt) + fabsf(uniform);", "row.size += fabsf(uniform);"),
         rows_of_one_slope,
