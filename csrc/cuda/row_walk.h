@@ -13,6 +13,10 @@ namespace unilogit {
 constexpr int kFlightBytes = 64;
 constexpr int kFewerFlightBytes = 32;
 
+// Columns at a time for which a thread has the registers when it sums moments; for squares, which
+// need the exponentials a second time, it has those of half a tile.
+constexpr int kMomentColumns = 16;
+
 // ---- vectors -----------------------------------------------------------------------------------
 
 // Loads `kCount` neighbours from a boundary of as many bytes, 16 at most.
@@ -187,13 +191,13 @@ class RestStatistics {
  private:
   UNILOGIT_DEVICE PartOf<Needs> add_tile(PartOf<Needs> part, int first, int step) const {
     if constexpr (Needs::kIsGeneral) {
-      if (needs_.has(kNeedsVariance)) {
-        // Squares need the exponentials a second time, and so the registers of half a tile.
-        constexpr int kHalf = kVectors / 2;
-        part = add<kHalf>(part, first, step, needs_);
-        return add<kHalf>(part, first + kHalf * step, step, needs_);
+      constexpr int kHalf = kVectors / 2;
+      constexpr bool kIsLarge = kVectors * kVector > kMomentColumns;
+      if (!kIsLarge && !needs_.has(kNeedsVariance)) {
+        return add<kVectors>(part, first, step, needs_.without(kNeedsVariance));
       }
-      return add<kVectors>(part, first, step, needs_.without(kNeedsVariance));
+      part = add<kHalf>(part, first, step, needs_);
+      return add<kHalf>(part, first + kHalf * step, step, needs_);
     } else {
       return add<kVectors>(part, first, step, needs_);
     }

@@ -13,8 +13,9 @@ from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import RowNeeds
 
 KERNELS = CudaKernels()
-V = 700
-CHUNKS = tests.cut(V, 1, 600)
+V = 1500
+CHUNKS = tests.cut(V, 1, 1400)
+"""The second is long enough to be split."""
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from tests.backends.cuda import devices
 from tests.support.layouts import CANARY, LAYOUTS, assert_only_written, place
 from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cuda.launch import CudaKernels
-from unilogit_kernels.backends.ids import OBJECTIVE_IDS
+from unilogit_kernels.backends.ids import GPU_OBJECTIVES
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import assert_within_budget
 
@@ -68,7 +68,7 @@ def test_layouts_in_place(layout: str) -> None:
         assert_only_written(view, memory)
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVE_IDS))
+@pytest.mark.parametrize("objective", sorted(GPU_OBJECTIVES))
 def test_hard_rows(objective: str) -> None:
     v = 1100
     hard = rows.hard_rows(v)
