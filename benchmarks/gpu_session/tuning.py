@@ -1,0 +1,241 @@
+"""Launch settings of the Triton kernels and sizes of the plan, tried beside today's."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_session.cases import Case, Missing, Report, name_of
+from benchmarks.gpu_session.search import Settings, search, singles
+from benchmarks.gpu_session.target import Target
+from unilogit_kernels import LinearOptions, linear_unilogit_loss
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import RowKernels, Tile
+from unilogit_kernels.bench.problems import Problem, Shape
+from unilogit_kernels.fused_linear import plan
+
+MIB = 1 << 20
+_ROUNDS = 7
+_CASE_SECONDS = 120.0
+
+LAUNCH_KNOBS: dict[str, Sequence[Any]] = {
+    "lanes": (8, 16, 32, 64),
+    "maxnreg": (None, 48, 64, 80, 96, 128),
+    "resident_warps": (16, 32, 48, 64),
+    "SWEEP_WARPS": (2, 4, 8, 16),
+    "LARGEST_TILE": (4096, 8192, 16384, 32768),
+    "warps": (2, 4, 8),
+    "split_warps": (1, 2, 4, 8),
+}
+"""Fields of `triton.settings.Settings`, one of its options, and constants of `triton.log_odds`."""
+PLAN_KNOBS: dict[str, Sequence[Any]] = {
+    "memory_budget": tuple(MIB * size for size in (512, 1024, 2048, 4096)),
+    "TILE_BYTES": tuple(MIB * size for size in (16, 64, 128, 256)),
+    "CHUNK_BYTES": tuple(MIB * size for size in (128, 512, 1024)),
+}
+"""An option of a call, and constants of `fused_linear.plan` for GPUs."""
+TUNED = tuple(
+    f"unilogit_kernels.{name}" for name in ("backends.triton", "backends.gpu", "fused_linear")
+)
+"""Whose functions may remember what followed from them."""
+
+
+def launch_shapes(target: Target) -> list[tuple[int, int, str]]:
+    """Rows, columns and dtypes of sweeps: bound by memory in both dtypes, and split rows."""
+    if target.rehearses:
+        return [(6, 2053, "bfloat16")]
+    return [(8192, 128_256, "bfloat16"), (4096, 128_256, "float32"), (64, 128_256, "bfloat16")]
+
+
+def plan_shapes(target: Target) -> list[Shape]:
+    """Fused linear steps with a trained lm_head."""
+    if target.rehearses:
+        return [Shape(64, 2053, "bfloat16", 16)]
+    return [
+        Shape(8192, 128_256, "bfloat16", 4096),
+        Shape(8192, 151_936, "bfloat16", 896),
+        Shape(2048, 262_144, "bfloat16", 3584),
+    ]
+
+
+def compile_cases(target: Target) -> list[Case]:
+    """Launch every setting once, by many processes, which leaves it in Triton's cache."""
+    return [
+        Case(
+            name_of("compile", f"{n} x {v} {dtype}", **settings), partial(_launch_once, target, *at)
+        )
+        for n, v, dtype in launch_shapes(target)
+        for settings in singles(_launch_knobs(target))
+        for at in [(n, v, dtype, settings)]
+    ]
+
+
+def cases(target: Target) -> list[Case]:
+    """The plan's sizes and the launches in turns, the largest shape of each first."""
+    found = []
+    for i in range(3):
+        for kind, shapes, run in (
+            ("plan", plan_shapes(target), _tune_plan),
+            ("launch", launch_shapes(target), _tune_launch),
+        ):
+            if i < len(shapes):
+                shape: Any = shapes[i]
+                title = shape.title if isinstance(shape, Shape) else "{} x {} {}".format(*shape)
+                case = partial(run, target, shape)
+                found.append(Case(f"{kind}: {title}", case, _CASE_SECONDS))
+    return found
+
+
+# ---- launches ----------------------------------------------------------------------------------
+
+
+def _launch_knobs(target: Target) -> dict[str, Sequence[Any]]:
+    return {"lanes": (8, 16), "warps": (2, 4)} if target.rehearses else LAUNCH_KNOBS
+
+
+def _sweep(target: Target, n: int, v: int, dtype: str) -> Callable[[], None]:
+    problem = Problem(Shape(n, v, dtype), target.device)
+    logits, weight = problem.operands[0].detach(), torch.ones(n, device=target.device)
+    out = torch.empty_like(logits)
+    kernels: RowKernels = registry.load("triton")
+    return lambda: _ignore(
+        kernels.log_odds_sweep(Tile(logits, problem.labels), weight, "unilogit", v, out)
+    )
+
+
+def _ignore(value: object) -> None:
+    pass
+
+
+def _launch_once(
+    target: Target, n: int, v: int, dtype: str, settings: Settings, report: Report
+) -> dict[str, Any]:
+    _need_triton(target)
+    with target.launching("triton", "whole rows"), launch_settings(settings):
+        _sweep(target, n, v, dtype)()
+    return {}
+
+
+def _tune_launch(target: Target, shape: tuple[int, int, str], report: Report) -> dict[str, Any]:
+    _need_triton(target)
+    with target.launching("triton", "whole rows"):
+        step = _sweep(target, *shape)
+
+        def milliseconds(settings: Settings) -> float:
+            with launch_settings(settings):
+                return _median(target, step)
+
+        return search(_launch_knobs(target), milliseconds, report)
+
+
+def _need_triton(target: Target) -> None:
+    missing = target.backends()["triton"]
+    if missing is not None:
+        raise Missing(missing)
+
+
+@contextmanager
+def launch_settings(changes: Settings) -> Iterator[None]:
+    """Launch by other settings inside, see `LAUNCH_KNOBS`."""
+    from unilogit_kernels.backends.triton import log_odds
+    from unilogit_kernels.backends.triton import settings as module
+
+    changes = dict(changes)
+    constants = {name: changes.pop(name) for name in list(changes) if name.isupper()}
+    today = module.current_settings()
+    if "maxnreg" in changes:
+        options = {k: v for k, v in today.options.items() if k != "maxnreg"}
+        registers = changes.pop("maxnreg")
+        changes["options"] = options if registers is None else {**options, "maxnreg": registers}
+    if "lanes" in changes:
+        changes["capped_lanes"] = min(today.capped_lanes, changes["lanes"])
+    now = dataclasses.replace(today, **changes)
+    with replaced(module, "current_settings", lambda: now), _constants(log_odds, constants):
+        yield
+
+
+@contextmanager
+def _constants(module: ModuleType, values: Settings) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values if hasattr(module, name)}
+    unknown = sorted(set(values) - set(before))
+    if unknown:
+        raise Missing(f"{module.__name__} has no {', '.join(unknown)} any more")
+    for name, value in values.items():
+        setattr(module, name, value)
+    forget()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+        forget()
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Another value under a module's name, inside."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def forget() -> None:
+    """Empty the caches of functions whose results may follow from other settings."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(TUNED):
+            for value in vars(module).values():
+                clear = getattr(value, "cache_clear", None)
+                if callable(clear):
+                    clear()
+
+
+# ---- the plan ----------------------------------------------------------------------------------
+
+
+def _tune_plan(target: Target, shape: Shape, report: Report) -> dict[str, Any]:
+    problem = Problem(shape, target.device)
+    backend = "triton" if target.backends()["triton"] is None else None
+
+    def milliseconds(settings: Settings) -> float:
+        settings = dict(settings)
+        options = LinearOptions(memory_budget=settings.pop("memory_budget", None))
+
+        def step() -> None:
+            hidden, weight = problem.operands
+            loss = linear_unilogit_loss(
+                hidden, weight, problem.labels, backend=backend, options=options
+            )
+            torch.autograd.grad(loss, problem.trained)
+
+        with plan_sizes(settings):
+            return _median(target, step)
+
+    with target.launching("triton", "whole rows"):
+        knobs = {"memory_budget": (MIB, 2 * MIB)} if target.rehearses else PLAN_KNOBS
+        return search(knobs, milliseconds, report)
+
+
+@contextmanager
+def plan_sizes(changes: Settings) -> Iterator[None]:
+    """Plan with other sizes inside, see `PLAN_KNOBS`."""
+    tables = {name: {**getattr(plan, name, {}), "cuda": size} for name, size in changes.items()}
+    with _constants(plan, tables):
+        yield
+
+
+def _median(target: Target, step: Callable[[], None]) -> float:
+    """Milliseconds, after one step that is not counted."""
+    timer = target.timer()
+    step()
+    return statistics.median(timer.time(step)[0] for _ in range(_ROUNDS))
