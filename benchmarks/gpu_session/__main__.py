@@ -25,7 +25,7 @@ def stages() -> list[Stage]:
         Stage("machine", 60, parallel),
         Stage("right", 120, parallel),
         Stage("speed", 165),
-        Stage("compile", 20, parallel),
+        Stage("compile", 25, parallel),
         Stage("tuning", 60),
         Stage("profile", 45),
     ]

@@ -78,6 +78,16 @@ def in_turns(lists: Sequence[Sequence[Case]]) -> list[Case]:
     return [case for turn in turns for case in turn if case is not None]
 
 
+def family_of(name: str) -> str:
+    """What cases that differ in flags alone share of their names: `"triton/sweep"`."""
+    words = []
+    for word in name.split(" "):
+        if "=" in word and not word.startswith("entry="):
+            break
+        words.append(word)
+    return " ".join(words)
+
+
 def name_of(*parts: Hashable, **values: Hashable) -> str:
     """A case's name: `"triton/sweep dtype=bfloat16 layout=odd"`."""
     said = [f"{key}={value}" for key, value in values.items()]

@@ -85,7 +85,7 @@ class Processes:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=2)  # one that hangs in a driver may not die at once
+            process.wait(timeout=0.5)  # one that hangs in a driver may not die at once
 
     def stop_all(self) -> None:
         """Kill whoever still runs."""

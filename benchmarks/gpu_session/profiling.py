@@ -65,17 +65,18 @@ def _synchronise(target: Target) -> None:
 def _step(target: Target, shape: Shape, report: Report) -> dict[str, Any]:
     with target.launching("triton", "whole rows"):
         step = large(shape, "triton" if target.rehearses else None, target.device)
-        for _ in range(2):
+        for _ in range(target.rounds(2)):
             step()
         _synchronise(target)
-        timer = target.timer()
+        timer, rounds = target.timer(), range(target.rounds(_HOST_STEPS))
         found: dict[str, Any] = {
-            "host_ms": round(statistics.median(_host(target, step) for _ in range(_HOST_STEPS)), 3),
-            "step_ms": round(statistics.median(timer.time(step)[0] for _ in range(_HOST_STEPS)), 3),
+            "host_ms": round(statistics.median(_host(target, step) for _ in rounds), 3),
+            "step_ms": round(statistics.median(timer.time(step)[0] for _ in rounds), 3),
         }
         found.update(_plan_of(shape))
         report([found])
-        found.update(describe(_events(target, step), _STEPS))
+        steps = target.rounds(_STEPS)
+        found.update(describe(_events(target, step, steps), steps))
     found["kernels"] = found["kernels"][:_MOST_KERNELS]
     return found
 
@@ -99,14 +100,14 @@ def _plan_of(shape: Shape) -> dict[str, Any]:
     return {"planned_launches": plan.launches, "planned_gemms": round(plan.gemms, 3)}
 
 
-def _events(target: Target, step: Any) -> list[Event]:
+def _events(target: Target, step: Any, steps: int) -> list[Event]:
     """Of the device, of a few steps; in a rehearsal what torch does on the CPU stands in."""
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CPU if target.rehearses else ProfilerActivity.CUDA
     with profile(activities=[activity]) as profiler:
-        for _ in range(_STEPS):
+        for _ in range(steps):
             step()
         _synchronise(target)
     wanted = DeviceType.CPU if target.rehearses else DeviceType.CUDA

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.gpu_session.cases import Case
+from benchmarks.gpu_session.cases import Case, family_of
 from benchmarks.gpu_session.target import Target
 from unilogit_kernels.bench.devices import Cpu, Device
 from unilogit_kernels.bench.problems import Shape
@@ -23,11 +24,11 @@ from unilogit_kernels.bench.problems import Shape
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
-_MILLISECONDS = 2.0
-MOST_CASES = 26
-"""Of a stage, spread evenly over all of them."""
-_CUDA_CASES_APART = 24
-"""Each kernel in CUDA C++ takes seconds to compile and to execute, so few of them are rehearsed."""
+_MILLISECONDS = 1000.0
+MOST_OF_A_FAMILY = 2
+"""Cases of one kernel or check."""
+MOST_CUDA = 2
+"""A kernel in CUDA C++ takes seconds to compile and to execute, so few of a stage are rehearsed."""
 
 
 class MadeUpClock(Cpu):
@@ -81,10 +82,6 @@ class Rehearsal(Target):
         """Of small tiles: a body, a tail, and both ends."""
         return {"whole rows": (6, 2053), "split rows": (5, 2301), "one row": (1, 2301)}[share]
 
-    def workers(self) -> int:
-        """For each of two cores."""
-        return 2
-
     def timer(self) -> Device:
         """See `MadeUpClock`."""
         return MadeUpClock()
@@ -97,12 +94,24 @@ class Rehearsal(Target):
             Shape(6, 301, "float32", 16, frozen_head=True),
         )
 
+    def rounds(self, wanted: int) -> int:
+        """One shows that it runs."""
+        return 1
+
     def chosen(self, cases: Sequence[Case]) -> Sequence[Case]:
-        """Few enough for a minute."""
-        cuda = [case for case in cases if case.name.startswith("cuda/")]
-        others = [case for case in cases if not case.name.startswith("cuda/")]
-        others = others[:: -(-len(others) // MOST_CASES) or 1]
-        return [*others, *cuda[::_CUDA_CASES_APART][:2]]
+        """Some of each family, few enough for a minute."""
+        found: list[Case] = []
+        counts: Counter[str] = Counter()
+        for case in cases:
+            family = family_of(case.name)
+            if case.name.startswith("cuda"):
+                family, most = "cuda", MOST_CUDA
+            else:
+                most = 1 if "entry=" in family else MOST_OF_A_FAMILY
+            if counts[family] < most:
+                counts[family] += 1
+                found.append(case)
+        return found
 
 
 @contextmanager

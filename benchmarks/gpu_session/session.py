@@ -13,6 +13,8 @@ START_SECONDS = 90.0
 GPU's driver take 5 to 20 s."""
 MOST_STARTS_IN_VAIN = 3
 """So many processes in a row that end before they tell their cases end their stage."""
+LEAST_SECONDS = 5.0
+"""With less than this left nothing is begun again: processes would not even start."""
 RESERVE = 0.03
 """Share of the time that is left to the last summary and to killing."""
 
@@ -118,16 +120,16 @@ class Session:
         self._after_stage = after_stage
 
     def run(self) -> None:
-        """Every stage in its share of the time, then in what is left those that were cut."""
-        unfinished = []
-        for i, stage in enumerate(self._stages):
-            rest = sum(later.weight for later in self._stages[i:])
-            share = (self._end - self._crew.now()) * stage.weight / rest
-            if not self._run_stage(stage, self._crew.now() + share):
-                unfinished.append(stage)
-        for stage in unfinished:
-            if self._crew.now() < self._end:
-                self._run_stage(stage, self._end)
+        """Every stage in its share of the time; what is left goes to those that were cut."""
+        stages = list(self._stages)
+        while stages and self._end - self._crew.now() > LEAST_SECONDS:
+            unfinished = []
+            for i, stage in enumerate(stages):
+                rest = sum(later.weight for later in stages[i:])
+                share = (self._end - self._crew.now()) * stage.weight / rest
+                if not self._run_stage(stage, self._crew.now() + share):
+                    unfinished.append(stage)
+            stages = unfinished
 
     def left(self) -> float:
         """Seconds that nobody has used."""
@@ -141,7 +143,7 @@ class Session:
                 if run.in_vain >= MOST_STARTS_IN_VAIN:
                     why = f"{run.in_vain} processes ended before they told their cases"
                     self._ledger.append(stage.name, "start", FAILED, why=why)
-                    break
+                    return True
                 self._staff(run)
                 self._hear(run)
                 self._kill_overdue(run)

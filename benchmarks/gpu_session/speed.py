@@ -30,7 +30,7 @@ def cases(target: Target) -> list[Case]:
     for shape in shapes:
         run = partial(_measure, target, shape, Options(_ROUNDS, skip=COMPILED))
         found.append(Case(shape.title, run, _CASE_SECONDS))
-    for shape in shapes:
+    for shape in [] if target.rehearses else shapes:
         run = partial(_measure, target, shape, Options(_ROUNDS, only=COMPILED))
         found.append(Case(f"{shape.title}, compiled", run, _COMPILED_SECONDS))
     return found
@@ -42,7 +42,8 @@ def _measure(target: Target, shape: Shape, options: Options, report: Report) -> 
     def note(found: Sequence[Measurement]) -> None:
         report([asdict(each) for each in found])
 
-    options = Options(options.rounds, "both", "all", _ROUNDS_SECONDS, options.only, options.skip)
+    rounds = target.rounds(options.rounds)
+    options = Options(rounds, "both", "all", _ROUNDS_SECONDS, options.only, options.skip)
     found = measure(shape, device, options, note=note)
     return {
         "title": shape.title,
@@ -62,7 +63,6 @@ def _rates(target: Target, report: Report) -> dict[str, Any]:
     """What GEMMs and a copy reach here: what all times are held against."""
     size = _GEMM_SIZE if not target.rehearses else 64
     elements = (_COPY_BYTES if not target.rehearses else 1 << 16) // 2
-    timer = target.timer()
     a, b = (torch.randn(size, size, device=target.device).bfloat16() for _ in range(2))
     product = torch.empty_like(a)
     runs: dict[str, Callable[[], Any]] = {
@@ -80,15 +80,16 @@ def _rates(target: Target, report: Report) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, run in runs.items():
         try:
-            found[f"{name}, TFLOP/s"] = 2e-9 * size**3 / _least(timer, run)
+            found[f"{name}, TFLOP/s"] = 2e-9 * size**3 / _least(target, run)
         except RuntimeError as error:  # of torch without that GEMM
             found[name] = str(error).splitlines()[0]
     source = torch.randn(elements, device=target.device).bfloat16()
     copy = torch.empty_like(source)
-    found["copy, TB/s"] = 2e-9 * source.nbytes / _least(timer, lambda: copy.copy_(source))
+    found["copy, TB/s"] = 2e-9 * source.nbytes / _least(target, lambda: copy.copy_(source))
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
 
 
-def _least(timer: Device, run: Callable[[], Any]) -> float:
+def _least(target: Target, run: Callable[[], Any]) -> float:
     """Milliseconds."""
-    return min(timer.time(run)[0] for _ in range(_RATE_ROUNDS))
+    timer = target.timer()
+    return min(timer.time(run)[0] for _ in range(target.rounds(_RATE_ROUNDS)))

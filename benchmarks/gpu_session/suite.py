@@ -65,7 +65,7 @@ def _pytest(target: Target, tests: Sequence[str], report: Report) -> dict[str, A
 
     if importlib.util.find_spec("pytest") is None:
         raise Missing("pytest is not installed")
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider"]
     environment = {} if target.rehearses else {"UNILOGIT_KERNELS_TEST_DEVICE": "cuda"}
     environment["TRITON_INTERPRET"] = "0"
     counts: Counter[str] = Counter()

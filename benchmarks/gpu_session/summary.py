@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_session.cases import family_of
 from benchmarks.gpu_session.ledger import (
     ENDS,
     FAILED,
@@ -134,7 +135,7 @@ def _kernels(known: dict[str, dict[str, Record]]) -> list[str]:
     for stage in ("machine", "right"):
         for case, record in known.get(stage, {}).items():
             if record["status"] in (OK, FAILED, LOST) and "=" in case:
-                found[_family(case)].append(record)
+                found[family_of(case)].append(record)
     rows = []
     for name, records in sorted(found.items()):
         counts = Counter(record["status"] for record in records)
@@ -144,15 +145,6 @@ def _kernels(known: dict[str, dict[str, Record]]) -> list[str]:
         return []
     columns = ("what", "right", "failed", "lost", "largest error, of what is allowed")
     return ["## Right", "", *table(columns, rows), ""]
-
-
-def _family(case: str) -> str:
-    words = []
-    for word in case.split(" "):
-        if "=" in word and not word.startswith("entry="):
-            break
-        words.append(word.replace("entry=", ""))
-    return " ".join(words)
 
 
 # ---- times -------------------------------------------------------------------------------------

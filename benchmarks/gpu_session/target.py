@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -48,13 +47,9 @@ class Target:
 
     def sizes(self, share: str) -> tuple[int, int]:
         """Rows and columns. The device runs 132 x 8 programs at a time, or about so many."""
-        return {"whole rows": (8500, 1031), "split rows": (5, 50_257), "one row": (1, 128_255)}[
+        return {"whole rows": (4300, 9001), "split rows": (5, 50_257), "one row": (1, 128_255)}[
             share
         ]
-
-    def workers(self) -> int:
-        """Processes that may share the device where nothing is timed: compiling takes longest."""
-        return max(1, min(8, (os.cpu_count() or 1) // 2))
 
     def timer(self) -> Device:
         """What tells times and memory."""
@@ -75,6 +70,10 @@ class Target:
             Shape(8, v, "bfloat16"),
             Shape(2048, v, "bfloat16", llama, frozen_head=True),
         )
+
+    def rounds(self, wanted: int) -> int:
+        """How often something is timed."""
+        return wanted
 
     def chosen(self, cases: Sequence[Case]) -> Sequence[Case]:
         """Those that are run."""
