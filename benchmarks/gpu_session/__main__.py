@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [stage for stage in stages() if stage.name in wanted]
 
     def write() -> None:
-        summary.write(ledger, given.out, minutes=given.minutes, rehearsal=given.rehearse)
+        try:
+            summary.write(ledger, given.out, minutes=given.minutes, rehearsal=given.rehearse)
+        except Exception:  # what is measured yet is worth more than a table of the rest
+            traceback.print_exc()
 
     signal.signal(signal.SIGTERM, _terminate)
     session = Session(chosen, crew, ledger, 60 * given.minutes, write)

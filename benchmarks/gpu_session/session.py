@@ -15,8 +15,8 @@ MOST_STARTS_IN_VAIN = 3
 """So many processes in a row that end before they tell their cases end their stage."""
 LEAST_SECONDS = 5.0
 """With less than this left nothing is begun again: processes would not even start."""
-RESERVE = 0.03
-"""Share of the time that is left to the last summary and to killing."""
+RESERVE, LEAST_RESERVE_SECONDS = 0.03, 5.0
+"""Share of the time, and seconds at least, left to the last summary and to killing."""
 
 
 class Stage(NamedTuple):
@@ -116,7 +116,7 @@ class Session:
     ) -> None:
         self._stages, self._crew, self._ledger = stages, crew, ledger
         self._start, self._seconds = crew.now(), seconds
-        self._end = self._start + seconds * (1 - RESERVE)
+        self._end = self._start + seconds - max(RESERVE * seconds, LEAST_RESERVE_SECONDS)
         self._after_stage = after_stage
 
     def run(self) -> None:
