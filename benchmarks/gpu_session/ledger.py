@@ -33,7 +33,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.records = list(_read(path))
+        self.records = list(read(path))
         self._file = path.open("a")
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._file.write("\n")
@@ -75,7 +75,8 @@ class Ledger:
                 self.append(stage, case, LOST, why=why)
 
 
-def _read(path: Path) -> Iterator[Record]:
+def read(path: Path) -> Iterator[Record]:
+    """The records in a file, which another process may be writing."""
     if not path.exists():
         return
     for line in path.read_text(errors="replace").splitlines():

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from benchmarks.gpu_session.ledger import CUT, FAILED, LISTED, LOST, ROWS, STARTED, Ledger
+from benchmarks.gpu_session.ledger import CUT, FAILED, LISTED, LOST, OK, ROWS, STARTED, Ledger
 
 START_SECONDS = 90.0
 """A process that has not told its cases after so long never will: importing torch and starting a
 GPU's driver take 5 to 20 s."""
+START = "start"
+"""The case of a stage that stands for the start of its processes."""
 MOST_STARTS_IN_VAIN = 3
 """So many processes in a row that end before they tell their cases end their stage."""
 LEAST_SECONDS = 5.0
@@ -141,8 +143,6 @@ class Session:
         try:
             while not run.is_over and self._crew.now() < deadline:
                 if run.in_vain >= MOST_STARTS_IN_VAIN:
-                    why = f"{run.in_vain} processes ended before they told their cases"
-                    self._ledger.append(stage.name, "start", FAILED, why=why)
                     return True
                 self._staff(run)
                 self._hear(run)
@@ -152,8 +152,19 @@ class Session:
                 self._crew.stop(number)
                 if worker.case is not None:
                     self._ledger.append(stage.name, worker.case, CUT)
+            self._note_start(run)
             self._after_stage()
         return run.is_over
+
+    def _note_start(self, run: _Run) -> None:
+        """Say so if no process has told its cases, or if one has where none had before."""
+        stage, failed = run.stage.name, START in self._ledger.last(run.stage.name)
+        if run.cases is None:
+            ended = f"{run.in_vain} ended or were killed before" if run.in_vain else "time was up"
+            why = f"no process told its cases: {ended}; see the log"
+            self._ledger.append(stage, START, FAILED, why=why)
+        elif failed:
+            self._ledger.append(stage, START, OK, why="at another try")
 
     def _staff(self, run: _Run) -> None:
         """As many workers as there is work for; one, as long as nobody knows the cases."""
