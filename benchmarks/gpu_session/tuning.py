@@ -29,7 +29,7 @@ _CASE_SECONDS = 120.0
 LAUNCH_KNOBS: dict[str, Sequence[Any]] = {
     "lanes": (8, 16, 32, 64),
     "maxnreg": (None, 48, 64, 80, 96, 128),
-    "resident_warps": (16, 32, 48, 64),
+    "resident_warps": (8, 16, 32, 64),
     "SWEEP_WARPS": (2, 4, 8, 16),
     "LARGEST_TILE": (4096, 8192, 16384, 32768),
     "warps": (2, 4, 8),

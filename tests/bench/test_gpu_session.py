@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
@@ -265,6 +266,16 @@ def records(out: Path) -> list[dict[str, Any]]:
     return list(read(out / LEDGER))
 
 
+def children(pid: int) -> list[int]:
+    """Its processes; Linux only."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
 @pytest.mark.prove
 @pytest.mark.timeout(360)
 def test_rehearsal(tmp_path: Path) -> None:
@@ -273,8 +284,11 @@ def test_rehearsal(tmp_path: Path) -> None:
     while not any(r["status"] == OK for r in records(tmp_path)):
         time.sleep(0.3)
         assert killed.poll() in (None, 0)
+    workers = children(killed.pid)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        time.sleep(0.3)  # they end with the case that they run
     started = time.monotonic()
     minutes = 5.0
     done = subprocess.run(
