@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,16 +26,20 @@ MIB = 1 << 20
 _ROUNDS = 7
 _CASE_SECONDS = 120.0
 
-LAUNCH_KNOBS: dict[str, Sequence[Any]] = {
+SWEEP_KNOBS: dict[str, Sequence[Any]] = {
+    "sweep_warps": (4, 8, 16, 32),
+    "LARGEST_TILE": (8192, 16384, 32768),
     "lanes": (8, 16, 32, 64),
-    "maxnreg": (None, 48, 64, 80, 96, 128),
-    "resident_warps": (8, 16, 32, 64),
-    "SWEEP_WARPS": (2, 4, 8, 16),
-    "LARGEST_TILE": (4096, 8192, 16384, 32768),
-    "warps": (2, 4, 8),
-    "split_warps": (1, 2, 4, 8),
+    "maxnreg": (None, 48, 64, 80, 128),
 }
-"""Fields of `triton.settings.Settings`, one of its options, and constants of `triton.log_odds`."""
+SPLIT_KNOBS: dict[str, Sequence[Any]] = {
+    "split_warps": (1, 2, 4, 8),
+    "lanes": (8, 16, 32, 64),
+    "maxnreg": (None, 48, 64, 80, 128),
+    "resident_warps": (16, 32, 64),
+}
+"""Fields of `triton.settings.Settings`, one of its options, a constant of `triton.log_odds`, and
+what `gpu.sweep_size` returns."""
 PLAN_KNOBS: dict[str, Sequence[Any]] = {
     "memory_budget": tuple(MIB * size for size in (512, 1024, 2048, 4096)),
     "TILE_BYTES": tuple(MIB * size for size in (16, 64, 128, 256)),
@@ -48,11 +52,29 @@ TUNED = tuple(
 """Whose functions may remember what followed from them."""
 
 
-def launch_shapes(target: Target) -> list[tuple[int, int, str]]:
-    """Rows, columns and dtypes of sweeps: bound by memory in both dtypes, and split rows."""
+class Launch(NamedTuple):
+    """Rows to launch on, and what may be changed about it."""
+
+    n: int
+    v: int
+    dtype: str
+    knobs: dict[str, Sequence[Any]]
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        return f"{self.n} x {self.v} {self.dtype}"
+
+
+def launches(target: Target) -> list[Launch]:
+    """Sweeps in both dtypes, and rows that are split."""
     if target.rehearses:
-        return [(6, 2053, "bfloat16")]
-    return [(8192, 128_256, "bfloat16"), (4096, 128_256, "float32"), (64, 128_256, "bfloat16")]
+        return [Launch(6, 2053, "bfloat16", {"lanes": (8, 16), "sweep_warps": (4,)})]
+    return [
+        Launch(8192, 128_256, "bfloat16", SWEEP_KNOBS),
+        Launch(4096, 128_256, "float32", SWEEP_KNOBS),
+        Launch(64, 128_256, "bfloat16", SPLIT_KNOBS),
+    ]
 
 
 def plan_shapes(target: Target) -> list[Shape]:
@@ -70,11 +92,11 @@ def compile_cases(target: Target) -> list[Case]:
     """Launch every setting once, by many processes, which leaves it in Triton's cache."""
     return [
         Case(
-            name_of("compile", f"{n} x {v} {dtype}", **settings), partial(_launch_once, target, *at)
+            name_of("compile", launch.title, **settings),
+            partial(_launch_once, target, launch, settings),
         )
-        for n, v, dtype in launch_shapes(target)
-        for settings in singles(_launch_knobs(target))
-        for at in [(n, v, dtype, settings)]
+        for launch in launches(target)
+        for settings in singles(launch.knobs)
     ]
 
 
@@ -84,24 +106,20 @@ def cases(target: Target) -> list[Case]:
     for i in range(3):
         for kind, shapes, run in (
             ("plan", plan_shapes(target), _tune_plan),
-            ("launch", launch_shapes(target), _tune_launch),
+            ("launch", launches(target), _tune_launch),
         ):
             if i < len(shapes):
                 shape: Any = shapes[i]
-                title = shape.title if isinstance(shape, Shape) else "{} x {} {}".format(*shape)
                 case = partial(run, target, shape)
-                found.append(Case(f"{kind}: {title}", case, _CASE_SECONDS))
+                found.append(Case(f"{kind}: {shape.title}", case, _CASE_SECONDS))
     return found
 
 
 # ---- launches ----------------------------------------------------------------------------------
 
 
-def _launch_knobs(target: Target) -> dict[str, Sequence[Any]]:
-    return {"lanes": (8, 16), "warps": (2, 4)} if target.rehearses else LAUNCH_KNOBS
-
-
-def _sweep(target: Target, n: int, v: int, dtype: str) -> Callable[[], None]:
+def _sweep(target: Target, launch: Launch) -> Callable[[], None]:
+    n, v, dtype, _ = launch
     problem = Problem(Shape(n, v, dtype), target.device)
     logits, weight = problem.operands[0].detach(), torch.ones(n, device=target.device)
     out = torch.empty_like(logits)
@@ -116,24 +134,24 @@ def _ignore(value: object) -> None:
 
 
 def _launch_once(
-    target: Target, n: int, v: int, dtype: str, settings: Settings, report: Report
+    target: Target, launch: Launch, settings: Settings, report: Report
 ) -> dict[str, Any]:
     _need_triton(target)
     with target.launching("triton", "whole rows"), launch_settings(settings):
-        _sweep(target, n, v, dtype)()
+        _sweep(target, launch)()
     return {}
 
 
-def _tune_launch(target: Target, shape: tuple[int, int, str], report: Report) -> dict[str, Any]:
+def _tune_launch(target: Target, launch: Launch, report: Report) -> dict[str, Any]:
     _need_triton(target)
     with target.launching("triton", "whole rows"):
-        step = _sweep(target, *shape)
+        step = _sweep(target, launch)
 
         def milliseconds(settings: Settings) -> float:
             with launch_settings(settings):
                 return _median(target, step)
 
-        return search(_launch_knobs(target), milliseconds, report)
+        return search(launch.knobs, milliseconds, report)
 
 
 def _need_triton(target: Target) -> None:
@@ -144,13 +162,18 @@ def _need_triton(target: Target) -> None:
 
 @contextmanager
 def launch_settings(changes: Settings) -> Iterator[None]:
-    """Launch by other settings inside, see `LAUNCH_KNOBS`."""
+    """Launch by other settings inside, see `SWEEP_KNOBS`."""
+    from unilogit_kernels.backends import gpu
     from unilogit_kernels.backends.triton import log_odds
     from unilogit_kernels.backends.triton import settings as module
 
     changes = dict(changes)
     constants = {name: changes.pop(name) for name in list(changes) if name.isupper()}
     today = module.current_settings()
+    sweep_size = gpu.sweep_size
+    if "sweep_warps" in changes:
+        warps = changes.pop("sweep_warps")
+        sweep_size = lambda *sizes, **more: warps  # noqa: E731
     if "maxnreg" in changes:
         options = {k: v for k, v in today.options.items() if k != "maxnreg"}
         registers = changes.pop("maxnreg")
@@ -158,7 +181,11 @@ def launch_settings(changes: Settings) -> Iterator[None]:
     if "lanes" in changes:
         changes["capped_lanes"] = min(today.capped_lanes, changes["lanes"])
     now = dataclasses.replace(today, **changes)
-    with replaced(module, "current_settings", lambda: now), _constants(log_odds, constants):
+    with (
+        replaced(module, "current_settings", lambda: now),
+        replaced(gpu, "sweep_size", sweep_size),
+        _constants(log_odds, constants),
+    ):
         yield
 
 

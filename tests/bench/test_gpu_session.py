@@ -14,21 +14,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu_session import summary
+from benchmarks.gpu_session import summary, tuning
 from benchmarks.gpu_session.__main__ import LEDGER, stages
-from benchmarks.gpu_session.cases import in_order_of_value
+from benchmarks.gpu_session.cases import Missing, in_order_of_value
 from benchmarks.gpu_session.ledger import CUT, FAILED, LOST, OK, ROWS, STARTED, Ledger, read
 from benchmarks.gpu_session.profiling import read_counters
 from benchmarks.gpu_session.search import search
 from benchmarks.gpu_session.session import START, Message, Session, Stage
 from benchmarks.gpu_session.timeline import Event, describe
 from tests.support import ROOT
+from unilogit_kernels import explain_plan
 from unilogit_kernels.bench.measure import Measurement
 
 # ---- the clock ---------------------------------------------------------------------------------
@@ -219,6 +220,34 @@ def test_gains_are_added_up_as_long_as_they_help() -> None:
     assert (found["today"], found["best"]) == (10.0, 4.0)
     assert noted == list(range(1, len(found["rows"]) + 1))
     assert any("registers" in row.get("error", "") for row in found["rows"])
+
+
+def test_settings_are_tried_and_taken_back() -> None:
+    from unilogit_kernels.backends import gpu
+    from unilogit_kernels.backends.triton import log_odds, settings
+
+    def now() -> tuple[Any, ...]:
+        sweep = gpu.sweep_size(1 << 18, 132, 50 << 20, smallest=4, resident=32)
+        return settings.current_settings(), sweep, log_odds.LARGEST_TILE
+
+    known = replace(settings.TABLE["cuda:90"])
+    with tuning.replaced(settings, "current_settings", lambda: known):
+        before = now()
+        changes = {"lanes": 8, "maxnreg": None, "sweep_warps": 8, "LARGEST_TILE": 4096}
+        with tuning.launch_settings(changes):
+            changed, sweep, largest = now()
+            assert (changed.lanes, changed.capped_lanes, changed.options) == (8, 8, {})
+            assert (sweep, largest) == (8, 4096)
+        assert now() == before
+        with pytest.raises(Missing, match="NO_SUCH"), tuning.launch_settings({"NO_SUCH": 1}):
+            pass
+
+
+def test_sizes_of_the_plan_are_tried_and_taken_back() -> None:
+    before = str(explain_plan(8192, 4096, 128_256))
+    with tuning.plan_sizes({"TILE_BYTES": 4 << 20, "CHUNK_BYTES": 64 << 20}):
+        assert str(explain_plan(8192, 4096, 128_256)) != before
+    assert str(explain_plan(8192, 4096, 128_256)) == before
 
 
 def test_a_timeline() -> None:
