@@ -134,10 +134,20 @@ def check_statistics(
         scale = scales.get(name, 1.0)
         judge.near(value, exact[name], plain[name], name, smallest_scale=scale)
     if asked.runner_up:
-        rest = z[0].scatter(1, problem.labels[:, None], -math.inf)
-        found = row_state.runner_up(state, problem.labels)
-        assert torch.equal(found, rest.argmax(1)), "another runner-up"
+        _judge_runner_up(judge, row_state.runner_up(state, problem.labels), z, problem.labels)
     return judge
+
+
+def _judge_runner_up(judge: Judge, found: Tensor, z: list[Tensor], labels: Tensor) -> None:
+    """Its logit is the largest but for rounding, and of equal ones it is the first."""
+    exact, plain = (each.scatter(1, labels[:, None], -math.inf) for each in z)
+    best = exact.argmax(1)
+    values, largest, by_torch = (
+        exact.gather(1, columns[:, None])[:, 0] for columns in (found, best, plain.argmax(1))
+    )
+    judge.near(values.float(), largest, by_torch.float(), "runner-up", smallest_scale=1.0)
+    equal = values == largest
+    assert torch.equal(found[equal], best[equal]), "not the first of equal runners-up"
 
 
 def _of_state(state: Tensor, labels: Tensor, v: int, needs: RowNeeds) -> dict[str, Tensor]:
