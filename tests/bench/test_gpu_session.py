@@ -283,6 +283,53 @@ def test_hardware_counters_are_read() -> None:
     assert read_counters("no counters") == []
 
 
+# ---- a bare machine ----------------------------------------------------------------------------
+
+BARE = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError("No module named " + repr(name))
+
+sys.meta_path.insert(0, Nothing())
+from benchmarks.gpu_session import one_step, plots, stages
+from benchmarks.gpu_session.target import Target
+
+class Cpu(Target):
+    device = "cpu"
+    missing = lambda self: None
+    def timer(self):
+        from unilogit_kernels.bench.devices import Cpu
+        return Cpu()
+
+for stage in {stages}:
+    cases = stages.cases(stage, Cpu())
+    print(stage, len(cases), cases[0].run(print) if stage == "machine" else "")
+"""
+EXTRAS = (
+    "rich",
+    "typer",
+    "pydantic",
+    "pytest",
+    "transformers",
+    "numpy",
+    "matplotlib",
+    "safetensors",
+)
+
+
+def test_nothing_but_torch_and_triton_is_needed() -> None:
+    code = BARE.format(absent=EXTRAS, stages=NAMES)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'matplotlib': None" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()] == NAMES
+
+
 # ---- the whole, on a CPU -----------------------------------------------------------------------
 
 
@@ -339,5 +386,6 @@ def test_rehearsal(tmp_path: Path) -> None:
         assert counts["ok"] > 0, stage
     assert set(figures["counts"]) == set(NAMES)
     text = (tmp_path / summary.MARKDOWN).read_text()
+    assert (tmp_path / "speed.png").stat().st_size > 0
     for heading in ("## Machine", "## Right", "## Rates", "## plan: ", "## launch: ", "## step: "):
         assert heading in text
