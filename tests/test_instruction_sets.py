@@ -39,7 +39,7 @@ FORCED = {
 CAPABILITIES = {"avx2": "AVX2", "baseline": "DEFAULT"}
 """What torch calls these."""
 
-JUDGED = re.compile(r"within_budget|\bproblems import|\bdivergence_pairs import")
+JUDGED = re.compile(r"within_budget|\bproblems import|\bdivergence_pairs import|\bcpu.rows import")
 ELSEWHERE = [TESTS / "backends" / name for name in ("cuda", "gpu", "triton")]
 """Folders of tests that launch kernels for GPUs, whose results depend on no processor."""
 

@@ -221,10 +221,10 @@ struct RowWriter {
   bool stream;   // bypass the cache
   int64_t pending = 0;
   float values[kMaxUnit];  // `pending` values that do not fill a store yet
+  float constant = 0.0f;   // added to all but the label's, by those who know of it
 };
 
-// A block's contribution to a gradient row: factor * exponentials[k] + constant, and `label_value`
-// at `label`.
+// A block's contribution to a gradient row: factor * exponentials[k], and `label_value` at `label`.
 struct GradientBlock {
   const float* exponentials;
   int64_t count;
@@ -232,7 +232,6 @@ struct GradientBlock {
   int64_t label;
   float label_value;
   bool last;  // nothing follows: flush
-  float constant = 0.0f;
 };
 
 // What an objective needs of the vocabulary, computed once a call.

@@ -171,9 +171,9 @@ inline void for_weighted(const Moments* parts, int64_t count, float max, float* 
   }
 }
 
-// The one merge of moments, `merge_parts` with more: a fold in the order given. A part of no
-// columns adds nothing to the linear sum, one of no share nothing to those of exponentials. Squares
-// about means of their own become squares about the mean of all (Chan), so that none cancel.
+// The one merge of moments, `merge_parts` with more: a fold in the order given; an empty part adds
+// nothing. Squares about means of their own become squares about the mean of all (Chan), so that
+// none cancel.
 Moments merge_moments(const Moments* parts, int64_t count, std::int32_t needs, float* weights) {
   float max = -kInfinity;
   for (int64_t k = 0; k < count; ++k) max = parts[k].max > max ? parts[k].max : max;
@@ -182,8 +182,8 @@ Moments merge_moments(const Moments* parts, int64_t count, std::int32_t needs, f
     const double share = weight * static_cast<double>(part.sum);
     sum += share;
     columns += part.count;
-    if (part.count != 0.0f) linear += part.linear + part.count * move;
-    if (share != 0.0) dot += weight * part.dot + share * move;
+    linear += part.linear + part.count * move;
+    dot += weight * part.dot + share * move;
   });
   if ((needs & kUnilogitVariance) != 0) {
     const double mean = sum == 0.0 ? 0.0 : dot / sum;
@@ -260,22 +260,25 @@ inline StatisticsResult finish_statistics(const Moments& rest, float target, boo
 
 // Values of a block; with kStored they hold exponentials times the cap's slope. Where an
 // exponential is 0 the product with it is 0, also where z is -inf.
-template <bool kStored, bool kTilt, class T>
+template <bool kStored, bool kTilt, bool kCapped, class T>
 inline void values_of(const T* x, int64_t padded, const RowFactors& factors, const float* cap_slope,
                       float* values) {
   const Floats shift = broadcast(factors.shift), rest = broadcast(factors.rest);
-  const Floats tilt = broadcast(factors.tilt);
-  for (int64_t k = 0; k < padded; k += kWidth) {
-    Floats factor = rest, uniform = broadcast(factors.uniform), e;
+  const Floats tilt = broadcast(factors.tilt), constant = broadcast(factors.uniform);
+  const auto value = [&](int64_t k) {
+    Floats factor = rest, uniform = constant, e;
     if constexpr (kTilt) factor = fma(tilt, above_underflow(load(x + k) - shift), rest);
     if constexpr (kStored) e = load(values + k);
     if constexpr (!kStored) e = exponential(load(x + k) - shift);
-    if (cap_slope != nullptr) {
+    if constexpr (kCapped) {
       const Floats slope = load(cap_slope + k);
       uniform = uniform * slope;
       if constexpr (!kStored) e = e * slope;
     }
-    store(values + k, fma(e, factor, uniform));
+    return fma(e, factor, uniform);
+  };
+  for (int64_t step = 0; step < padded; step += kStep) {
+    for (int i = 0; i < 4; ++i) store(values + step + i * kWidth, value(step + i * kWidth));
   }
 }
 
@@ -283,10 +286,13 @@ template <bool kStored, class T>
 void row_values(const void* data, int64_t padded, const RowFactors& factors, const float* cap_slope,
                 float* values) {
   const T* x = static_cast<const T*>(data);
-  if (factors.tilt == 0.0f) {
-    values_of<kStored, false>(x, padded, factors, cap_slope, values);
+  const bool has_tilt = factors.tilt != 0.0f;
+  if (cap_slope == nullptr) {
+    has_tilt ? values_of<kStored, true, false>(x, padded, factors, cap_slope, values)
+             : values_of<kStored, false, false>(x, padded, factors, cap_slope, values);
   } else {
-    values_of<kStored, true>(x, padded, factors, cap_slope, values);
+    has_tilt ? values_of<kStored, true, true>(x, padded, factors, cap_slope, values)
+             : values_of<kStored, false, true>(x, padded, factors, cap_slope, values);
   }
 }
 

@@ -217,9 +217,8 @@ inline Values gradient_value(Values exponential, Values factor, Values constant)
 }
 
 template <class Out, bool kStream, bool kConstant>
-inline void write_units(RowWriter& writer, const float* exponentials, int64_t count, float factor,
-                        float constant) {
-  const Floats factors = broadcast(factor), constants = broadcast(constant);
+inline void write_units(RowWriter& writer, const float* exponentials, int64_t count, float factor) {
+  const Floats factors = broadcast(factor), constants = broadcast(writer.constant);
   const auto values = [&](int64_t k) {
     return gradient_value<kConstant>(load(exponentials + k), factors, constants);
   };
@@ -240,11 +239,9 @@ void write_block(RowWriter& writer, const GradientBlock& block) {
       const int64_t whole = run / kUnit * kUnit;
       const float* exponentials = block.exponentials + k;
       if (writer.stream) {
-        write_units<Out, true, kConstant>(writer, exponentials, whole, block.factor,
-                                          block.constant);
+        write_units<Out, true, kConstant>(writer, exponentials, whole, block.factor);
       } else {
-        write_units<Out, false, kConstant>(writer, exponentials, whole, block.factor,
-                                           block.constant);
+        write_units<Out, false, kConstant>(writer, exponentials, whole, block.factor);
       }
       k += whole;
       continue;
@@ -254,7 +251,7 @@ void write_block(RowWriter& writer, const GradientBlock& block) {
       writer.values[writer.pending++] =
           k == block.label
               ? block.label_value
-              : gradient_value<kConstant>(block.exponentials[k], block.factor, block.constant);
+              : gradient_value<kConstant>(block.exponentials[k], block.factor, writer.constant);
     }
     if (writer.pending < goal) break;
     if (writer.stride == 1 && writer.head == 0 && writer.stream) {
@@ -291,23 +288,24 @@ struct PartReader {
 
 // write_block of an earlier row and the reading of a block of the next one, which takes the same
 // memory for its exponentials. Step by step, so that the stores drain behind the arithmetic: stores
-// in a row fill the store queue, and the two times add up.
+// in a row fill the store queue, and the two times add up. A function of its own: its loop needs
+// all registers.
 template <class Out, bool kStream, bool kConstant, class Reader>
-inline auto write_while_reading(RowWriter& writer, const GradientBlock& block, Reader reader) {
+[[gnu::noinline]] auto write_while_reading(RowWriter& writer, const GradientBlock& block,
+                                           Reader reader) {
   // Columns that complete a unit begun by the block before: reading runs that far ahead.
   const int64_t begun = writer.head > 0 ? writer.head : writer.pending > 0 ? kUnit : 0;
   const int64_t ahead = begun - writer.pending;
   if (ahead > 0) {
-    write_block<Out, kConstant>(
-        writer, {block.exponentials, ahead, block.factor, -1, 0.0f, false, block.constant});
+    write_block<Out, kConstant>(writer, {block.exponentials, ahead, block.factor, -1, 0.0f, false});
   }
   return reader.read([&](int64_t k) {
     const float* source = block.exponentials + ahead + k;
     if (k + kStep < kBlock) {
-      write_units<Out, kStream, kConstant>(writer, source, kStep, block.factor, block.constant);
+      write_units<Out, kStream, kConstant>(writer, source, kStep, block.factor);
     } else {
-      write_block<Out, kConstant>(
-          writer, {source, kStep - ahead, block.factor, -1, 0.0f, block.last, block.constant});
+      write_block<Out, kConstant>(writer,
+                                  {source, kStep - ahead, block.factor, -1, 0.0f, block.last});
     }
   });
 }

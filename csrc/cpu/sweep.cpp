@@ -117,10 +117,20 @@ class Sweep {
     float constant = 0.0f;
     float shift = 0.0f;
     int64_t row = 0;
-
-    // Whether its values are more than a factor and a constant make of exponentials.
-    bool is_unfinished(bool capped) const { return tilt != 0.0 || (capped && constant != 0.0f); }
   };
+
+  // Whether a row's values are more than a factor and a constant make of exponentials.
+  bool is_unfinished(const PendingRow& pending) const {
+    return kGeneral && (pending.tilt != 0.0 || (capped() && pending.constant != 0.0f));
+  }
+
+  bool capped() const { return transform_.softcap != 0.0f; }
+
+  RowWriter writer_of(const PendingRow& pending, int64_t column) const {
+    RowWriter writer = make_writer(*out_, pending.row, column, stream_);
+    if (!is_unfinished(pending)) writer.constant = pending.constant;
+    return writer;
+  }
 
   int64_t grain() const {
     return std::max<int64_t>(1, kGrainColumns / std::max<int64_t>(1, logits_.columns));
@@ -174,7 +184,7 @@ class Sweep {
     for_segments([&](int64_t k, int64_t first, int64_t last) {
       if (!has_pending[k]) return;
       PendingRow segment = pending[k];
-      segment.writer = make_writer(*out_, rows[k], first * kBlock, stream_);
+      segment.writer = writer_of(segment, first * kBlock);
       for (int64_t b = first; b < last; ++b) write(segment, scratches[k], b, b + 1 == last);
     });
   }
@@ -252,9 +262,9 @@ class Sweep {
       write_zeros(kernels_, *out_, row, stream_);
       return false;
     }
-    pending.writer = make_writer(*out_, row, 0, stream_);
-    pending.label_column = label.offset;
     pending.row = row;
+    pending.label_column = label.offset;
+    pending.writer = writer_of(pending, 0);
     return true;
   }
 
@@ -302,20 +312,18 @@ class Sweep {
                         static_cast<float>(weight * pending.factor),
                         pending.label_column - columns.first,
                         pending.label_value,
-                        last,
-                        pending.constant};
-    const bool capped = transform_.softcap != 0.0f;
-    if (kGeneral && pending.is_unfinished(capped)) {
+                        last};
+    if (is_unfinished(pending)) {
       // The logits are read again, before anything is written in their place.
       Block staged;
       staged.read(kernels_, {logits_, transform_}, pending.row, columns.first, columns.count,
                   block.label);
       kernels_.moments->finish_values[staged.type](
           staged.data, staged.padded,
-          {pending.shift, block.factor, static_cast<float>(weight * pending.tilt), block.constant},
-          capped ? staged.cap_slope : nullptr, exponentials);
+          {pending.shift, block.factor, static_cast<float>(weight * pending.tilt),
+           pending.constant},
+          capped() ? staged.cap_slope : nullptr, exponentials);
       block.factor = 1.0f;
-      block.constant = 0.0f;
     }
     return block;
   }

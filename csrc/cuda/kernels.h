@@ -14,38 +14,46 @@ namespace unilogit {
 
 // ---- a block -----------------------------------------------------------------------------------
 
-template <bool kRunnerUp>
-UNILOGIT_DEVICE Part merge_warp(Part part) {
+template <class Needs>
+UNILOGIT_DEVICE PartOf<Needs> merge_warp(PartOf<Needs> part, Needs needs) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    Part other = {__shfl_xor_sync(kAllLanes, part.max, distance),
-                  __shfl_xor_sync(kAllLanes, part.sum, distance)};
-    if (kRunnerUp) other.column = __shfl_xor_sync(kAllLanes, part.column, distance);
-    part = merge(part, other);
+    PartOf<Needs> other = part;
+    visit_fields(other, needs,
+                 [=](auto& field, int) { field = __shfl_xor_sync(kAllLanes, field, distance); });
+    part = merge(part, other, needs);
   }
   return part;
 }
 
 // Merges the parts of a block's threads in one fixed order; the result is valid in thread 0.
-template <bool kRunnerUp>
-UNILOGIT_DEVICE Part merge_block(Part part) {
-  __shared__ float max[kMostThreads / kWarp];
-  __shared__ float sum[kMostThreads / kWarp];
-  __shared__ int column[kRunnerUp ? kMostThreads / kWarp : 1];
+template <class Needs>
+UNILOGIT_DEVICE PartOf<Needs> merge_block(PartOf<Needs> part, Needs needs) {
+  constexpr int kWarps = kMostThreads / kWarp;
+  __shared__ float max[kWarps];
+  __shared__ float sum[kWarps];
+  __shared__ int column[Needs::kMayNeedColumn ? kWarps : 1];
+  __shared__ float moments[Needs::kIsGeneral ? kMoments : 1][kWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  part = merge_warp<kRunnerUp>(part);
+  part = merge_warp(part, needs);
   if (lane == 0) {
     max[warp] = part.max;
     sum[warp] = part.sum;
-    if (kRunnerUp) column[warp] = part.column;
+    if (needs.has(kNeedsRunnerUp)) column[warp] = part.column;
+    visit_moments(part, needs,
+                  [=](float& field, int row) { moments[row - kStateCount][warp] = field; });
   }
   __syncthreads();
   if (warp == 0) {
     const bool exists = lane < static_cast<int>(blockDim.x) / kWarp;
-    part = exists ? Part{max[lane], sum[lane]} : empty_part();
-    if (kRunnerUp && exists) part.column = column[lane];
-    part = merge_warp<kRunnerUp>(part);
+    part = exists ? PartOf<Needs>{max[lane], sum[lane]} : PartOf<Needs>{};
+    if (exists) {
+      if (needs.has(kNeedsRunnerUp)) part.column = column[lane];
+      visit_moments(part, needs,
+                    [=](float& field, int row) { field = moments[row - kStateCount][lane]; });
+    }
+    part = merge_warp(part, needs);
   }
   return part;
 }
@@ -59,78 +67,65 @@ UNILOGIT_DEVICE float target_of(const Matrix<Logits>& row, int label,
 
 // ---- statistics --------------------------------------------------------------------------------
 
-// Folds `v` columns into `state` (`[3, n]`). Where several blocks share a row they leave maximum
-// and sum in `parts` (`[2, n, gridDim.y]`) for merge_parts; a row of weight 0 is then not read.
-// With `kRunnerUp` both have one row more: the column of the maximum, as the bits of an int.
-template <class Logits, bool kCapped, bool kRunnerUp = false>
+// Folds `v` columns into `state`, of which only the rows that are needed are touched. Where several
+// blocks share a row they leave their parts in `parts` (`[planes, n, gridDim.y]`) for merge_parts;
+// a row of weight 0 is then not read.
+template <class Logits, bool kCapped, class Needs>
 UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
                             const float* row_weight, float* state, int64 state_stride, float* parts,
-                            int64 first_column, int v, const Transform<kCapped>& transform) {
+                            int64 first_column, int v, const Transform<kCapped>& transform,
+                            Needs needs) {
   const int64 row_index = blockIdx.x;
   const Team team = {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   const Matrix<Logits> row = logits.at_row(row_index);
   const int label = label_column(labels, row_index, first_column, v);
   const bool is_read = row_weight == nullptr || row_weight[row_index] != 0.0f;
-  Part part = empty_part();
+  PartOf<Needs> part;
   if (is_read) {
-    part = RestStatistics<Logits, kCapped, kRunnerUp>(row, v, label, transform).walk(part, team);
+    const RestStatistics<Logits, kCapped, Needs> rest(row, v, label, transform, needs);
+    part = rest.walk(part, team);
   }
-  part = merge_block<kRunnerUp>(part);
+  part = merge_block(part, needs);
   if (threadIdx.x != 0) return;
-  float* max = state + row_index;
-  float* sum = max + state_stride;
-  float* column = max + 3 * state_stride;
-  if (kRunnerUp && part.column != kNoColumn) part.column += static_cast<int>(first_column);
+  const RowState own(state, state_stride, row_index);
+  if (needs.has(kNeedsRunnerUp) && part.column != kNoColumn) {
+    part.column += static_cast<int>(first_column);
+  }
   if (parts == nullptr) {
-    Part so_far = {*max, *sum};
-    if (kRunnerUp) so_far.column = int_of_bits(*column);
-    part = spread_nan(merge(so_far, part));
-    *max = part.max;
-    *sum = part.sum;
-    if (kRunnerUp) *column = bits_of_int(part.column);
+    own.merge_in(part, needs);
   } else {
     const int64 index = row_index * team.parts + team.part;
     const int64 plane = static_cast<int64>(gridDim.x) * team.parts;
-    parts[index] = part.max;
-    parts[plane + index] = part.sum;
-    if (kRunnerUp) parts[2 * plane + index] = bits_of_int(part.column);
+    store_part(part, parts, plane, index, needs);
   }
   if (team.part == 0 && label >= 0 && is_read) {
-    max[2 * state_stride] = target_of(row, label, transform);
+    own.at(kStateTarget) = target_of(row, label, transform);
   }
 }
 
 // Merges the `count` parts of each row into `state`. With an objective, `values` receives f(d) and
 // `slopes` row_weight * f'(d), both 0 where the weight is.
-template <bool kRunnerUp = false>
+template <class Needs>
 UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* labels,
                                  const float* row_weight, float* state, int64 state_stride,
                                  float* values, float* slopes, int64 vocab_size,
-                                 const ObjectiveTerms& terms) {
+                                 const ObjectiveTerms& terms, Needs needs) {
   const int64 row_index = blockIdx.x;
-  const float* max = parts + row_index * count;
-  const float* sum = max + static_cast<int64>(gridDim.x) * count;
-  const float* column = sum + static_cast<int64>(gridDim.x) * count;
-  Part part = empty_part();
+  const int64 plane = static_cast<int64>(gridDim.x) * count;
+  parts += row_index * count;
+  PartOf<Needs> part;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
-    Part other = {max[i], sum[i]};
-    if (kRunnerUp) other.column = int_of_bits(column[i]);
-    part = merge(part, other);
+    part = merge(part, load_part(parts, plane, i, needs), needs);
   }
-  part = merge_block<kRunnerUp>(part);
+  part = merge_block(part, needs);
   if (threadIdx.x != 0) return;
-  state += row_index;
-  Part so_far = {state[0], state[state_stride]};
-  if (kRunnerUp) so_far.column = int_of_bits(state[3 * state_stride]);
-  part = spread_nan(merge(so_far, part));
-  state[0] = part.max;
-  state[state_stride] = part.sum;
-  if (kRunnerUp) state[3 * state_stride] = bits_of_int(part.column);
+  const RowState own(state, state_stride, row_index);
+  part = own.merge_in(part, needs);
   if (terms.objective == kNoObjective) return;
   const float weight = row_weight[row_index];
   const int64 label = labels[row_index];
   const bool label_exists = label >= 0 && label < vocab_size;
-  const float d = log_odds(part, state[2 * state_stride], label_exists);
+  const float d = log_odds(part, own.at(kStateTarget), label_exists);
   const RowResult result = evaluate_objective(terms, d);
   values[row_index] = weight == 0.0f ? 0.0f : result.value;
   slopes[row_index] = weight == 0.0f ? 0.0f : weight * result.slope;
@@ -138,33 +133,20 @@ UNILOGIT_DEVICE void merge_parts(const float* parts, int count, const int64* lab
 
 // ---- gradient rows -----------------------------------------------------------------------------
 
-// `slopes` is `[n]`; with `kRunnerUp` `[3, n]`, see row_state.row_slopes.
-template <class Logits, class Out, bool kCapped, bool kRunnerUp = false>
+// `slopes` has the rows that `Row` asks for, of n numbers each.
+template <class Row, class Logits, class Out, bool kCapped>
 UNILOGIT_DEVICE void gradient(const Matrix<Logits>& logits, const int64* labels, const float* state,
-                              int64 state_stride, const float* slopes, const Matrix<Out>& out,
-                              int64 first_column, int v, const Transform<kCapped>& transform,
-                              int64 slope_stride = 0) {
+                              int64 state_stride, const float* slopes, int64 slope_stride,
+                              const Matrix<Out>& out, int64 first_column, int v,
+                              const Transform<kCapped>& transform) {
   const int64 row_index = blockIdx.x;
   const Team team = {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   const Matrix<Logits> row = logits.at_row(row_index);
   const Matrix<Out> out_row = out.at_row(row_index);
   const int label = label_column(labels, row_index, first_column, v);
-  const Part rest = {state[row_index], state[row_index + state_stride]};
-  const GradientRow values = gradient_row(rest, slopes[row_index], transform.derivative);
-  if constexpr (kRunnerUp) {
-    const float at_label = slopes[row_index + slope_stride];
-    const float at_runner_up = slopes[row_index + 2 * slope_stride];
-    const int64 column = int_of_bits(state[row_index + 3 * state_stride]) - first_column;
-    RunnerUpRow both = {values, at_runner_up * transform.derivative,
-                        column >= 0 && column < v ? static_cast<int>(column) : -1};
-    both.size = fabsf(values.size) + fabsf(at_label) + fabsf(at_runner_up);
-    both.at_label = at_label * transform.derivative;
-    GradientWriter<Logits, Out, kCapped, RunnerUpRow>(row, out_row, v, label, transform)
-        .walk(both, team);
-  } else {
-    GradientWriter<Logits, Out, kCapped, GradientRow>(row, out_row, v, label, transform)
-        .walk(values, team);
-  }
+  const Row values = Row::of({state, state_stride, row_index, first_column, v},
+                             {slopes, slope_stride, row_index}, transform.derivative);
+  GradientWriter<Logits, Out, kCapped, Row>(row, out_row, v, label, transform).walk(values, team);
 }
 
 // Statistics, objective and gradient of whole rows in one pass: the second read comes from the
@@ -182,16 +164,16 @@ UNILOGIT_DEVICE void sweep(const Matrix<Logits>& logits, const int64* labels,
   GradientRow entries = {0.0f, 0.0f, 0.0f, 0.0f};
   float value = 0.0f;
   if (weight != 0.0f) {
-    Part part =
-        RestStatistics<Logits, kCapped, false>(row, v, label, transform).walk(empty_part(), team);
-    part = merge_block<false>(part);
+    const PlainNeeds needs;
+    const RestStatistics<Logits, kCapped, PlainNeeds> rest(row, v, label, transform, needs);
+    Part part = merge_block(rest.walk(empty_part(), team), needs);
     if (threadIdx.x == 0) {
       // The label's logit is read before the barrier: behind it others may overwrite the row.
       const float target = label >= 0 ? target_of(row, label, transform) : 0.0f;
       part = spread_nan(part);
       const RowResult result = evaluate_objective(terms, log_odds(part, target, label >= 0));
       value = result.value;
-      shared = gradient_row(part, weight * result.slope, transform.derivative);
+      shared = GradientRow::of(part, weight * result.slope, transform.derivative);
     }
     __syncthreads();
     entries = shared;
@@ -250,7 +232,7 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
       float softcap) {                                                                             \
     unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP>(                                         \
         {logits, row_stride, column_stride}, labels, row_weight, state, state_stride, parts,       \
-        first_column, v, {scale, softcap, 1.0f});                                                  \
+        first_column, v, {scale, softcap, 1.0f}, unilogit::PlainNeeds{});                          \
   }
 
 // The same with the runner-up.
@@ -259,30 +241,20 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
       unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, float* state, float* parts, \
       unilogit::int64 row_stride, unilogit::int64 column_stride, unilogit::int64 state_stride,     \
       unilogit::int64 first_column, int v, float scale, float softcap) {                           \
-    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP, true>(                                   \
+    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP>(                                         \
         {logits, row_stride, column_stride}, labels, nullptr, state, state_stride, parts,          \
-        first_column, v, {scale, softcap, 1.0f});                                                  \
+        first_column, v, {scale, softcap, 1.0f}, unilogit::RunnerUpNeeds{});                       \
   }
 
-#define RUNNER_UP_MERGE()                                                                          \
-  UNILOGIT_GLOBAL runner_up_merge(const float* parts, float* state, unilogit::int64 state_stride,  \
-                                  int count) {                                                     \
-    unilogit::merge_parts<true>(parts, count, nullptr, nullptr, state, state_stride, nullptr,      \
-                                nullptr, 0, {unilogit::kNoObjective, 0.0f, 0.0f, 0.0f});           \
-  }
-
-#define RUNNER_UP_GRADIENT(LOGITS, OUT, CAP)                                                       \
-  UNILOGIT_GLOBAL runner_up_gradient_##LOGITS##_##OUT##_##CAP(                                     \
-      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, const float* state,         \
-      const float* slopes, unilogit::OUT::Stored* out, unilogit::int64 row_stride,                 \
-      unilogit::int64 column_stride, unilogit::int64 out_row_stride,                               \
-      unilogit::int64 out_column_stride, unilogit::int64 state_stride,                             \
-      unilogit::int64 slope_stride, unilogit::int64 first_column, int v, float scale,              \
-      float softcap, float derivative) {                                                           \
-    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP, true>(                  \
-        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                  \
-        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative},   \
-        slope_stride);                                                                             \
+// The same with whatever a launch needs.
+#define GENERAL_UPDATE(LOGITS, CAP)                                                                \
+  UNILOGIT_GLOBAL general_update_##LOGITS##_##CAP(                                                 \
+      unilogit::LOGITS::Stored* logits, const unilogit::int64* labels, float* state, float* parts, \
+      unilogit::int64 row_stride, unilogit::int64 column_stride, unilogit::int64 state_stride,     \
+      unilogit::int64 first_column, int v, float scale, float softcap, int needs) {                \
+    unilogit::update<unilogit::LOGITS, UNILOGIT_IS_##CAP>(                                         \
+        {logits, row_stride, column_stride}, labels, nullptr, state, state_stride, parts,          \
+        first_column, v, {scale, softcap, 1.0f}, unilogit::LaunchNeeds{needs});                    \
   }
 
 #define MERGE_PARTS()                                                                              \
@@ -291,9 +263,25 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
                               unilogit::int64 state_stride, unilogit::int64 vocab_size, int count, \
                               int objective, float uniform_log_odds, float softplus_uniform,       \
                               float inverse_vocab) {                                               \
-    unilogit::merge_parts(parts, count, labels, row_weight, state, state_stride, values, slopes,   \
-                          vocab_size,                                                              \
-                          {objective, uniform_log_odds, softplus_uniform, inverse_vocab});         \
+    unilogit::merge_parts(                                                                         \
+        parts, count, labels, row_weight, state, state_stride, values, slopes, vocab_size,         \
+        {objective, uniform_log_odds, softplus_uniform, inverse_vocab}, unilogit::PlainNeeds{});   \
+  }
+
+#define RUNNER_UP_MERGE()                                                                          \
+  UNILOGIT_GLOBAL runner_up_merge(const float* parts, float* state, unilogit::int64 state_stride,  \
+                                  int count) {                                                     \
+    unilogit::merge_parts(parts, count, nullptr, nullptr, state, state_stride, nullptr, nullptr,   \
+                          0, {unilogit::kNoObjective, 0.0f, 0.0f, 0.0f},                           \
+                          unilogit::RunnerUpNeeds{});                                              \
+  }
+
+#define GENERAL_MERGE()                                                                            \
+  UNILOGIT_GLOBAL general_merge(const float* parts, float* state, unilogit::int64 state_stride,    \
+                                int count, int needs) {                                            \
+    unilogit::merge_parts(parts, count, nullptr, nullptr, state, state_stride, nullptr, nullptr,   \
+                          0, {unilogit::kNoObjective, 0.0f, 0.0f, 0.0f},                           \
+                          unilogit::LaunchNeeds{needs});                                           \
   }
 
 #define LOG_ODDS_GRADIENT(LOGITS, OUT, CAP)                                                        \
@@ -303,10 +291,31 @@ UNILOGIT_DEVICE void scale(typename T::Stored* values, const float* factor, int6
       unilogit::int64 column_stride, unilogit::int64 out_row_stride,                               \
       unilogit::int64 out_column_stride, unilogit::int64 state_stride,                             \
       unilogit::int64 first_column, int v, float scale, float softcap, float derivative) {         \
-    unilogit::gradient<unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>(                        \
-        {logits, row_stride, column_stride}, labels, state, state_stride, slopes,                  \
+    unilogit::gradient<unilogit::GradientRow, unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>( \
+        {logits, row_stride, column_stride}, labels, state, state_stride, slopes, 0,               \
         {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative});  \
   }
+
+// Of slopes that are several rows, one for each of them.
+#define UNILOGIT_SLOPES_GRADIENT(NAME, ROW, LOGITS, OUT, CAP)                                      \
+  UNILOGIT_GLOBAL NAME(unilogit::LOGITS::Stored* logits, const unilogit::int64* labels,            \
+                       const float* state, const float* slopes, unilogit::OUT::Stored* out,        \
+                       unilogit::int64 row_stride, unilogit::int64 column_stride,                  \
+                       unilogit::int64 out_row_stride, unilogit::int64 out_column_stride,          \
+                       unilogit::int64 state_stride, unilogit::int64 slope_stride,                 \
+                       unilogit::int64 first_column, int v, float scale, float softcap,            \
+                       float derivative) {                                                         \
+    unilogit::gradient<unilogit::ROW, unilogit::LOGITS, unilogit::OUT, UNILOGIT_IS_##CAP>(         \
+        {logits, row_stride, column_stride}, labels, state, state_stride, slopes, slope_stride,    \
+        {out, out_row_stride, out_column_stride}, first_column, v, {scale, softcap, derivative});  \
+  }
+
+#define RUNNER_UP_GRADIENT(LOGITS, OUT, CAP)                                                       \
+  UNILOGIT_SLOPES_GRADIENT(runner_up_gradient_##LOGITS##_##OUT##_##CAP, RunnerUpRow, LOGITS, OUT,  \
+                           CAP)
+
+#define GENERAL_GRADIENT(LOGITS, OUT, CAP)                                                         \
+  UNILOGIT_SLOPES_GRADIENT(general_gradient_##LOGITS##_##OUT##_##CAP, GeneralRow, LOGITS, OUT, CAP)
 
 #define LOG_ODDS_SWEEP(LOGITS, OUT, CAP)                                                           \
   UNILOGIT_GLOBAL log_odds_sweep_##LOGITS##_##OUT##_##CAP(                                         \

@@ -52,6 +52,12 @@ UNILOGIT_DEVICE uint32 bits_of_float(float value) {
 UNILOGIT_DEVICE int int_of_bits(float bits) { return static_cast<int>(bits_of_float(bits)); }
 UNILOGIT_DEVICE float bits_of_int(int value) { return float_of_bits(static_cast<uint32>(value)); }
 
+// Either as it lies there.
+UNILOGIT_DEVICE float word_of(float value) { return value; }
+UNILOGIT_DEVICE float word_of(int value) { return bits_of_int(value); }
+UNILOGIT_DEVICE void read_word(float& value, float word) { value = word; }
+UNILOGIT_DEVICE void read_word(int& value, float word) { value = int_of_bits(word); }
+
 UNILOGIT_DEVICE float infinity() { return float_of_bits(0x7f800000u); }
 UNILOGIT_DEVICE float not_a_number() { return float_of_bits(0x7fffffffu); }
 

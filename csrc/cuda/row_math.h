@@ -1,158 +1,10 @@
-// The maths of a row, shared by all kernels: what a logit becomes, the running statistics and their
-// one merge, the objectives. The twin of csrc/cpu/row_math.h and of the Triton
-// kernels' row_maths.py.
+// The maths of a row, shared by all kernels: its running statistics, the objectives, and entries of
+// gradient rows. The twin of csrc/cpu/row_math.h and of the Triton kernels' row_maths.py.
 #pragma once
 
-#include "platform.h"
+#include "row_parts.h"
 
 namespace unilogit {
-
-constexpr float kLog2E = 1.4426950408889634f;
-
-UNILOGIT_DEVICE float exponential(float t) { return power_of_two(t * kLog2E); }
-
-// ---- what a model does to its logits -----------------------------------------------------------
-
-// tanh(t) and its derivative 1 - tanh^2, neither of which cancels: below 5/8 an odd polynomial
-// (Cephes), above it 1 - w with w = 2 q / (1 + q), q = exp(-2|t|), and w (2 - w).
-struct Tanh {
-  float value;
-  float slope;
-};
-
-UNILOGIT_DEVICE Tanh hyperbolic_tangent(float t) {
-  const float magnitude = fabsf(t);
-  const float q = power_of_two(magnitude * (-2.0f * kLog2E));
-  const float w = quick_quotient(2.0f * q, 1.0f + q);
-  const float square = magnitude * magnitude;
-  float p = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
-  p = fmaf(p, square, -5.37397155531e-2f);
-  p = fmaf(p, square, 1.33314422036e-1f);
-  p = fmaf(p, square, -3.33332819422e-1f);
-  const float small = fmaf(p * square, magnitude, magnitude);
-  const bool is_small = magnitude < 0.625f;
-  const float value = is_small ? small : 1.0f - w;
-  const float slope = is_small ? 1.0f - small * small : w * (2.0f - w);
-  return {copysignf(value, t), slope};
-}
-
-// `z = scale * x`, or with a cap `z = softcap * tanh(scale * x)`, whose `scale` the host has
-// divided by the cap. The linear one is never carried out by itself: it is folded into the
-// subtraction of the maximum, which takes no instruction more than the subtraction alone.
-template <bool kCapped>
-struct Transform {
-  float scale;
-  float softcap;
-  float derivative;  // dz/dx but for the cap's slope: the undivided scale
-
-  // What a raw logit is kept as.
-  UNILOGIT_DEVICE float staged(float x) const {
-    return kCapped ? softcap * hyperbolic_tangent(x * scale).value : x;
-  }
-  // The same, and the slope of the cap.
-  UNILOGIT_DEVICE float staged(float x, float& cap_slope) const {
-    cap_slope = 1.0f;
-    if (!kCapped) return x;
-    const Tanh tanh = hyperbolic_tangent(x * scale);
-    cap_slope = tanh.slope;
-    return softcap * tanh.value;
-  }
-  // z - shift of a kept logit.
-  UNILOGIT_DEVICE float shifted(float kept, float shift) const {
-    return kCapped ? kept - shift : fmaf(kept, scale, -shift);
-  }
-  // z of a kept logit.
-  UNILOGIT_DEVICE float finished(float kept) const { return kCapped ? kept : kept * scale; }
-  // A kept logit whose z is -inf: no column.
-  UNILOGIT_DEVICE float absent() const {
-    return kCapped ? -infinity() : copysignf(infinity(), -scale);
-  }
-  // The largest z of kept logits; NaN is left out.
-  template <int kCount>
-  UNILOGIT_DEVICE float largest(const float (&kept)[kCount]) const {
-    float extreme = absent();
-    if (!kCapped && scale < 0.0f) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) extreme = fminf(extreme, kept[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) extreme = fmaxf(extreme, kept[i]);
-    }
-    return finished(extreme);
-  }
-};
-
-// ---- running statistics ------------------------------------------------------------------------
-
-// In a state, of a row that is -inf but for the label: `NO_COLUMN` of row_state.py.
-constexpr int kNoColumn = 0x7fffffff;
-
-// Of some columns without the label's: the largest z, and the sum of exp(z - max). The column of
-// the largest, of equal ones the lowest, is kept only by kernels with `kRunnerUp`; the others never
-// look at it, so that it costs them nothing.
-struct Part {
-  float max;
-  float sum;
-  int column = kNoColumn;
-};
-
-UNILOGIT_DEVICE Part empty_part() { return {-infinity(), 0.0f}; }
-
-// -inf minus -inf must not happen in a part that is still empty; +inf minus +inf gives NaN on
-// purpose: overflow is never laundered.
-UNILOGIT_DEVICE float shift_of(float max) { return max == -infinity() ? 0.0f : max; }
-
-// The one merge of parts of a row: threads, blocks, and the state of earlier columns. NaN spreads
-// through the sum, since a GPU's maximum drops it.
-UNILOGIT_DEVICE Part merge(Part a, Part b) {
-  const float max = fmaxf(a.max, b.max);
-  const float shift = shift_of(max);
-  const int lower = a.column < b.column ? a.column : b.column;
-  return {max, fmaf(a.sum, exponential(a.max - shift), b.sum * exponential(b.max - shift)),
-          a.max > b.max   ? a.column
-          : a.max < b.max ? b.column
-                          : lower};
-}
-
-// A part as others may see it: NaN in the sum is NaN in the maximum.
-UNILOGIT_DEVICE Part spread_nan(Part part) {
-  const bool nowhere = part.max == -infinity();
-  return {part.sum != part.sum ? not_a_number() : part.max, part.sum,
-          nowhere ? kNoColumn : part.column};
-}
-
-// Adds kept logits to a part. Short chains of additions are fast and keep the rounding small.
-template <bool kCapped, int kCount>
-UNILOGIT_DEVICE Part fold(Part part, const float (&kept)[kCount],
-                          const Transform<kCapped>& transform) {
-  constexpr int kChains = kCount < 4 ? kCount : 4;
-  const float max = fmaxf(part.max, transform.largest(kept));
-  const float shift = shift_of(max);
-  float chains[kChains];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float term = exponential(transform.shifted(kept[i], shift));
-    chains[i % kChains] = i < kChains ? term : chains[i % kChains] + term;
-  }
-#pragma unroll
-  for (int i = 1; i < kChains; ++i) chains[0] += chains[i];
-  return {max, fmaf(part.sum, exponential(part.max - shift), chains[0]), part.column};
-}
-
-// Where the largest of a part and of kept logits is; called before these are folded into it. Few
-// tiles have a new maximum: only then is it looked for column by column.
-template <bool kCapped, int kCount, class ColumnOf>
-UNILOGIT_DEVICE int fold_column(const Part& part, const float (&kept)[kCount],
-                                const Transform<kCapped>& transform, const ColumnOf& column_of) {
-  const float largest = transform.largest(kept);
-  if (largest < part.max) return part.column;
-  int lowest = largest == part.max ? part.column : kNoColumn;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (transform.finished(kept[i]) == largest && column_of(i) < lowest) lowest = column_of(i);
-  }
-  return lowest;
-}
 
 // ---- objectives --------------------------------------------------------------------------------
 
@@ -216,41 +68,111 @@ UNILOGIT_DEVICE RowResult evaluate_objective(const ObjectiveTerms& terms, float 
 
 // ---- gradient ----------------------------------------------------------------------------------
 
+// Rows of what a gradient kernel is given: a plain one has the first alone, which is the label's
+// slope too, and one with the runner-up three.
+enum SlopeRow : int {
+  kSlopeRest = 0,
+  kSlopeAtLabel = 1,
+  kSlopeAtRunnerUp = 2,
+  kSlopeTilt = 3,
+  kSlopeUniform = 4,
+};
+
+struct Slopes {
+  const float* data;
+  int64 stride;
+  int64 column;
+
+  UNILOGIT_DEVICE float at(SlopeRow row) const { return data[column + row * stride]; }
+};
+
+// A row's complete state, of which `v` columns are wanted.
+struct CompleteRow {
+  const float* state;
+  int64 stride;
+  int64 row;
+  int64 first_column;
+  int v;
+
+  UNILOGIT_DEVICE Part rest() const { return {state[row], state[row + stride]}; }
+  // Its column among these, or -1.
+  UNILOGIT_DEVICE int runner_up() const {
+    const int64 column = int_of_bits(state[row + kStateRunnerUp * stride]) - first_column;
+    return column >= 0 && column < v ? static_cast<int>(column) : -1;
+  }
+};
+
 // A gradient row, but for the cap's slope: `at_label` at the label, elsewhere
-// `coefficient * exp(z - max)`.
-//
-// With `kRunnerUp` the runner-up has an entry of its own too. A row of size 0 is exactly 0.
+// `coefficient * exp(s)` with s = z - max. A row of size 0 is exactly 0.
 struct GradientRow {
+  static constexpr bool kHasRunnerUp = false;
+  static constexpr bool kIsGeneral = false;
   float max;
   float coefficient;
   float at_label;
   float size;
+
+  UNILOGIT_DEVICE float entry(float s) const { return coefficient * exponential(s); }
+  // The column with an entry of its own beside the label's, -1 for none; and that entry.
+  UNILOGIT_DEVICE int column() const { return -1; }
+  UNILOGIT_DEVICE float entry_there() const { return 0.0f; }
+
+  static UNILOGIT_DEVICE GradientRow of(Part rest, float slope, float derivative) {
+    const float at_label = slope * derivative;
+    return {rest.max, -at_label / rest.sum, at_label, slope};
+  }
+  static UNILOGIT_DEVICE GradientRow of(const CompleteRow& state, const Slopes& slopes,
+                                        float derivative) {
+    return of(state.rest(), slopes.at(kSlopeRest), derivative);
+  }
 };
 
-// One with an entry of its own in the column `runner_up`, -1 for none.
+// One with an entry of its own in the column `runner_up`.
 struct RunnerUpRow : GradientRow {
+  static constexpr bool kHasRunnerUp = true;
   float at_runner_up;
   int runner_up;
+
+  UNILOGIT_DEVICE int column() const { return runner_up; }
+  UNILOGIT_DEVICE float entry_there() const { return at_runner_up; }
+
+  static UNILOGIT_DEVICE RunnerUpRow of(const CompleteRow& state, const Slopes& slopes,
+                                        float derivative) {
+    return of(GradientRow::of(state, slopes, derivative), state, slopes, derivative);
+  }
+  static UNILOGIT_DEVICE RunnerUpRow of(const GradientRow& elsewhere, const CompleteRow& state,
+                                        const Slopes& slopes, float derivative) {
+    const float at_label = slopes.at(kSlopeAtLabel), at_runner_up = slopes.at(kSlopeAtRunnerUp);
+    const int runner_up = state.runner_up();
+    RunnerUpRow row = {elsewhere, at_runner_up * derivative, runner_up};
+    row.size = fabsf(row.size) + fabsf(at_label) + fabsf(at_runner_up);
+    row.at_label = at_label * derivative;
+    return row;
+  }
 };
 
-// What both kinds of row answer, so that one writer serves them.
-template <class Row>
-struct RunnerUpOf {
-  static constexpr bool kExists = false;
-  static UNILOGIT_DEVICE int column(const Row&) { return -1; }
-  static UNILOGIT_DEVICE float entry(const Row&) { return 0.0f; }
-};
+// One whose entries elsewhere are `exp(s) (coefficient + tilt s) + uniform`.
+struct GeneralRow : RunnerUpRow {
+  static constexpr bool kIsGeneral = true;
+  float tilt;
+  float uniform;
 
-template <>
-struct RunnerUpOf<RunnerUpRow> {
-  static constexpr bool kExists = true;
-  static UNILOGIT_DEVICE int column(const RunnerUpRow& row) { return row.runner_up; }
-  static UNILOGIT_DEVICE float entry(const RunnerUpRow& row) { return row.at_runner_up; }
-};
+  UNILOGIT_DEVICE float entry(float s) const {
+    return fmaf(exponential(s), fmaf(tilt, bounded(s), coefficient), uniform);
+  }
 
-UNILOGIT_DEVICE GradientRow gradient_row(Part rest, float slope, float derivative) {
-  const float at_label = slope * derivative;
-  return {rest.max, -at_label / rest.sum, at_label, slope};
-}
+  static UNILOGIT_DEVICE GeneralRow of(const CompleteRow& state, const Slopes& slopes,
+                                       float derivative) {
+    const float tilt = slopes.at(kSlopeTilt), uniform = slopes.at(kSlopeUniform);
+    Part rest = state.rest();
+    rest.max = shift_of(rest.max);
+    rest.sum = rest.sum == 0.0f ? 1.0f : rest.sum;
+    const GradientRow elsewhere = GradientRow::of(rest, slopes.at(kSlopeRest), derivative);
+    GeneralRow row = {RunnerUpRow::of(elsewhere, state, slopes, derivative),
+                      -tilt * derivative / rest.sum, uniform * derivative};
+    row.size += fabsf(tilt) + fabsf(uniform);
+    return row;
+  }
+};
 
 }  // namespace unilogit

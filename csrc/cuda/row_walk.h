@@ -8,9 +8,14 @@
 
 namespace unilogit {
 
-// Bytes of logits that a thread has in flight. The tanh of a cap needs the registers of half.
+// Bytes of logits that a thread has in flight. The tanh of a cap needs the registers of half, and
+// so does a general gradient row.
 constexpr int kFlightBytes = 64;
-constexpr int kCappedFlightBytes = 32;
+constexpr int kFewerFlightBytes = 32;
+
+// Columns at a time for which a thread has the registers when it sums moments; for squares, which
+// need the exponentials a second time, it has those of half a tile.
+constexpr int kMomentColumns = 16;
 
 // ---- vectors -----------------------------------------------------------------------------------
 
@@ -141,66 +146,96 @@ UNILOGIT_DEVICE void load_singly(const typename T::Stored* from, float (&x)[kVec
 // ---- statistics --------------------------------------------------------------------------------
 
 // Folds this thread's share of a row into `part`, without the label's column.
-template <class Logits, bool kCapped, bool kRunnerUp>
+template <class Logits, bool kCapped, class Needs>
 class RestStatistics {
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Logits::Stored));
-  static constexpr int kVectors = (kCapped ? kCappedFlightBytes : kFlightBytes) / kAccessBytes;
+  static constexpr int kVectors = (kCapped ? kFewerFlightBytes : kFlightBytes) / kAccessBytes;
 
   UNILOGIT_DEVICE RestStatistics(const Matrix<Logits>& row, int v, int label,
-                                 const Transform<kCapped>& transform)
+                                 const Transform<kCapped>& transform, Needs needs)
       : row_(row),
         label_(label),
         transform_(transform),
+        needs_(needs),
         layout_(beyond_boundary<kVector>(row.data), v, row.column_stride != 1) {}
 
-  UNILOGIT_DEVICE Part walk(Part part, Team team) const {
+  UNILOGIT_DEVICE PartOf<Needs> walk(PartOf<Needs> part, Team team) const {
 #pragma unroll 1
     for (int tile = team.part; tile < layout_.tiles; tile += team.parts) {
-      part = add<kVectors>(part, layout_.tile_column(tile), layout_.vector_step());
+      part = add_tile(part, layout_.tile_column(tile), layout_.vector_step());
     }
 #pragma unroll 1
     for (int i = team.member(); i < layout_.tail_vectors; i += team.size()) {
-      part = add<1>(part, layout_.tail_column(i), 0);
+      part = add<1>(part, layout_.tail_column(i), 0, needs_);
     }
 #pragma unroll 1
     for (int i = team.member(); i < layout_.singles(); i += team.size()) {
       const int column = layout_.single_column(i);
       if (column == label_) continue;
       const float kept[1] = {transform_.staged(Logits::load(*row_.column(column)))};
-      if constexpr (kRunnerUp) {
-        part.column = fold_column(part, kept, transform_, [=](int) { return column; });
+      if constexpr (Needs::kMayNeedColumn) {
+        if (needs_.has(kNeedsRunnerUp)) {
+          part.column = fold_column(part, kept, transform_, [=](int) { return column; });
+        }
       }
-      part = fold<kCapped>(part, kept, transform_);
+      if constexpr (Needs::kIsGeneral) {
+        part = fold(part, kept, transform_, needs_, false, [](int) { return false; });
+      } else {
+        part = fold(part, kept, transform_);
+      }
     }
     return part;
   }
 
  private:
+  UNILOGIT_DEVICE PartOf<Needs> add_tile(PartOf<Needs> part, int first, int step) const {
+    if constexpr (Needs::kIsGeneral) {
+      constexpr int kHalf = kVectors / 2;
+      constexpr bool kIsLarge = kVectors * kVector > kMomentColumns;
+      if (!kIsLarge && !needs_.has(kNeedsVariance)) {
+        return add<kVectors>(part, first, step, needs_.without(kNeedsVariance));
+      }
+      part = add<kHalf>(part, first, step, needs_);
+      return add<kHalf>(part, first + kHalf * step, step, needs_);
+    } else {
+      return add<kVectors>(part, first, step, needs_);
+    }
+  }
+
   template <int kCount>
-  UNILOGIT_DEVICE Part add(Part part, int first, int step) const {
+  UNILOGIT_DEVICE PartOf<Needs> add(PartOf<Needs> part, int first, int step, Needs needs) const {
     float kept[kCount * kVector];
     load_columns<Logits, kCount, kVector>(row_.data + first, step, kept);
 #pragma unroll
     for (float& value : kept) value = transform_.staged(value);
     // One thread of the row meets the label once: only then is it looked for column by column.
     const int before = label_ - first;
-    if (before >= 0 && before < (kCount - 1) * step + kVector) {
+    const bool may_hold_it = before >= 0 && before < (kCount - 1) * step + kVector;
+    if (may_hold_it) {
 #pragma unroll
       for (int i = 0; i < kCount * kVector; ++i) {
         if (before == i / kVector * step + i % kVector) kept[i] = transform_.absent();
       }
     }
-    if constexpr (kRunnerUp) {
-      part.column = fold_column(part, kept, transform_,
-                                [=](int i) { return first + i / kVector * step + i % kVector; });
+    if constexpr (Needs::kMayNeedColumn) {
+      if (needs.has(kNeedsRunnerUp)) {
+        part.column = fold_column(part, kept, transform_,
+                                  [=](int i) { return first + i / kVector * step + i % kVector; });
+      }
     }
-    return fold<kCapped>(part, kept, transform_);
+    if constexpr (Needs::kIsGeneral) {
+      return fold(part, kept, transform_, needs, may_hold_it,
+                  [=](int i) { return before == i / kVector * step + i % kVector; });
+    } else {
+      return fold(part, kept, transform_);
+    }
   }
 
   const Matrix<Logits>& row_;
   int label_;
   const Transform<kCapped>& transform_;
+  Needs needs_;
   Layout<kVector, kVectors> layout_;
 };
 
@@ -210,11 +245,9 @@ class RestStatistics {
 // the start: what an earlier pass read last is still in the cache.
 template <class Logits, class Out, bool kCapped, class Row>
 class GradientWriter {
-  using RunnerUp = RunnerUpOf<Row>;
-
  public:
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(typename Out::Stored));
-  static constexpr int kVectors = (kCapped ? kCappedFlightBytes : kFlightBytes) /
+  static constexpr int kVectors = (kCapped || Row::kIsGeneral ? kFewerFlightBytes : kFlightBytes) /
                                   (kVector * static_cast<int>(sizeof(typename Logits::Stored)));
 
   UNILOGIT_DEVICE GradientWriter(const Matrix<Logits>& row, const Matrix<Out>& out, int v,
@@ -251,8 +284,8 @@ class GradientWriter {
         x[0] = Logits::load(*row_.column(column));
         if (column == label_) {
           x[0] = entry_of(gradient.at_label, label_);
-        } else if (RunnerUp::kExists && column == RunnerUp::column(gradient)) {
-          x[0] = entry_of(RunnerUp::entry(gradient), column);
+        } else if (Row::kHasRunnerUp && column == gradient.column()) {
+          x[0] = entry_of(gradient.entry_there(), column);
         } else {
           differentiate(gradient, x);
         }
@@ -276,7 +309,7 @@ class GradientWriter {
   UNILOGIT_DEVICE void write(const Row& gradient, int first, int step) const {
     float values[kCount * kVector] = {};
     float at_label = 0.0f, at_runner_up = 0.0f;
-    const int runner_up = RunnerUp::column(gradient);
+    const int runner_up = gradient.column();
     if constexpr (kReads) {
       if (kCount > 1 || whole_) {
         load_columns<Logits, kCount, kVector>(row_.data + first, step, values);
@@ -285,8 +318,8 @@ class GradientWriter {
       }
       // Read before it may be overwritten, by this thread.
       if (owns<kCount>(label_, first, step)) at_label = entry_of(gradient.at_label, label_);
-      if (RunnerUp::kExists && owns<kCount>(runner_up, first, step)) {
-        at_runner_up = entry_of(RunnerUp::entry(gradient), runner_up);
+      if (Row::kHasRunnerUp && owns<kCount>(runner_up, first, step)) {
+        at_runner_up = entry_of(gradient.entry_there(), runner_up);
       }
       differentiate(gradient, values);
     }
@@ -295,7 +328,7 @@ class GradientWriter {
       store_vector<Out>(out_.data + first + u * step, values + u * kVector);
     }
     if (kReads && owns<kCount>(label_, first, step)) out_.data[label_] = Out::store(at_label);
-    if (kReads && RunnerUp::kExists && owns<kCount>(runner_up, first, step)) {
+    if (kReads && Row::kHasRunnerUp && owns<kCount>(runner_up, first, step)) {
       out_.data[runner_up] = Out::store(at_runner_up);
     }
   }
@@ -324,8 +357,7 @@ class GradientWriter {
     for (float& entry : x) {
       float cap_slope;
       const float kept = transform_.staged(entry, cap_slope);
-      const float value =
-          gradient.coefficient * exponential(transform_.shifted(kept, gradient.max));
+      const float value = gradient.entry(transform_.shifted(kept, gradient.max));
       entry = kCapped ? value * cap_slope : value;
     }
   }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from unilogit_kernels.maths import pair_state, row_state, statistics
 from unilogit_kernels.objectives import REGISTRY
 
 CSRC = ROOT / "csrc"
+STATE_ROWS = ("ROW_MAX", "ROW_SUM", "TARGET", "RUNNER_UP", "COUNT", "LINEAR", "DOT", "SQUARE")
+SLOPE_ROWS = ("REST", "AT_LABEL", "AT_RUNNER_UP", "TILT", "UNIFORM")
 
 
 def enumerators(header: str, name: str) -> dict[str, int]:
@@ -61,7 +65,7 @@ def test_objectives(header: str, enum: str, prefix: str, known: frozenset[str]) 
     assert found == {spelled(name, prefix): ids.OBJECTIVE_IDS[name] for name in known}
 
 
-def test_needs() -> None:
+def test_needs_of_the_cpu_library() -> None:
     """The bits of `RowNeeds` by the names of its fields, in order."""
     fields = row_state.RowNeeds._fields
     assert enumerators("cpu/api.h", "UnilogitNeeds") == {
@@ -69,7 +73,7 @@ def test_needs() -> None:
     }
 
 
-def test_rows_of_states_and_slopes() -> None:
+def test_rows_of_the_cpu_library() -> None:
     """Enumerated from 0 on, in the order of Python's."""
     rows = r"enum {}Row {{ ([\w, ]*) }};"
     source = (CSRC / "cpu/log_odds.cpp").read_text()
@@ -94,6 +98,28 @@ def test_dtypes(header: str, enum: str, prefix: str) -> None:
     assert constants("cpu/api.h")["kTypes"] == len(ids.DTYPE_IDS)
 
 
+def test_needs() -> None:
+    assert enumerators("cuda/row_parts.h", "Need") == {
+        "kNeeds" + pascal_case(name): row_state.RowNeeds(**{name: True}).bits
+        for name in row_state.RowNeeds._fields
+    }
+
+
+@pytest.mark.parametrize(
+    ("header", "enum", "prefix", "module", "names"),
+    [
+        ("cuda/row_parts.h", "StateRow", "State", row_state, STATE_ROWS),
+        ("cuda/row_math.h", "SlopeRow", "Slope", statistics, SLOPE_ROWS),
+    ],
+)
+def test_rows(
+    header: str, enum: str, prefix: str, module: ModuleType, names: Sequence[str]
+) -> None:
+    assert enumerators(header, enum) == {
+        "k" + prefix + pascal_case(name): getattr(module, name) for name in names
+    }
+
+
 def test_statuses_of_the_cpu_library() -> None:
     assert enumerators("cpu/api.h", "UnilogitStatus") == {
         "kUnilogitOk": 0,
@@ -108,9 +134,9 @@ def test_statuses_of_the_cpu_library() -> None:
         ("cpu/api.h", "UNILOGIT_INTERFACE", library._INTERFACE),
         ("cpu/api.h", "kUnilogitStudentIsA", kernels._STUDENT_IDS["a"]),
         ("cpu/api.h", "kNoColumn", row_state.NO_COLUMN),
-        ("cuda/row_math.h", "kNoColumn", row_state.NO_COLUMN),
+        ("cuda/row_parts.h", "kNoColumn", row_state.NO_COLUMN),
         ("cuda/row_walk.h", "kFlightBytes", log_odds._FLIGHT_BYTES),
-        ("cuda/row_walk.h", "kCappedFlightBytes", log_odds._CAPPED_FLIGHT_BYTES),
+        ("cuda/row_walk.h", "kFewerFlightBytes", log_odds._FEWER_FLIGHT_BYTES),
         ("cuda/pair_math.h", "kPairFields", pair_state.B_SUM + 1),
         ("cpu/rows.h", "kStreamBytes", cpu_rows.STREAM_BYTES),
     ],

@@ -25,6 +25,13 @@ OPTIONS = {
 }
 """Of the run that is broken; one short step."""
 
+OPTIONAL = (
+    *("--stop-at-probability", "--train-layers", "--dtype", "--method", "--retain-loss"),
+    *("--label-smoothing", "--z-loss", "--dual-step-size", "--retain-loss-target"),
+    *("--dual-update", "--dual-warmup-epochs", "--method-parameter"),
+)
+"""Without a value in the run as it should be."""
+
 METHODS = {
     "npo": ("--beta",),
     "wga": ("--alpha",),
@@ -164,8 +171,7 @@ def in_settings(case: Case, rng: random.Random) -> None:
     """The value of an option."""
     method = rng.choice(list(METHODS))
     extra = METHODS[method]
-    optional = ("--stop-at-probability", "--train-layers", "--dtype", "--method", "--retain-loss")
-    name = rng.choice((*OPTIONS, *optional, *extra, *extra))
+    name = rng.choice((*OPTIONS, *OPTIONAL, *extra, *extra))
     if name in extra:
         case.options["--method"] = method
     case.options[name] = rng.choice(NUMBERS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 from typer.testing import CliRunner, Result
 
 from tests.support.tiny_models import (
@@ -22,8 +22,9 @@ from tests.support.tiny_models import (
     write_rows,
 )
 from unilogit_kernels import available_backends
-from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli import progress, unlearn
 from unilogit_kernels.cli.unlearn import app
+from unilogit_kernels.unlearning.run import Settings
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -80,13 +81,52 @@ def test_interrupt_and_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(unlearn._Bar, "on_step_end", interrupted)
+        patch.setattr(progress.Bar, "on_step_end", interrupted)
         result = run(f"{UNLEARN} --checkpoint-steps 1")
     assert result.exit_code == 130
     assert "--resume goes on" in result.output
     assert run(f"{UNLEARN} --checkpoint-steps 1").exit_code == 2
     assert run(f"{UNLEARN} --checkpoint-steps 1 --resume").exit_code == 0
     AutoModelForCausalLM.from_pretrained("out")
+
+
+def test_a_primal_dual_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it was started with, to the weights of one that was not interrupted."""
+
+    def interrupted(
+        self: object, args: object, state: TrainerState, *rest: object, **more: object
+    ) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    line = f"{UNLEARN} --method pdu --batch-size 2 --lr 1e-3 --checkpoint-steps 1 --epochs 3"
+    line += " --label-smoothing 0.1 --z-loss 1e-3 --dual-step-size 0.2 --retain-loss-target 1"
+    whole = run(line.replace("--output out", "--output whole"))
+    assert whole.exit_code == 0, whole.output
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Bar, "on_step_end", interrupted)
+        assert run(line).exit_code == 130
+    settings = json.loads(Path("out/unlearning.json").read_text())["settings"]
+    assert (settings["label_smoothing"], settings["z_loss"]) == (0.1, 1e-3)
+    assert (settings["dual_step_size"], settings["retain_loss_target"]) == (0.2, 1.0)
+    other = run(f"{line} --resume --dual-update epoch")
+    assert "started with other settings: dual_update (step -> epoch)" in other.stderr
+    result = run(f"{line} --resume")
+    assert result.exit_code == 0, result.output
+    assert "resuming from out/checkpoints/checkpoint-2" in result.output
+    assert Path("out/model.safetensors").read_bytes() == (
+        Path("whole/model.safetensors").read_bytes()
+    )
+
+
+def test_a_method_s_parameters_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr(unlearn, "_unlearn", lambda settings, resume: seen.append(settings))
+    line = f"{UNLEARN} --method cross_entropy --method-parameter entropy=-0.5"
+    assert run(f"{line} --method-parameter z_loss=1e-3").exit_code == 0
+    assert run(f"{UNLEARN} --method npo --beta 0.5").exit_code == 0
+    assert seen[0].method_parameters == {"entropy": -0.5, "z_loss": 1e-3}
+    assert seen[1].method_parameters == {"beta": 0.5}
 
 
 @pytest.mark.parametrize(

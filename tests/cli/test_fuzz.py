@@ -18,7 +18,7 @@ from tests.support.tiny_models import (
     one_thread,
     write_rows,
 )
-from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli import progress
 from unilogit_kernels.cli.unlearn import app
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -59,7 +59,7 @@ def started(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unlearn._Bar, "on_step_end", interrupted)
+        patch.setattr(progress.Bar, "on_step_end", interrupted)
         folder = tmp_path_factory.mktemp("started") / "inputs"
         case = make_case(base, folder, 0)
         shutil.rmtree(folder)

@@ -25,7 +25,7 @@ from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
-from unilogit_kernels.fused_linear.saved import SavedInGradient, SavedLogits
+from unilogit_kernels.fused_linear.saved import SavedBeside, SavedInGradient
 from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.objectives import CrossEntropy
@@ -142,9 +142,9 @@ def test_every_way_of_keeping(monkeypatch: pytest.MonkeyPatch, backend: str, pla
     m = int((problem.labels != -100).sum())
     plans = {
         "rows": [
-            Plan("vocabulary_chunks", tokens, 50, 20, kept, True, 5, 30)
+            Plan("vocabulary_chunks", tokens, 50, 20, kept, beside, True, 5, 30)
             for tokens in (m, 7)
-            for kept in (h, 10)
+            for kept, beside in ((h, 0), (10, 0), (14, 4), (m, m - 10))
         ],
         "logits": [Plan("vocabulary_chunks", tokens, 50, 20, 12) for tokens in (m, 7)],
         "tokens": [Plan("token_chunks", 7, v, 40)],
@@ -250,7 +250,7 @@ def test_kept_tiles_beyond_32_bits() -> None:
     assert place is not None
     assert place[0].shape == (96, 512)
     assert place[0].storage_offset() == (v - 512) * h + 4000 * 512 > 1 << 32
-    logits = SavedLogits([torch.empty(n * v, device="meta")], n)
+    logits = SavedBeside([torch.empty(n * v, device="meta")], n)
     place = logits.place(slice(n - 5, n), columns)
     assert place is not None
     assert place[0].shape == (5, 512)

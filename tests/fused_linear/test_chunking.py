@@ -16,6 +16,7 @@ from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     CHUNK_BYTES,
+    CHUNK_TOKENS,
     MIN_TILE_COLUMNS,
     ONLINE_COLUMNS,
     Plan,
@@ -178,17 +179,19 @@ def test_weight_gradient_error_does_not_grow_with_chunks(
 
 class TestPlan:
     def plan(
-        self, n: int, h: int, v: int, *, weight: bool, device: str = "cpu", skip_below: float = 0.0
+        self, n: int, h: int, v: int, *, weight: bool, device: str = "cpu", **options: Any
     ) -> Plan:
         dtypes = GemmDtypes.of(torch.bfloat16, device)
         needs = Needs(hidden=True, weight=weight, bias=False)
         shape = LinearShape(n, h, v, dtypes, torch.bfloat16, device, needs)
-        return plan_linear(shape, LinearOptions(skip_below=skip_below), passes=2)
+        return plan_linear(shape, LinearOptions(**options), passes=2)
 
     def test_frozen_weight_goes_by_tokens_within_the_budget(self) -> None:
-        plan = self.plan(1024, 1024, 131_072, weight=False, device="cuda")
-        assert plan.order == "token_chunks"
-        assert plan.tokens * plan.columns * 6 <= MEMORY_BUDGET["cuda"]
+        for n in (1024, 65_536):
+            plan = self.plan(n, 1024, 131_072, weight=False, device="cuda")
+            assert plan.order == "token_chunks"
+            assert plan.tokens <= CHUNK_TOKENS
+            assert plan.tile_columns == plan.columns
 
     def test_token_chunks_are_of_one_size(self) -> None:
         """A last chunk of a few tokens would read the weights as all others do."""
@@ -224,9 +227,22 @@ class TestPlan:
         assert plan.tokens * plan.columns * 2 <= CHUNK_BYTES["cpu"]
 
     def test_float32_logits_are_kept_as_finished_bfloat16_rows(self) -> None:
-        plan = self.plan(8192, 4096, 128_256, weight=True, device="cuda")
+        plan = self.plan(2048, 4096, 128_256, weight=True, device="cuda")
         assert plan.saves_rows
-        assert plan.saved_tokens == 4096
+        assert (plan.saved_tokens, plan.saved_beside) == (2048, 0)
+
+    def test_rows_wait_beside_the_gradient_too_where_its_sums_do_not_fit(self) -> None:
+        plan = self.plan(8192, 4096, 128_256, weight=True, device="cuda", memory_budget=1 << 30)
+        assert plan.saves_rows
+        assert plan.saved_inside == 4096
+        assert 2048 <= plan.saved_beside < 4096
+        assert plan.saved_beside % 64 == plan.row_tokens % 64 == 0
+
+    def test_on_a_gpu_many_tokens_add_up_in_few_launches(self) -> None:
+        for n in (8192, 65_536):
+            plan = self.plan(n, 4096, 128_256, weight=True, device="cuda")
+            assert plan.order == "token_chunks"
+            assert 1024 <= plan.tokens <= CHUNK_TOKENS
 
     def test_a_gradient_row_holds_whole_logits(self) -> None:
         """Float32 logits of a coupled loss, which finishes no rows, in 33 bfloat16 numbers."""
@@ -237,7 +253,7 @@ class TestPlan:
         assert self.plan(36, 33, 1000, weight=True, device="cpu").saved_tokens == 33
 
     def test_a_vocabulary_too_long_for_a_token_chunk(self) -> None:
-        plan = self.plan(4096, 64, 1 << 23, weight=False, device="cuda")
+        plan = self.plan(4096, 64, 1 << 23, weight=False, device="cuda", memory_budget=256 << 20)
         assert plan.order == "vocabulary_chunks"
 
     def test_many_tokens_are_cut_too(self) -> None:

@@ -62,7 +62,7 @@ def test_any_cut_is_within_the_budget(
     ]
     # Finished rows of all that fit, and of some; tiles narrower than chunks.
     plans += [
-        Plan("vocabulary_chunks", tokens, 50, 20, kept, True, 5, 30)
+        Plan("vocabulary_chunks", tokens, 50, 20, kept, 0, True, 5, 30)
         for tokens in (active, 7)
         for kept in (min(active, most_kept), min(4, most_kept))
     ]
@@ -133,12 +133,18 @@ def test_any_budget_and_logits_dtype(
 
 
 def counted_gemms(
-    n: int, *, ref_h: int = H, train_weight: bool = True, weights: Any = None, **options: Any
+    n: int,
+    *,
+    v: int = V,
+    ref_h: int = H,
+    train_weight: bool = True,
+    weights: Any = None,
+    **options: Any,
 ) -> float:
-    """Matrix products of a call and its backward, in units of 2 n H V."""
+    """Matrix products of a call and its backward, in units of 2 n H v."""
     hidden = torch.randn(n, H, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(V, H, dtype=torch.bfloat16, requires_grad=train_weight)
-    ref_hidden, ref_weight = torch.randn(n, ref_h), torch.randn(V, ref_h)
+    weight = torch.randn(v, H, dtype=torch.bfloat16, requires_grad=train_weight)
+    ref_hidden, ref_weight = torch.randn(n, ref_h), torch.randn(v, ref_h)
     with GemmCounter() as counter:
         linear_kl_loss(
             hidden,
@@ -148,7 +154,7 @@ def counted_gemms(
             token_weights=weights,
             **options,
         ).sum().backward()
-    return float(counter.flops / (2 * n * H * V))
+    return float(counter.flops / (2 * n * H * v))
 
 
 @pytest.mark.parametrize("n", [H // 2, H])
@@ -164,11 +170,8 @@ def test_a_budget_that_holds_the_sums_needs_none_either(backend: str) -> None:
         counted_gemms(4 * H, backend=backend, options=LinearOptions(memory_budget=1 << 30)) == 4.0
     )
     # Without, tokens beyond those that are kept are projected twice by both heads.
-    assert (
-        5.0
-        < counted_gemms(4 * H, backend=backend, options=LinearOptions(memory_budget=1 << 20))
-        < 6.0
-    )
+    small = LinearOptions(memory_budget=1 << 20)
+    assert 5.0 < counted_gemms(4 * H, v=6 * V, backend=backend, options=small) < 6.0
 
 
 def test_kept_logits_spare_projections_of_a_backward_of_its_own(backend: str) -> None:

@@ -21,7 +21,7 @@ from unilogit_kernels import (
 from unilogit_kernels.fused_linear import compaction
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan, plan_linear
-from unilogit_kernels.fused_linear.saved import SavedLogits
+from unilogit_kernels.fused_linear.saved import SavedBeside
 from unilogit_kernels.testing import (
     AllocationGuard,
     assert_sum_within_budget,
@@ -108,7 +108,7 @@ class TestKeptLogits:
             inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
             with pytest.MonkeyPatch.context() as patch:
                 if not keep:
-                    patch.setattr(SavedLogits, "place", lambda *_: None)
+                    patch.setattr(SavedBeside, "place", lambda *_: None)
                 hidden_, weight_ = inputs
                 d = linear_target_log_odds(
                     hidden_,

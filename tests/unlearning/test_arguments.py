@@ -48,7 +48,7 @@ WORKING = {
     "several processes": "accelerator_config parallelism_config ddp_find_unused_parameters "
     "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
     "fsdp_config deepspeed local_rank",
-    "of this package": "per_device_eval_batch_size remove_unused_columns",
+    "of this package": "per_device_eval_batch_size remove_unused_columns label_smoothing_factor",
     "read by scripts alone, as Hugging Face says": "do_train do_eval do_predict "
     "resume_from_checkpoint",
 }
@@ -69,7 +69,6 @@ def test_every_option_is_handed_on_or_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor would have no effect.*method"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy would.*data_seed"),
         ({"eval_strategy": "steps"}, "eval_strategy would have no effect.*evaluate_rows"),
         ({"eval_on_start": True}, "eval_on_start would have no effect.*`unilogit evaluate`"),
@@ -80,6 +79,24 @@ def test_every_option_is_handed_on_or_refused() -> None:
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),
         ({"forget_weight": float("nan")}, "forget_weight must be a finite number, got nan"),
         ({"probability_steps": 0}, "probability_steps must be at least 1, got 0"),
+        ({"label_smoothing_factor": 1.1}, "label_smoothing_factor must be at most 1, got 1.1"),
+        ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
+        *(
+            ({name: 0.1, "retain_loss": "kl"}, f"^{name} would have no effect with retain_loss")
+            for name in ("label_smoothing_factor", "z_loss")
+        ),
+        *(
+            ({name: value}, f"^{name} would have no effect without dual_step_size, got {value!r}")
+            for name, value in (
+                ("retain_loss_target", 0.5),
+                ("dual_warmup_epochs", 1),
+                ("dual_update", "epoch"),
+            )
+        ),
+        ({"dual_step_size": 1.0, "dual_update": "batch"}, "one of step, epoch, got 'batch'"),
+        ({"dual_step_size": -1.0}, "dual_step_size must be at least 0"),
+        ({"dual_step_size": 1.0, "dual_warmup_epochs": 1}, "^dual_step_size would have no effect"),
+        ({"dual_step_size": 1.0, "dual_update": "epoch"}, "after the 1 epochs of this run"),
     ],
 )
 def test_arguments_without_effect_are_refused(
@@ -90,10 +107,15 @@ def test_arguments_without_effect_are_refused(
 
 
 def test_arguments_that_are_set_later_are_checked_too(tmp_path: Path) -> None:
-    args = arguments(tmp_path)
-    args.label_smoothing_factor = 0.1
-    with pytest.raises(ValueError, match="label_smoothing_factor would have no effect"):
-        make_trainer(make_model(), args)
+    for name, value, message in (
+        ("eval_on_start", True, "eval_on_start would have no effect"),
+        ("label_smoothing_factor", 2.0, "label_smoothing_factor must be at most 1, got 2.0"),
+        ("dual_warmup_epochs", 3, "dual_warmup_epochs would have no effect"),
+    ):
+        args = arguments(tmp_path)
+        setattr(args, name, value)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(make_model(), args)
     args = arguments(tmp_path, per_device_train_batch_size=4, dataloader_drop_last=True)
     with pytest.raises(ValueError, match="would drop all of the 3 forget rows"):
         make_trainer(make_model(), args)
@@ -117,6 +139,11 @@ def test_options_without_effect_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         make_trainer(make_model(), arguments(tmp_path), **{option: lambda *_: None})
+
+
+def test_hugging_face_smooths_nothing(tmp_path: Path) -> None:
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    assert make_trainer(make_model(), args).label_smoother is None
 
 
 def test_evaluation_says_what_to_call(tmp_path: Path) -> None:

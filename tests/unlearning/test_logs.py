@@ -21,10 +21,14 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 def losses(trainer: UnlearningTrainer) -> list[tuple[float, ...]]:
     """The loss and its two parts at each log, which must go together."""
     names = ("loss", "forget_loss", "retain_loss")
-    rows = [tuple(log[n] for n in names) for log in trainer.state.log_history if "loss" in log]
-    for loss, forget, retain in rows:
-        together = trainer.args.forget_weight * forget + trainer.args.retain_weight * retain
-        assert loss == pytest.approx(together, rel=1e-5)
+    rows = []
+    for log in trainer.state.log_history:
+        if "loss" in log:
+            loss, forget, retain = row = tuple(log[name] for name in names)
+            weight = log.get("retain_weight", trainer.args.retain_weight)
+            together = trainer.args.forget_weight * forget + weight * retain
+            assert loss == pytest.approx(together, rel=1e-5)
+            rows.append(row)
     return rows
 
 
@@ -61,12 +65,14 @@ TWO = {
     "learning_rate": 1e-2,
     "per_device_train_batch_size": 1,
     "method": "npo",
+    "dual_step_size": 0.25,
+    "retain_loss_target": 1.0,
     "stop_at_probability": 1e-9,
     "probability_steps": 2,
     "use_cpu": True,
 }
 ROWS = [*FORGET, {"prompt": "who 3?", "completion": " dee and more"}]
-NAMES = ("loss", "forget_loss", "retain_loss", "forget_probability", "grad_norm")
+NAMES = ("loss", "forget_loss", "retain_loss", "retain_weight", "forget_probability", "grad_norm")
 
 
 def _worker(rank: int, folder: str, expected: dict[str, list[float]]) -> None:
@@ -81,6 +87,9 @@ def _worker(rank: int, folder: str, expected: dict[str, list[float]]) -> None:
     trainer.train()
     for name, values in expected.items():
         assert logged(trainer, name) == pytest.approx(values, rel=1e-4), name
+    weights: list[Any] = [None, None]
+    dist.all_gather_object(weights, logged(trainer, "retain_weight"))
+    assert weights[0] == weights[1]
     dist.barrier()
     # Nothing is torn down: torch 2.13 may wait for ever there, when DDP's reducer, holding the
     # interpreter's lock, joins gloo's thread, which waits for that lock.

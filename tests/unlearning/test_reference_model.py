@@ -202,7 +202,21 @@ def cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student, labels)
 
 
+def smoothed_cross_entropy(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return literal_losses.cross_entropy(0.3, 0.05)(student, labels)
+
+
 TRAINED = {
+    "undial, smoothed": (
+        undial,
+        smoothed_cross_entropy,
+        {
+            "method": "undial",
+            "method_parameters": {"gamma": 3.0},
+            "label_smoothing_factor": 0.3,
+            "z_loss": 0.05,
+        },
+    ),
     "undial": (undial, cross_entropy, {"method": "undial", "method_parameters": {"gamma": 3.0}}),
     "kl minimisation": (
         gradient_ascent,

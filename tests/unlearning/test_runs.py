@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 import warnings
@@ -30,10 +31,16 @@ from tests.support.tiny_models import (
 )
 from tests.unlearning.test_trainer import InterruptAt, settings
 from tests.unlearning.tiny_trainer import arguments
-from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli import progress, unlearn
 from unilogit_kernels.unlearning import run as run_module
 from unilogit_kernels.unlearning.record import newest_checkpoint
-from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
+from unilogit_kernels.unlearning.run import (
+    RunError,
+    Settings,
+    execute,
+    prepare,
+    training_arguments,
+)
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["run", "settings"]
@@ -103,6 +110,23 @@ def test_nothing_is_trained_that_saving_would_lose(tmp_path: Path) -> None:
         ("--seed 4294967296", "seed must be at most 4294967295"),
         ("--warmup-steps -1", "warmup_steps must be at least 0"),
         ("--stop-at-probability nan", "stop_at_probability must be a finite number"),
+        ("--label-smoothing 1.5", "label_smoothing must be at most 1, got 1.5"),
+        ("--z-loss -1", "z_loss must be at least 0, got -1.0"),
+        ("--z-loss 0.1 --retain-loss kl", "z_loss would have no effect with retain_loss 'kl'"),
+        ("--label-smoothing 0.1 --retain-loss kl", "error: label_smoothing would have no effect"),
+        ("--dual-step-size nan", "dual_step_size must be a finite number"),
+        ("--dual-update epoch", "dual_update would have no effect without dual_step_size"),
+        ("--dual-step-size 1 --dual-update all", "dual_update must be one of step, epoch"),
+        ("--dual-step-size 1 --dual-warmup-epochs 5", "dual_step_size would have no effect"),
+        ("--method-parameter alpha", "--method-parameter takes NAME=NUMBER, got 'alpha'"),
+        ("--method-parameter alpha=x", "--method-parameter takes NAME=NUMBER, got 'alpha=x'"),
+        ("--method npo --beta 1 --method-parameter beta=2", "beta is given twice"),
+        ("--method-parameter beta=2", "method 'unilogit' has no parameter 'beta'"),
+        ("--method entropy --method-parameter weight=nan", "weight of method 'entropy' must be a"),
+        (
+            "--method cross_entropy --method-parameter label_smoothing=-1",
+            "label_smoothing of method 'cross_entropy' must be at least 0",
+        ),
     ],
 )
 def test_numbers_out_of_range(run: Run, options: str, message: str) -> None:
@@ -124,6 +148,26 @@ def test_the_trainer_has_the_same_ranges(tmp_path: Path, options: dict[str, Any]
         arguments(tmp_path, **options)
 
 
+def test_every_setting_is_an_option() -> None:
+    options = set(inspect.signature(unlearn.unlearn).parameters)
+    known_by_others = {"learning_rate", "template_arguments", "method_parameters"}
+    assert {field.name for field in dataclasses.fields(Settings)} - known_by_others <= options
+
+
+def test_settings_of_the_retain_loss_reach_the_trainer(settings: Settings) -> None:
+    given: dict[str, Any] = {
+        "z_loss": 0.2,
+        "dual_step_size": 0.3,
+        "retain_loss_target": 0.4,
+        "dual_update": "epoch",
+        "dual_warmup_epochs": 2,
+    }
+    settings = dataclasses.replace(settings, label_smoothing=0.1, **given)
+    arguments = training_arguments(settings, settings.output)
+    assert {name: getattr(arguments, name) for name in given} == given
+    assert arguments.label_smoothing_factor == 0.1
+
+
 def test_autocast_and_recomputation_on_a_cpu(run: Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -138,7 +182,7 @@ def test_a_run_ends_at_the_first_loss_that_is_not_finite(
         if state.global_step == 2:
             next(model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(unlearn._Bar, "on_step_begin", poison)
+    monkeypatch.setattr(progress.Bar, "on_step_begin", poison)
     result = run(f"{UNLEARN} --checkpoint-steps 1")
     assert result.exit_code == 1
     assert "at step 3, so the run ends, and out/checkpoints/checkpoint-2 is kept" in result.stderr

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
@@ -24,7 +23,7 @@ from tests.support.tiny_models import (
     save_model,
     write_rows,
 )
-from tests.unlearning.tiny_trainer import REFUSALS, arguments, make_trainer
+from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged, make_trainer
 from unilogit_kernels.testing import assert_tensors_within_budget, assert_within_budget
 from unilogit_kernels.unlearning.data import PairSampler, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
@@ -36,13 +35,21 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 def literal_forget(
-    method: str, start: PreTrainedModel, read: Callable[..., tuple[Tensor, Tensor]]
+    method: str,
+    parameters: dict[str, float],
+    start: PreTrainedModel,
+    read: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """The forget loss over the whole set; `read(model, rows)` gives shifted logits and labels."""
     z, y = read(None, FORGET)
     with torch.no_grad():
         start_z, _ = read(start, FORGET)
     counted = y != -100
+    if method == "cross_entropy":
+        smoothing, square, entropy = (
+            parameters.get(name, 0.0) for name in ("label_smoothing", "z_loss", "entropy")
+        )
+        return literal.cross_entropy(smoothing, square, entropy)(z[counted], y[counted]).mean()
     if method in literal.TOKEN:
         return literal.TOKEN[method](z[counted], y[counted]).mean()
     if method == "tnpo":
@@ -50,7 +57,7 @@ def literal_forget(
         return literal.tnpo(reference, 0.1, 0.0)(z[counted], y[counted]).mean()
     if method == "npo":
         starts = literal.sequence_log_p(start_z, y)
-        return literal.npo(literal.sequence_log_p(z, y), starts, beta=0.5).mean()
+        return literal.npo(literal.sequence_log_p(z, y), starts, **parameters).mean()
     if method == "simnpo":
         return literal.simnpo(literal.sequence_log_p(z, y), counted.sum(-1), 1.0, 0.0).mean()
     other_z, other_y = read(None, REFUSALS)
@@ -90,8 +97,10 @@ def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) 
         return output.logits[:, :-1], batch["labels"][:, 1:]
 
     logits, labels = logits_and_labels(None, [RETAIN[r] for _, rows in pairs for r in rows])
-    keep = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    drop = literal_forget(args.method, start, logits_and_labels)
+    counted = labels != -100
+    retain_loss = literal.cross_entropy(args.label_smoothing_factor, args.z_loss)
+    keep = retain_loss(logits[counted], labels[counted]).mean()
+    drop = literal_forget(args.method, args.method_parameters, start, logits_and_labels)
     loss = args.forget_weight * drop + args.retain_weight * keep
     loss.backward()
     with torch.no_grad():
@@ -102,18 +111,24 @@ def literal_step(model: PreTrainedModel, trainer: UnlearningTrainer, lr: float) 
 
 
 METHODS = [name for name in sorted(literal.TOKEN) if name != "unilogit"]
-METHODS += ["tnpo", "npo", "simnpo", "idk_dpo", "flat"]
+METHODS += ["tnpo", "simnpo", "idk_dpo", "flat"]
+SMOOTHED = {"label_smoothing_factor": 0.3, "z_loss": 0.05}
+PARAMETERS = {"label_smoothing": 0.2, "z_loss": 0.03, "entropy": -0.4}
 
 
 @pytest.mark.parametrize(
-    ("method", "batches", "retain_per_forget"),
+    ("method", "batches", "retain_per_forget", "options"),
     [
-        *(("unilogit", batches, each) for batches in (1, 2, 3) for each in (1, 2)),
-        *((method, 2, 1) for method in METHODS),
+        *(("unilogit", batches, each, {}) for batches in (1, 2, 3) for each in (1, 2)),
+        *((method, 2, 1, {}) for method in METHODS),
+        # From one call of the lm_head, and from two.
+        *((method, 2, 1, SMOOTHED) for method in ("unilogit", "idk_dpo")),
+        ("cross_entropy", 2, 1, {"method_parameters": PARAMETERS, **SMOOTHED}),
+        ("npo", 2, 1, {"method_parameters": {"beta": 0.5}}),
     ],
 )
 def test_a_step_is_the_literal_step(
-    tmp_path: Path, method: str, batches: int, retain_per_forget: int
+    tmp_path: Path, method: str, batches: int, retain_per_forget: int, options: dict[str, Any]
 ) -> None:
     """Also with gradient accumulation, where batches hold unequal numbers of tokens."""
     lr, model = 0.5, make_model()
@@ -126,7 +141,7 @@ def test_a_step_is_the_literal_step(
             gradient_accumulation_steps=batches,
             retain_per_forget=retain_per_forget,
             method=method,
-            method_parameters={"beta": 0.5} if method == "npo" else {},
+            **options,
             forget_weight=0.7,
             retain_weight=1.3,
             learning_rate=lr,
@@ -146,6 +161,43 @@ def test_a_step_is_the_literal_step(
     for name, value in found.items():
         assert not torch.equal(value, start[name]), f"{name} did not move"
     assert_tensors_within_budget(found, expected, by_torch)
+
+
+def entropy_and_spread(model: PreTrainedModel) -> tuple[float, float]:
+    """Means over the forget tokens: of the entropy, and of the largest logit less the mean one."""
+    batch = collate(encoded(FORGET), 0)
+    with torch.no_grad():
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits = output.logits[:, :-1][batch["labels"][:, 1:] != -100]
+    spread = logits.amax(-1) - logits.mean(-1)
+    return float(literal.entropy(logits).mean()), float(spread.mean())
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "flatter"),
+    [
+        ("max_entropy", {}, True),
+        ("pdu", {}, True),
+        ("entropy", {}, True),
+        ("entropy", {"weight": 1.0}, False),
+    ],
+)
+def test_what_flattens_the_forget_rows(
+    tmp_path: Path, method: str, parameters: dict[str, float], flatter: bool
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # A new model is flat already.
+    before = entropy_and_spread(model)
+    options = {"num_train_epochs": 8, "learning_rate": 3e-3, "forget_weight": 1.0}
+    args = arguments(tmp_path, method=method, method_parameters=parameters, **options)
+    trainer = make_trainer(model, args)
+    trainer.train()
+    after = entropy_and_spread(model)
+    assert (after[0] > before[0]) == (after[1] < before[1]) == flatter
+    for name in ("forget_loss", "retain_loss"):
+        losses = logged(trainer, name)
+        assert losses[-1] < losses[0], name
 
 
 def test_training_stops_at_the_probability(tmp_path: Path) -> None:

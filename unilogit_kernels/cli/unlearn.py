@@ -9,16 +9,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from unilogit_kernels.cli.doctor import main as diagnose
+from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
 from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.errors import (
@@ -49,6 +47,7 @@ _DEBUG = "UNILOGIT_DEBUG"
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 """What typer reports itself: click's ClickException, or typer's own copy of it."""
 _METHOD_PARAMETERS = ("alpha", "beta", "beta1", "beta2", "gamma", "delta")
+"""Those with an option of their own; `--method-parameter` takes every one."""
 
 
 @contextmanager
@@ -125,6 +124,10 @@ def unlearn(
     beta2: Annotated[float | None, typer.Option(help="Parameter of satimp.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Parameter of undial, self_undial.")] = None,
     delta: Annotated[float | None, typer.Option(help="Parameter of simnpo.")] = None,
+    method_parameter: Annotated[
+        list[str] | None,
+        typer.Option(help="Any parameter of the method, as NAME=NUMBER; may be repeated."),
+    ] = None,
     refusals: Annotated[
         Path | None,
         typer.Option(help="Answers to give instead, one a line, for idk_dpo, dpo and flat."),
@@ -154,6 +157,24 @@ def unlearn(
     retain_weight: Annotated[
         float, typer.Option(help="Factor of the retain rows' loss.")
     ] = Settings.retain_weight,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Of the retain rows' cross-entropy, from 0 to 1.")
+    ] = Settings.label_smoothing,
+    z_loss: Annotated[
+        float, typer.Option(help="Weight of the squared logsumexp in the retain rows' loss.")
+    ] = Settings.z_loss,
+    dual_step_size: Annotated[
+        float, typer.Option(help="Of a retain weight that follows the retain loss, as in PDU.")
+    ] = Settings.dual_step_size,
+    retain_loss_target: Annotated[
+        float, typer.Option(help="Retain loss at which such a weight stays as it is.")
+    ] = Settings.retain_loss_target,
+    dual_update: Annotated[
+        str, typer.Option(help="When such a weight is updated: step or epoch.")
+    ] = Settings.dual_update,
+    dual_warmup_epochs: Annotated[
+        int, typer.Option(help="Epochs before such a weight is updated.")
+    ] = Settings.dual_warmup_epochs,
     stop_at_probability: Annotated[
         float | None,
         typer.Option(help="Stop once the mean probability of a forget token is this low."),
@@ -191,21 +212,38 @@ def unlearn(
 ) -> None:
     """Make a model forget some rows and keep the others."""
     given = dict(locals())
-    numbers = {name: given.pop(name) for name in _METHOD_PARAMETERS}
+    options = {name: given.pop(name) for name in _METHOD_PARAMETERS}
     with reporting_errors():
         arguments = parse_template_arguments(given.pop("template_arg") or [])
+        parameters = _parameters(options, given.pop("method_parameter") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
         template_arguments=arguments,
-        method_parameters={name: value for name, value in numbers.items() if value is not None},
+        method_parameters=parameters,
     )
     with reporting_errors():
         _unlearn(settings, resume)
 
 
+def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str, float]:
+    """A method's, from the options that some of them have, and from `NAME=NUMBER`."""
+    found = {name: value for name, value in options.items() if value is not None}
+    for item in given:
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise RunError(f"--method-parameter takes NAME=NUMBER, got {item!r}")
+        if name in found:
+            raise RunError(f"--method-parameter {item!r}: {name} is given twice")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise RunError(f"--method-parameter takes NAME=NUMBER, got {item!r}") from None
+    return found
+
+
 def _unlearn(settings: Settings, resume: bool) -> None:
-    _quiet()
+    quieten_libraries()
     prepared = prepare(settings, resume=resume, note=_note)
     for name, count in prepared.truncated().items():
         if count:
@@ -220,8 +258,8 @@ def _unlearn(settings: Settings, resume: bool) -> None:
     elif resume:
         _say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
-        with _progress() as progress:
-            done = execute(prepared, [_Bar(progress)])
+        with progress_bar() as progress:
+            done = execute(prepared, [Bar(progress)])
     except KeyboardInterrupt:
         _say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
@@ -261,7 +299,7 @@ def evaluate(
             check_numbers({"batch_size": batch_size, "max_length": max_length})
         if json_file is not None:
             check_writable(json_file, folder=False, option="--json")
-        _quiet()
+        quieten_libraries()
         sets = _read_sets(data)
         stops = [text.replace("\\n", "\n") for text in stop or []]
         if "" in stops:
@@ -320,53 +358,3 @@ def doctor(
     with reporting_errors():
         check_alone("doctor")
         diagnose(arguments or [])
-
-
-def _quiet() -> None:
-    """Leave standard output and error to this command's own lines and its progress bar."""
-    if not is_first():
-        transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("unlearning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=Console(stderr=True),
-        disable=not is_first(),
-    )
-
-
-class _Bar(TrainerCallback):
-    """Shows the Trainer's steps and its last figures."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("", total=None, figures="")
-        self.figures: dict[str, float] = {}
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.progress.update(self.task, completed=state.global_step, total=state.max_steps)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        shown = ("forget_loss", "retain_loss", "forget_probability")
-        self.figures.update({k: v for k, v in (logs or {}).items() if k in shown})
-        text = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.figures.items())
-        self.progress.update(self.task, figures=text)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.weight_sum import rows_inside
 
 
 class HeadShape(NamedTuple):
@@ -108,11 +109,13 @@ def per_device(table: dict[str, int], device_type: str) -> int:
 def weight_sum_bytes(shape: LinearShape) -> int:
     """Bytes in which the weight's gradient adds up over token chunks, beside its own memory.
 
-    Where the GEMM cannot add to a wider sum, its product is a tensor of its own.
+    That holds as many of the sums as fit (`WeightSum`). Where the GEMM cannot add to a wider sum,
+    its product is a tensor of its own.
     """
     if not shape.needs.weight or shape.dtypes.results == shape.dtypes.exact:
         return 0
-    return shape.vocab_size * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
+    beside = shape.vocab_size - rows_inside(shape.vocab_size, shape.dtypes)
+    return beside * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
 
 
 def vector_bytes(shape: LinearShape) -> int:

@@ -15,7 +15,7 @@ from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import plan_linear, plan_saving, saved_capacity
-from unilogit_kernels.fused_linear.saved import SavedLogits
+from unilogit_kernels.fused_linear.saved import SavedBeside
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
@@ -134,7 +134,7 @@ def compacted_values(
     plan = plan_linear(shape, inputs.options, passes=1)
     if memory[0].numel():
         plan = plan_saving(shape, inputs.options, m)
-    part_state = linear_state(heads, part, plan, SavedLogits(memory, m))
+    part_state = linear_state(heads, part, plan, SavedBeside(memory, m))
     part_values = part.values(part_state)
     if index is None:
         return torch.where(active, part_values, 0.0), part_state
@@ -179,7 +179,7 @@ def compacted_gradient(
         forward_tokens = active.numel() if first is None else first.numel()
         shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
         plan = plan_saving(shape, inputs.options, m)
-        saved_logits = SavedLogits(saved, forward_tokens)
+        saved_logits = SavedBeside(saved, forward_tokens)
         if index is not None:
             position = (active.cumsum(0) - 1)[index] if first is not None else index
     if index is not None:

@@ -21,7 +21,7 @@ from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, li
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.recorder import Launch, Recorder
-from unilogit_kernels.fused_linear.saved import SavedLogits
+from unilogit_kernels.fused_linear.saved import SavedBeside
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
 from unilogit_kernels.maths.divergence import Divergence
@@ -86,7 +86,7 @@ def recomputing_costs(
             memory = [
                 torch.empty(saved_logits, dtype=h.dtypes.logits, device=_META) for h in shape.heads
             ]
-            saved = SavedLogits(memory, shape.n)
+            saved = SavedBeside(memory, shape.n)
         state = linear_state(call.heads, call.loss.rows, forward, saved)
         call.loss.rows.values(state)
     costs = [call.costs(forward)]

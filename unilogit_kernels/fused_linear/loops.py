@@ -14,13 +14,14 @@ from unilogit_kernels.fused_linear.active_rows import (
     significant,
     worthwhile_index,
 )
+from unilogit_kernels.fused_linear.gemm import LinearHead
 from unilogit_kernels.fused_linear.online import gradient_online
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
-from unilogit_kernels.fused_linear.saved import Saved, SavedInGradient
-from unilogit_kernels.fused_linear.tiles import Gradients, Heads
+from unilogit_kernels.fused_linear.saved import Saved, SavedBeside, SavedInBoth, SavedInGradient
+from unilogit_kernels.fused_linear.tiles import Gradients, Heads, flat_buffer
 from unilogit_kernels.fused_linear.token_chunks import _InactiveRows, by_tokens
-from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop, _some_gradients
+from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop, some_gradients
 from unilogit_kernels.rows.contract import RowLoss, Rows
 from unilogit_kernels.rows.objective import RowProblem, float16_scale
 
@@ -104,14 +105,9 @@ def _loss_by_columns(
         assert isinstance(rows, RowProblem)
         state = gradient_online(heads[0], rows, plan, slope_of, gradients.hidden)
         return loss.values(state)
-    saved = None
+    saved: Saved | None = None
     if gradients.weight is not None and plan.saved_tokens:
-        saved_dtypes = [head.dtypes.logits for head in heads]
-        if plan.saves_rows:
-            saved_dtypes = [dtypes.operands]
-        saved = SavedInGradient(
-            gradients.weight, saved_dtypes, plan.saved_tokens, finished=plan.saves_rows
-        )
+        saved = _saved_in_gradient(heads[0], gradients.weight, heads, plan)
     loop = VocabularyLoop(heads, rows, plan, saved)
     states = []
     if saved is not None and saved.finished:
@@ -122,7 +118,20 @@ def _loss_by_columns(
         slope = significant(slope_of(state, slice(0, loop.tokens)), options.skip_below)
         index = worthwhile_index(counting(slope)) if options.compact else None
         if index is not None:
-            _some_gradients(loop, index, state, slope, gradients)
+            some_gradients(loop, index, state, slope, gradients)
         else:
             loop.gradients(state, slope, gradients)
     return loss.values(state)
+
+
+def _saved_in_gradient(student: LinearHead, weight: Tensor, heads: Heads, plan: Plan) -> Saved:
+    """Where the first pass saves what it finds: in the weight's gradient, and maybe beside it."""
+    dtypes = [head.dtypes.logits for head in heads]
+    if plan.saves_rows:
+        dtypes = [student.dtypes.operands]
+    inside = SavedInGradient(weight, dtypes, plan.saved_inside, finished=plan.saves_rows)
+    if not plan.saved_beside:
+        return inside
+    elements = plan.saved_beside * student.weight.shape[0]
+    memory = flat_buffer(student, elements, student.dtypes.operands)
+    return SavedInBoth(inside, SavedBeside([memory], plan.saved_beside, finished=True))

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
-"""Default bytes that the buffers of one fused linear call may take, by device type."""
+"""Default bytes that the buffers of one fused linear call may take, by device type; on GPUs the
+least of it, see `plan.budget_of`."""
 
 
 class LinearOptions(NamedTuple):
@@ -15,7 +16,9 @@ class LinearOptions(NamedTuple):
 
     Attributes:
         memory_budget: Bytes that buffers of logits and partial sums may take beside operands and
-            gradients, at least 1 MiB; None for 256 MiB on GPUs, 64 MiB on CPU. See `explain_plan`.
+            gradients, at least 1 MiB. None for 64 MiB on CPU; on GPUs for about a thousand tokens'
+            logits and the sums of half of the weight's gradient in float32, 256 MiB at least and
+            4 GiB at most, however many tokens there are. See `explain_plan`.
         logits_dtype: What the logits are rounded to before their statistics. None for float32 where
             the device's GEMM can write it (GPUs, and CPUs on which float32 GEMMs are the faster
             ones), else hidden's dtype. hidden's dtype reproduces an eager Hugging Face model;
@@ -40,7 +43,3 @@ class LinearOptions(NamedTuple):
     logits_dtype: torch.dtype | None = None
     skip_below: float = 0.0
     compact: bool = True
-
-    def budget(self, device_type: str) -> int:
-        """Bytes for buffers."""
-        return self.memory_budget or MEMORY_BUDGET.get(device_type, MEMORY_BUDGET["cuda"])

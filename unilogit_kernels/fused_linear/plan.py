@@ -29,7 +29,7 @@ from unilogit_kernels.fused_linear.budget import (
     weight_sum_bytes,
 )
 from unilogit_kernels.fused_linear.gemm import Needs
-from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
@@ -70,6 +70,22 @@ MIN_REPROJECTED = 1.125
 """Tokens, as a multiple of those that can be saved, from which on the vocabulary order projects so
 many of them twice that adding the weight's gradient up over token chunks is cheaper."""
 
+ROWS_WORKING_SHARE = 4
+"""Where gradient rows wait beside the weight's gradient too, 1 / this of the budget is left to the
+chunks that finish them, and later to those that are read back."""
+
+FLOPS_PER_BYTE = 266
+"""Operations of a 16-bit GEMM that a GPU does while it moves a byte: 798 TFLOP/s and 3.0 TB/s, seen
+on an H100. Other GPUs' ratios are within 15 % of it, but for the A100's 153."""
+
+CHUNK_TOKENS = 6 * FLOPS_PER_BYTE
+"""Tokens of a chunk for which a GPU's default budget has room. From 4 / 6 of them on, reading and
+writing float32 sums of the weight's gradient, 8 bytes each, takes no longer than the GEMM that adds
+to them, 2 operations for each token; the rest leaves time for its other operands."""
+
+MOST_BUDGET = 4 << 30
+"""The largest default budget of a GPU."""
+
 MAX_SHARE = 2
 """At most 1 / this of the room for buffers goes to float32 sums of the weight's gradient over token
 chunks, to a chunk of one pass, or to a copy of the hidden states in the GEMMs' dtype. Instead of a
@@ -92,7 +108,8 @@ class Plan:
         tile_columns: Columns per tile: logits are projected, and read, this many at a time.
         saved_tokens: How many leading tokens keep something in the memory of the weight's gradient
             between the two passes over the vocabulary order.
-        saves_rows: Whether these are finished gradient rows, not logits.
+        saved_beside: How many of these, the last ones, do so in memory of their own instead.
+        saves_rows: Whether what is saved are finished gradient rows, not logits.
         row_tokens: Tokens per chunk of the pass that finishes these rows.
         row_columns: Columns per tile of that pass.
     """
@@ -102,6 +119,7 @@ class Plan:
     columns: int
     tile_columns: int = 0
     saved_tokens: int = 0
+    saved_beside: int = 0
     saves_rows: bool = False
     row_tokens: int = 0
     row_columns: int = 0
@@ -111,6 +129,11 @@ class Plan:
             object.__setattr__(self, "tile_columns", self.columns)
         if not self.row_columns:
             object.__setattr__(self, "row_columns", self.tile_columns)
+
+    @property
+    def saved_inside(self) -> int:
+        """How many leading tokens keep something in the memory of the weight's gradient."""
+        return self.saved_tokens - self.saved_beside
 
 
 @functools.lru_cache(maxsize=256)
@@ -131,38 +154,79 @@ def plan_linear(
         coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
         adds_up: See `RowLoss`; one pass finds the rest too late.
     """
-    given = (options or LinearOptions()).budget(shape.device_type)
+    given = budget_of(shape, options or LinearOptions())
     library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
     # What grows with the tokens; logits get their share of the budget all the same.
     budget = _left(given, library + vector_bytes(shape), shape)
     skips = options is not None and options.skip_below > 0
     if passes == 2 and adds_up and not (coupled or skips) and _suits_online(shape):
         return _online(shape, budget)
-    if not coupled and _suits_tokens(shape, budget, passes=passes):
-        left = _left(budget, weight_sum_bytes(shape), shape)
-        tokens = _token_chunk(shape, left, row_bytes(shape))
+    by_rows = None
+    if passes == 2 and shape.needs.weight and not coupled and _suits_rows(shape):
+        by_rows = _finished_rows(shape, budget)
+    if not coupled and _suits_tokens(shape, budget, by_rows, passes=passes):
+        tokens = _adding_tokens(shape, budget)
         if tokens >= MIN_CHUNK_TOKENS:
-            return Plan("token_chunks", tokens, shape.vocab_size, _row_tile(shape, tokens))
-    saved, row_tokens, saves_rows = 0, 0, False
-    if passes == 2 and shape.needs.weight:
-        # Finished rows are narrower than logits, so more of them fit.
-        row_tokens = _token_chunk(shape, budget, shape.logit_bytes)
-        saves_rows = not coupled and row_tokens >= MIN_CHUNK_TOKENS and _suits_rows(shape)
-        saved = _saved_tokens(shape, rows=saves_rows)
-    tokens, columns, tile_columns = _vocabulary_chunk(shape, budget)
-    if not (saves_rows and saved):
-        return Plan("vocabulary_chunks", tokens, columns, tile_columns, saved)
-    row_tokens = min(row_tokens, saved)
+            # A row kernel reads a chunk whole, too late for a GPU's cache to hold tiles of it.
+            cut = shape.device_type == "cpu"
+            tile_columns = _row_tile(shape, tokens) if cut else shape.vocab_size
+            return Plan("token_chunks", tokens, shape.vocab_size, tile_columns)
+    if by_rows is not None:
+        return by_rows
+    saved = _saved_tokens(shape, rows=False) if passes == 2 and shape.needs.weight else 0
+    tokens, columns, tile_columns = _vocabulary_chunk(shape, budget, shape.n)
+    return Plan("vocabulary_chunks", tokens, columns, tile_columns, saved)
+
+
+def budget_of(shape: LinearShape, options: LinearOptions) -> int:
+    """Bytes for buffers: as the caller set them, or the device's default.
+
+    On a GPU that is what the sums of the weight's gradient and a chunk of `CHUNK_TOKENS` take,
+    between `MEMORY_BUDGET` and `MOST_BUDGET`, however many tokens there are.
+    """
+    if options.memory_budget:
+        return options.memory_budget
+    least = per_device(MEMORY_BUDGET, shape.device_type)
+    if shape.device_type == "cpu":
+        return least
+    chunk = CHUNK_TOKENS * shape.vocab_size * row_bytes(shape)
+    return min(max(least, weight_sum_bytes(shape) + chunk), MOST_BUDGET)
+
+
+def _finished_rows(shape: LinearShape, budget: int) -> Plan | None:
+    """Token chunks finish rows, which wait for one GEMM of full depth to the weight's gradient.
+
+    They wait in its memory, which is not written yet, and as far as the budget goes beside it.
+    """
+    inside = _saved_tokens(shape, rows=True)
+    waits = shape.n > inside and shape.device_type != "cpu"
+    working = budget // ROWS_WORKING_SHARE if waits else budget
+    row_tokens = min(_token_chunk(shape, working, shape.logit_bytes), inside)
+    if row_tokens < MIN_CHUNK_TOKENS:
+        return None
+    beside = 0
+    if waits:
+        room = (budget - working) // (shape.vocab_size * shape.dtypes.operands.itemsize)
+        aligned = per_device(ALIGNED_TOKENS, shape.device_type)
+        beside = min(shape.n - inside, room - room % aligned)
+    saved = inside + beside
+    tokens, columns, tile_columns = _vocabulary_chunk(shape, working, max(1, shape.n - saved))
     return Plan(
         "vocabulary_chunks",
         tokens,
         columns,
         tile_columns,
         saved,
+        beside,
         saves_rows=True,
         row_tokens=row_tokens,
         row_columns=_row_tile(shape, row_tokens),
     )
+
+
+def _adding_tokens(shape: LinearShape, budget: int) -> int:
+    """Tokens of a chunk, where the weight's gradient adds up over token chunks."""
+    return _token_chunk(shape, _left(budget, weight_sum_bytes(shape), shape), row_bytes(shape))
 
 
 def plan_saving(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
@@ -191,7 +255,7 @@ def saved_capacity(shape: LinearShape, options: LinearOptions) -> int:
     Never all of them: the last chunk of columns is always projected again. It is arithmetic of
     sizes alone, so that a compiler can trace it for an `n` that it does not know.
     """
-    budget = options.budget(shape.device_type)
+    budget = options.memory_budget or per_device(MEMORY_BUDGET, shape.device_type)
     buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
     room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
     capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))
@@ -237,19 +301,46 @@ def _row_tile(shape: LinearShape, tokens: int) -> int:
     )
 
 
-def _suits_tokens(shape: LinearShape, budget: int, *, passes: int) -> bool:
-    """Whether token chunks are the better order: with them each logit is projected once."""
+def _suits_tokens(shape: LinearShape, budget: int, by_rows: Plan | None, *, passes: int) -> bool:
+    """Whether token chunks are the better order: with them each logit is projected once.
+
+    Args:
+        shape: What is computed.
+        budget: Bytes for buffers.
+        by_rows: The plan of finished rows, if there is one.
+        passes: 2 if statistics and gradients are computed in one call, else 1.
+    """
     if not shape.needs.any() or shape.casts_weight:
         return False
     if not shape.needs.weight:
         return True
     # A weight gradient that adds up over the chunks must do so in float32.
-    if weight_sum_bytes(shape) > max(budget // MAX_SHARE, hidden_sum_bytes(shape)):
+    sums, least = weight_sum_bytes(shape), hidden_sum_bytes(shape)
+    if passes != 2:
+        return False
+    if by_rows is not None and shape.device_type != "cpu":
+        return sums <= max(budget, least) and _sums_pay(shape, by_rows, budget)
+    if sums > max(budget // MAX_SHARE, least):
         return False
     if not shape.widens and _suits_rows(shape):
         # Finished rows would wait for nothing: sums in float32 are the gradient itself.
-        return passes == 2
-    return passes == 2 and shape.n > MIN_REPROJECTED * _saved_tokens(shape, rows=_suits_rows(shape))
+        return True
+    return shape.n > MIN_REPROJECTED * _saved_tokens(shape, rows=_suits_rows(shape))
+
+
+def _sums_pay(shape: LinearShape, by_rows: Plan, budget: int) -> bool:
+    """Whether sums of the weight's gradient cost a GPU less than rows that wait for it.
+
+    Both in GEMMs of the whole call, by operations and bytes: logits that are projected again, and
+    rows that are moved once more (4 bytes each); against a GEMM that waits for its sums (8 bytes
+    each) and rows (2 bytes each), and sums that are narrowed in the end (6 bytes each).
+    """
+    again = 1 - by_rows.saved_tokens / shape.n
+    moved = 2 * FLOPS_PER_BYTE / shape.h
+    tokens = max(1, _adding_tokens(shape, budget))
+    waiting = max(0.0, FLOPS_PER_BYTE * (4 / tokens + 1 / shape.h) - 1)
+    narrowed = 3 * FLOPS_PER_BYTE / shape.n
+    return again + moved > waiting + narrowed
 
 
 def _suits_online(shape: LinearShape) -> bool:
@@ -304,8 +395,14 @@ def _suits_rows(shape: LinearShape) -> bool:
     return shape.reference is None or _saved_tokens(shape, rows=False) < shape.n
 
 
-def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
-    """Tokens, columns and tile columns of a vocabulary chunk within the budget."""
+def _vocabulary_chunk(shape: LinearShape, budget: int, projected: int) -> tuple[int, int, int]:
+    """Tokens, columns and tile columns of a vocabulary chunk within the budget.
+
+    Args:
+        shape: What is computed.
+        budget: Bytes for buffers.
+        projected: How many of the tokens are projected in tiles; the others' rows are there.
+    """
     dtypes, device = shape.dtypes, shape.device_type
     aligned, half = per_device(ALIGNED_COLUMNS, device), (shape.vocab_size + 1) // 2
     free = _left(budget, hidden_sum_bytes(shape), shape)
@@ -328,9 +425,10 @@ def _vocabulary_chunk(shape: LinearShape, budget: int) -> tuple[int, int, int]:
         return tokens, columns, columns
     # Logits pass through a small tile of their own into a chunk of gradient rows.
     tile_bytes = min(per_device(TILE_BYTES, device), chunk)
-    tile_columns = min(half, tile_bytes // (tokens * shape.logit_bytes))
+    together = min(tokens, projected)
+    tile_columns = min(half, tile_bytes // (together * shape.logit_bytes))
     tile_columns = aligned_size(max(1, tile_columns), aligned)
-    left = free - tokens * tile_columns * shape.logit_bytes
+    left = free - together * tile_columns * shape.logit_bytes
     column_bytes = tokens * dtypes.operands.itemsize + weight_bytes
     columns = max(tile_columns, min(half, left // column_bytes))
     return tokens, aligned_size(columns, tile_columns), tile_columns

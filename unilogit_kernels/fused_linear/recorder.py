@@ -48,9 +48,13 @@ class Launch(NamedTuple):
     reads: tuple[Read, ...]
 
     def moved(self, cache_bytes: int = 0) -> int:
-        """Bytes to and from memory; what a cache of that size still holds is read from there."""
+        """Bytes to and from memory; what a cache of that size still holds is read from there.
+
+        It holds no part of what is larger than itself once that was passed from end to end.
+        """
         held = CACHED_SHARE * cache_bytes
-        return self.written + sum(read.bytes for read in self.reads if read.distance > held)
+        reads = [read for read in self.reads if max(read.distance, read.bytes) > held]
+        return self.written + sum(read.bytes for read in reads)
 
 
 class LiveMemory:

@@ -16,16 +16,21 @@ class Saved(Protocol):
         finished: Whether they are gradient rows rather than logits.
         in_gradient: Whether their memory is the weight's gradient, which is written chunk by chunk.
         tokens: How many leading tokens may be saved.
+        parts: These, as they lie together.
     """
 
     finished: bool
     in_gradient: bool
     tokens: int
 
+    @property
+    def parts(self) -> list[slice]:
+        """See above."""
+
     def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
         """The memory of tiles `[tokens, columns]`, None where there is no room for them.
 
-        A tile of gradient rows, or a tile of each model's logits.
+        A tile of gradient rows, or a tile of each model's logits. The tokens are of one part.
         """
 
 
@@ -58,6 +63,11 @@ class SavedInGradient:
         self.tokens = tokens
         self._gradient, self._dtypes = weight_gradient, dtypes
 
+    @property
+    def parts(self) -> list[slice]:
+        """See `Saved`."""
+        return [slice(0, self.tokens)]
+
     def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
         """See `Saved.place`."""
         if tokens.stop > self.tokens:
@@ -74,20 +84,27 @@ class SavedInGradient:
         return [tiles[i] for i in range(len(tiles))]
 
 
-class SavedLogits:
-    """Logits in flat tensors of their own, whole chunks of columns from the first one on.
+class SavedBeside:
+    """In flat tensors of their own, whole chunks of columns from the first one on.
 
     Args:
-        memories: 1-d, one of each model; as many chunks are saved as fit.
+        memories: 1-d, one of each model's logits, or one of gradient rows; as many chunks are saved
+            as fit.
         tokens: How many tokens there are.
+        finished: See `Saved`.
     """
 
-    finished = False
     in_gradient = False
 
-    def __init__(self, memories: Sequence[Tensor], tokens: int) -> None:
+    def __init__(self, memories: Sequence[Tensor], tokens: int, *, finished: bool = False) -> None:
+        self.finished = finished
         self.tokens = tokens
         self._memories = memories
+
+    @property
+    def parts(self) -> list[slice]:
+        """See `Saved`."""
+        return [slice(0, self.tokens)]
 
     def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
         """See `Saved.place`."""
@@ -95,3 +112,33 @@ class SavedLogits:
         if last > self._memories[0].numel():
             return None
         return [memory[first:last].view(self.tokens, -1)[tokens] for memory in self._memories]
+
+
+class SavedInBoth:
+    """Gradient rows of the first tokens in the weight's gradient, of some more beside it.
+
+    Args:
+        in_gradient: The first ones.
+        beside: Those after them.
+    """
+
+    finished, in_gradient = True, True
+
+    def __init__(self, in_gradient: SavedInGradient, beside: SavedBeside) -> None:
+        self._first, self._second = in_gradient, beside
+        self.tokens = in_gradient.tokens + beside.tokens
+
+    @property
+    def parts(self) -> list[slice]:
+        """See `Saved`."""
+        return [slice(0, self._first.tokens), slice(self._first.tokens, self.tokens)]
+
+    def place(self, tokens: slice, columns: slice) -> list[Tensor] | None:
+        """See `Saved.place`."""
+        border = self._first.tokens
+        if tokens.stop <= border:
+            return self._first.place(tokens, columns)
+        if tokens.stop > self.tokens:
+            return None
+        assert tokens.start >= border
+        return self._second.place(slice(tokens.start - border, tokens.stop - border), columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -83,14 +84,15 @@ def inside(tile: slice, tiles: slice) -> slice:
 
 
 def longest_of(tiles: list[slice]) -> int:
-    """Length of the longest."""
-    return max(int(tile.stop - tile.start) for tile in tiles)
+    """Length of the longest; 0 of none."""
+    return max((int(tile.stop - tile.start) for tile in tiles), default=0)
 
 
 def token_tiles(n: int, plan: Plan) -> list[slice]:
-    """Tiles that do not straddle the border between saved and recomputed tokens."""
-    saved = [*slices(plan.saved_tokens, plan.tokens)]
-    return [*saved, *slices(n, plan.tokens, start=plan.saved_tokens)]
+    """Tiles that straddle no border between tokens saved here, saved there and recomputed."""
+    borders = (0, plan.saved_inside, plan.saved_tokens, n)
+    parts = itertools.pairwise(borders)
+    return [tile for start, stop in parts for tile in slices(stop, plan.tokens, start=start)]
 
 
 def token_groups(n: int, plan: Plan, *, start: int = 0) -> list[list[slice]]:

@@ -21,6 +21,7 @@ from unilogit_kernels.fused_linear.tiles import (
     tile_view,
     weight_tiles,
 )
+from unilogit_kernels.fused_linear.weight_sum import WeightSum
 from unilogit_kernels.rows.contract import RowLoss, Rows
 
 
@@ -44,11 +45,9 @@ def by_tokens(
     row_buffer = buffers[0]
     if dtypes.operands != dtypes.logits:
         row_buffer = allocate((elements,), dtypes.operands, device)
-    d_weight = weight_sum = None
+    weight_sum = None
     if gradients.weight is not None:
-        d_weight = weight_sum = gradients.weight[vocabulary]
-        if d_weight.dtype != dtypes.exact:
-            weight_sum = allocate(d_weight.shape, dtypes.exact, device)
+        weight_sum = WeightSum(gradients.weight[vocabulary], dtypes)
     operand_rows = OperandRows(heads, plan.tokens)
     for tokens in slices(student.hidden.shape[0], plan.tokens):
         logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
@@ -68,11 +67,11 @@ def by_tokens(
             if index is not None:
                 spread(d_hidden, index)
         if weight_sum is not None:
-            dtypes.multiply(out.t(), own, weight_sum, accumulate=tokens.start > 0)
+            weight_sum.add(out, own, first=tokens.start == 0)
         if gradients.bias is not None:
             gradients.bias[vocabulary] += out.sum(0, dtype=dtypes.exact)
-    if d_weight is not None and weight_sum is not None and weight_sum is not d_weight:
-        d_weight.copy_(weight_sum)
+    if weight_sum is not None:
+        weight_sum.finish()
 
 
 class _InactiveRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from unilogit_kernels.fused_linear.active_rows import spread
 from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
-from unilogit_kernels.fused_linear.saved import Saved, SavedInGradient
+from unilogit_kernels.fused_linear.saved import Saved
 from unilogit_kernels.fused_linear.tiles import (
     Gradients,
     Heads,
@@ -64,7 +65,8 @@ class VocabularyLoop:
         """The loop over some of the tokens, after the first pass saw all of them."""
         heads = tuple(replace(head, hidden=head.hidden[index]) for head in self.heads)
         still_saved = int((index < self.plan.saved_tokens).sum())
-        plan = replace(self.plan, saved_tokens=still_saved)
+        still_inside = int((index < self.plan.saved_inside).sum())
+        plan = replace(self.plan, saved_tokens=still_saved, saved_beside=still_saved - still_inside)
         return VocabularyLoop(heads, self.rows.at(index), plan, self.saved, index)
 
     def statistics(self, first_token: int = 0) -> Tensor:
@@ -101,7 +103,7 @@ class VocabularyLoop:
         return torch.cat([*states.values()], dim=1)
 
     def finish_saved_rows(
-        self, saved: SavedInGradient, slope_of: Callable[[Tensor, slice], Tensor]
+        self, saved: Saved, slope_of: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
         """States of the saved tokens, whose gradient rows are finished into `saved`.
 
@@ -112,7 +114,8 @@ class VocabularyLoop:
         buffers = logit_buffers(heads, plan.row_tokens * self.rows.vocab_size)
         operand_rows = OperandRows(heads, plan.row_tokens)
         states = []
-        for tokens in slices(saved.tokens, plan.row_tokens):
+        groups = [slices(part.stop, plan.row_tokens, start=part.start) for part in saved.parts]
+        for tokens in itertools.chain(*groups):
             rows, hidden = self.rows.at(tokens), operand_rows.at(tokens)
             logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
             state = empty_state_of(heads, rows, tokens)
@@ -185,7 +188,11 @@ class VocabularyLoop:
         """
         plan, dtypes = self.plan, self.student.dtypes
         rows = flat_buffer(self.student, tokens * plan.columns, dtypes.operands)
-        longest = longest_of([tile for group in groups for tile in group])
+        tiles = [tile for group in groups for tile in group]
+        if self.saved is not None and self.saved.finished:
+            # Finished rows are only moved.
+            tiles = [tile for tile in tiles if tile.stop > plan.saved_tokens]
+        longest = longest_of(tiles)
         through_rows = dtypes.operands == dtypes.logits and plan.tile_columns >= plan.columns
         own = [] if not through_rows else [None]
         others = self.heads[len(own) :]
@@ -229,10 +236,11 @@ class VocabularyLoop:
             return None, None
         if self.index is None:
             return saved.place(tokens, columns), None
-        return saved.place(slice(0, saved.tokens), columns), self.index[tokens]
+        part = saved.parts[-1 if tokens.stop > self.plan.saved_inside else 0]
+        return saved.place(part, columns), self.index[tokens] - part.start
 
 
-def _some_gradients(
+def some_gradients(
     loop: VocabularyLoop, index: Tensor, state: Tensor, slope: Tensor, gradients: Gradients
 ) -> None:
     """Gradients of the rows `index`; those of the others are 0."""

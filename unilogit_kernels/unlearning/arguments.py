@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from transformers import TrainingArguments
 
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.unlearning.limits import check_numbers
-from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
+from unilogit_kernels.objectives import CrossEntropy
+from unilogit_kernels.unlearning.dual import check_dual
+from unilogit_kernels.unlearning.limits import check_choice, check_numbers
+from unilogit_kernels.unlearning.methods import Method, check_retain_loss
 
 _EVALUATION = (
     "nothing is evaluated inside training: call evaluation.evaluate_rows from a TrainerCallback, "
@@ -26,7 +29,6 @@ _LOSS = "the loss is that of the method: choose it by method, method_parameters 
 _LABELS = "the labels are the column `labels`: name it so in the examples"
 
 REFUSED_ARGUMENTS: Mapping[str, str] = {
-    "label_smoothing_factor": _LOSS,
     "train_sampling_strategy": _ORDER,
     "group_by_length": _ORDER,
     "length_column_name": _ORDER,
@@ -75,13 +77,18 @@ _CHECKED = (
     "forget_weight",
     "retain_weight",
     "retain_per_forget",
+    "label_smoothing_factor",
+    "z_loss",
+    "dual_step_size",
+    "retain_loss_target",
+    "dual_warmup_epochs",
     "stop_at_probability",
     "probability_steps",
     "vocab_size",
     "memory_budget",
     "skip_below",
 )
-"""What this class adds to the Trainer's numbers, and must lie in its range."""
+"""Numbers that this class adds or gives a meaning to, and must lie in their ranges."""
 
 
 LOGITS_DTYPES = {
@@ -99,6 +106,7 @@ class UnlearningArguments(TrainingArguments):
     `per_device_train_batch_size` counts forget rows; the retain rows come on top.
     `per_device_eval_batch_size` counts the rows in a forward of the early stop. `data_seed`, or
     `seed` without one, decides the order of the rows. `remove_unused_columns` is always False.
+    `label_smoothing_factor` is that of the retain rows' cross-entropy, as PyTorch defines it.
 
     Attributes:
         method: loss of the forget rows, a name from `methods.method_names()`.
@@ -108,8 +116,16 @@ class UnlearningArguments(TrainingArguments):
             of 1.
         retain_loss: loss of the retain rows: `"cross_entropy"`, or `"kl"` for the divergence
             KL(starting model || model), as in KL minimisation and NPO-KL.
-        retain_weight: factor of that loss.
+        retain_weight: factor of that loss; where it is dual, the one that a training starts with.
         retain_per_forget: retain rows for each forget row.
+        z_loss: weight of the squared logsumexp of the logits in the retain rows' cross-entropy.
+        dual_step_size: of the retain weight, which then follows the retain loss as in PDU: after
+            each update it is `max(0, retain_weight + dual_step_size * (retain loss - target))`,
+            whatever the method. 0 leaves it constant.
+        retain_loss_target: the retain loss at which the dual weight stays as it is.
+        dual_update: `"step"`, after each optimizer step by its retain loss, or `"epoch"`, after
+            each epoch by the mean over its steps.
+        dual_warmup_epochs: epochs that pass before the weight is updated.
         stop_at_probability: stop once the mean probability of a forget token has fallen to this.
         probability_steps: check that every so many steps.
         vocab_size: number of real tokens, for a teacher whose vocabulary is padded to another size
@@ -131,6 +147,11 @@ class UnlearningArguments(TrainingArguments):
     retain_loss: str = field(default="cross_entropy")
     retain_weight: float = field(default=1.0)
     retain_per_forget: int = field(default=1)
+    z_loss: float = field(default=0.0)
+    dual_step_size: float = field(default=0.0)
+    retain_loss_target: float = field(default=0.0)
+    dual_update: str = field(default="step")
+    dual_warmup_epochs: int = field(default=0)
     stop_at_probability: float | None = field(default=None)
     probability_steps: int = field(default=5)
     vocab_size: int | None = field(default=None)
@@ -145,13 +166,9 @@ class UnlearningArguments(TrainingArguments):
         self.remove_unused_columns = False
         super().__post_init__()
         self.resolved_method()
-        if self.retain_loss not in RETAIN_LOSSES:
-            known = ", ".join(RETAIN_LOSSES)
-            raise ValueError(f"retain_loss must be one of {known}, got {self.retain_loss!r}")
-        check_numbers(vars(self), _CHECKED)
-        if self.logits_dtype is not None and self.logits_dtype not in LOGITS_DTYPES:
-            known = ", ".join(LOGITS_DTYPES)
-            raise ValueError(f"logits_dtype must be one of {known}, got {self.logits_dtype!r}")
+        self._check_losses()
+        if self.logits_dtype is not None:
+            check_choice("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         if self.learning_rate != 0:  # Which trains nothing, and may be meant.
             check_numbers(vars(self), ["learning_rate"])
 
@@ -168,10 +185,21 @@ class UnlearningArguments(TrainingArguments):
         """
         return Method(self.method, self.method_parameters)
 
+    def retain_objective(self) -> CrossEntropy:
+        """The loss of the retain rows' labels."""
+        return CrossEntropy(label_smoothing=self.label_smoothing_factor, z_loss=self.z_loss)
+
     @property
     def rows_seed(self) -> int:
         """Seed of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    def _check_losses(self) -> None:
+        check_numbers(vars(self), _CHECKED)
+        of_labels = ("label_smoothing_factor", "z_loss")
+        check_retain_loss(self.retain_loss, {name: getattr(self, name) for name in of_labels})
+        epochs = math.inf if self.max_steps > 0 else self.num_train_epochs
+        check_dual(vars(self), epochs)
 
     def _refuse_what_has_no_effect(self) -> None:
         for known in dataclasses.fields(TrainingArguments):
@@ -207,6 +235,7 @@ class UnlearningArguments(TrainingArguments):
                 to run on CPUs, or `dataloader_drop_last` would leave no batch.
         """
         self._refuse_what_has_no_effect()
+        self._check_losses()
         if self.n_gpu > 1:
             raise ValueError(
                 "one process with several GPUs would copy the model at every step (DataParallel), "

@@ -60,11 +60,19 @@ def _count(low: int = 1, high: int = _LARGEST_COUNT, *, optional: bool = False) 
 
 
 _FACTOR = Range(0.0, _LARGEST_FACTOR)
+_OF_EITHER_SIGN = Range(-_LARGEST_FACTOR, _LARGEST_FACTOR)
+_SHARE = Range(0.0, 1.0)
 
 RANGES: Mapping[str, Range] = {
     "forget_weight": _FACTOR,
     "retain_weight": _FACTOR,
     "retain_per_forget": _count(),
+    "label_smoothing": _SHARE,
+    "label_smoothing_factor": _SHARE,
+    "z_loss": _FACTOR,
+    "dual_step_size": _FACTOR,
+    "retain_loss_target": _FACTOR,
+    "dual_warmup_epochs": _count(0),
     "stop_at_probability": Range(0.0, 1.0, open_low=True, open_high=True, optional=True),
     "probability_steps": _count(),
     # numpy's generator takes no other seed.
@@ -90,11 +98,13 @@ PARAMETER_RANGES: Mapping[str, Range] = {
     "beta1": _FACTOR,
     "beta2": _FACTOR,
     "gamma": _FACTOR,
-    "delta": Range(-_LARGEST_FACTOR, _LARGEST_FACTOR),
+    "delta": _OF_EITHER_SIGN,
+    "label_smoothing": _SHARE,
+    "z_loss": _FACTOR,
+    "entropy": _OF_EITHER_SIGN,
+    "weight": _OF_EITHER_SIGN,
 }
-"""Of the methods' parameters."""
-
-_ANY_PARAMETER = Range(-_LARGEST_FACTOR, _LARGEST_FACTOR)
+"""Of the methods' parameters; one without a range here may be any number of either sign."""
 
 
 def check_numbers(values: Mapping[str, Any], names: Iterable[str] = RANGES) -> None:
@@ -124,6 +134,16 @@ def check_parameters(method: str, values: Mapping[str, Any]) -> None:
         ValueError: one does not.
     """
     for name, value in values.items():
-        problem = PARAMETER_RANGES.get(name, _ANY_PARAMETER).problem(value)
+        problem = PARAMETER_RANGES.get(name, _OF_EITHER_SIGN).problem(value)
         if problem is not None:
             raise ValueError(f"{name} of method {method!r} must be {problem}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """See that a setting is one of those that there are.
+
+    Raises:
+        ValueError: it is not; the message names it, its value and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

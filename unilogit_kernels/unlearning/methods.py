@@ -12,7 +12,7 @@ from torch import Tensor
 from unilogit_kernels import objectives
 from unilogit_kernels.maths.rewrites import Rewrite, Shift, Uniform
 from unilogit_kernels.objectives import Objective, SequenceObjective
-from unilogit_kernels.unlearning.limits import check_parameters
+from unilogit_kernels.unlearning.limits import check_choice, check_parameters
 
 _REFERENCE = "reference"
 
@@ -39,6 +39,25 @@ _DIVERGENCES = {
 
 RETAIN_LOSSES = ("cross_entropy", "kl")
 """Losses of the retain rows: of their labels, or the divergence from the starting model."""
+
+
+def check_retain_loss(retain_loss: str, of_labels: Mapping[str, float]) -> None:
+    """See that there is such a loss of the retain rows, and that it takes what it is given.
+
+    Args:
+        retain_loss: its name.
+        of_labels: parameters of the cross-entropy by their settings' names; 0 where not asked for.
+
+    Raises:
+        ValueError: there is none, or it is another than the one with these parameters.
+    """
+    check_choice("retain_loss", retain_loss, RETAIN_LOSSES)
+    for name, value in of_labels.items():
+        if value and retain_loss != "cross_entropy":
+            raise ValueError(
+                f"{name} would have no effect with retain_loss {retain_loss!r}, got {value}: a "
+                "divergence sees no labels. Leave it 0, or take retain_loss 'cross_entropy'"
+            )
 
 
 def method_names() -> list[str]:

@@ -26,9 +26,7 @@ from unilogit_kernels.unlearning.data import (
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.layers import train_only_top_layers
-from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
-from unilogit_kernels.unlearning.methods import RETAIN_LOSSES, Method
 from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
 from unilogit_kernels.unlearning.record import (
     CHECKPOINTS,
@@ -38,87 +36,10 @@ from unilogit_kernels.unlearning.record import (
     printing_date,
     read_record,
 )
-from unilogit_kernels.unlearning.trainer import (
-    UnlearningArguments,
-    UnlearningTrainer,
-)
+from unilogit_kernels.unlearning.settings import Settings
+from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is unlearned from what, and how.
-
-    Attributes:
-        model: directory or Hub id of a causal LM.
-        forget: JSONL file of the rows to forget.
-        retain: JSONL file of the rows to keep.
-        output: directory for the model; checkpoints lie there until the run is done.
-        method: loss of the forget rows, a name from `methods.method_names()`.
-        method_parameters: the method's float parameters, where they differ from its defaults.
-        refusals: text file of what to say instead, one a line, for methods that take them; forget
-            rows take them in turn.
-        epochs: passes over the forget rows.
-        learning_rate: of AdamW, constant after the warm-up.
-        warmup_steps: steps over which the learning rate rises to it.
-        batch_size: forget rows in a batch; the retain rows come on top.
-        gradient_accumulation: batches in a step.
-        retain_per_forget: retain rows for each forget row.
-        forget_weight: factor of the forget loss.
-        retain_loss: of the retain rows: `"cross_entropy"` or `"kl"`, see `UnlearningArguments`.
-        retain_weight: factor of that loss.
-        stop_at_probability: stop at this mean probability of a forget token, or None.
-        train_layers: train only so many of the top layers, or None for all parameters.
-        memory_budget_mib: MiB that the losses' buffers may take, or None for the device's default.
-        logits_dtype: see `UnlearningArguments`.
-        skip_below: see `UnlearningArguments`.
-        max_length: rows are cut after so many tokens.
-        chat_template: see `Encoding`.
-        template_arguments: see `Encoding`.
-        dtype: of the weights, a key of `DTYPES`.
-        autocast: compute in bfloat16 whatever the weights' dtype.
-        gradient_checkpointing: recompute activations in the backward to save memory.
-        checkpoint_steps: steps between checkpoints.
-        seed: of the order of the rows, and of dropout.
-        allow_missing_weights: see `load_model`.
-    """
-
-    model: str
-    forget: Path
-    retain: Path
-    output: Path
-    method: str = "unilogit"
-    method_parameters: dict[str, float] = dataclasses.field(default_factory=dict)
-    refusals: Path | None = None
-    epochs: int = 5
-    learning_rate: float = 1e-5
-    warmup_steps: int = 5
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    retain_per_forget: int = 1
-    forget_weight: float = 0.1
-    retain_loss: str = "cross_entropy"
-    retain_weight: float = 1.0
-    stop_at_probability: float | None = None
-    train_layers: int | None = None
-    memory_budget_mib: int | None = None
-    logits_dtype: str | None = None
-    skip_below: float = 0.0
-    max_length: int = 512
-    chat_template: bool | None = None
-    template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dtype: str = "float32"
-    autocast: bool = False
-    gradient_checkpointing: bool = False
-    checkpoint_steps: int = 50
-    seed: int = 0
-    allow_missing_weights: bool = False
-
-    def recorded(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed, for JSON."""
-        values = {name: value for name, value in vars(self).items() if name != "output"}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -174,7 +95,7 @@ def prepare(
         DataError: a data file does not.
         UnsupportedHeadError: the model's lm_head does not.
     """
-    _check(settings)
+    settings.check()
     check_launch()
     with reading("the Trainer does not take these settings"):
         arguments = training_arguments(settings, settings.output / CHECKPOINTS)
@@ -253,21 +174,6 @@ def _encode(
             "retain": encode(encoding, retain),
             "refusal": encode(encoding, refusals),
         }
-
-
-def _check(settings: Settings) -> None:
-    try:
-        method = Method(settings.method, settings.method_parameters)
-        check_numbers(vars(settings))
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    if settings.retain_loss not in RETAIN_LOSSES:
-        known = ", ".join(RETAIN_LOSSES)
-        raise RunError(f"retain_loss must be one of {known}, got {settings.retain_loss!r}")
-    if method.needs_refusals and settings.refusals is None:
-        raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
-    if settings.refusals is not None and not method.needs_refusals:
-        raise RunError(f"method {method.name!r} takes no refusals")
 
 
 def _unfinished(settings: Settings, resume: bool) -> Record | None:
@@ -368,6 +274,12 @@ def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArgum
         memory_budget=None if budget is None else budget << 20,
         logits_dtype=settings.logits_dtype,
         skip_below=settings.skip_below,
+        label_smoothing_factor=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        dual_step_size=settings.dual_step_size,
+        retain_loss_target=settings.retain_loss_target,
+        dual_update=settings.dual_update,
+        dual_warmup_epochs=settings.dual_warmup_epochs,
     )
 
 

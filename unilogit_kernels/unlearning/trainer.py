@@ -18,13 +18,10 @@ from transformers import (
 )
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
-from unilogit_kernels.huggingface.two_heads import (
-    frozen_copy,
-    heads_kl_loss,
-    run_two_heads_with_auxiliary_loss,
-)
+from unilogit_kernels.huggingface.two_heads import frozen_copy, run_two_heads_with_auxiliary_loss
 from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
+from unilogit_kernels.unlearning.batch_loss import BatchLoss, Heads, Targets
 from unilogit_kernels.unlearning.callbacks import Begin, StopAtProbability
 from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
@@ -35,6 +32,7 @@ from unilogit_kernels.unlearning.data import (
     collate_pairs,
     rows_of_pairs,
 )
+from unilogit_kernels.unlearning.dual import DualRetainWeight
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities
 from unilogit_kernels.unlearning.methods import MethodError
 
@@ -42,6 +40,9 @@ __all__ = ["UnlearningArguments", "UnlearningTrainer"]
 
 _LOGGED = ("forget_loss", "retain_loss", "auxiliary_loss")
 """What is logged beside the loss; the last one where the model has such a loss of its own."""
+
+_RETAIN = slice(1, 2)
+"""The retain loss among them."""
 
 _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
@@ -61,7 +62,8 @@ class UnlearningTrainer(Trainer):
     distributions with the starting model's (UnDIAL, `retain_loss="kl"`) runs a teacher beside the
     model, frozen and in eval mode, whose logits are never held either.
 
-    `forget_loss`, `retain_loss` and `forget_probability` are logged over all processes. A
+    `forget_loss`, `retain_loss` and `forget_probability` are logged over all processes, and so is
+    `retain_weight` where it follows the retain loss (`dual_step_size`). A
     `CoarseWeightsWarning` says so if the first steps are lost in the rounding of the weights.
 
     Args:
@@ -122,7 +124,9 @@ class UnlearningTrainer(Trainer):
                 )
         self._teacher = teacher
         self._has_reference = False
-        self._losses: Tensor | None = None  # by `_LOGGED`, summed since they were last logged
+        self._batch_loss = BatchLoss(self._method, args)
+        self._step_losses: Tensor | None = None  # by `_LOGGED`, of the step that is being taken
+        self._losses: Tensor | None = None  # the same, summed since they were last logged
         self._logged_step = 0
         self._to_log: dict[str, float] = {}
         super().__init__(
@@ -135,6 +139,10 @@ class UnlearningTrainer(Trainer):
         )
         if self._teacher is not None:
             self._teacher.to(args.device)
+        # What it smooths, were it asked, would be logits; `BatchLoss` smooths without them.
+        self.label_smoother = None
+        if args.dual_step_size != 0:
+            self.add_callback(DualRetainWeight(args.retain_weight))
         self.add_callback(Begin(self))
         self.add_callback(WarnOfCoarseWeights(self))
         if args.stop_at_probability is not None:
@@ -176,7 +184,7 @@ class UnlearningTrainer(Trainer):
 
     def begin(self) -> None:
         """Called at the start of each `train`, once the model is as it will train."""
-        self._losses, self._to_log = None, {}
+        self._step_losses, self._losses, self._to_log = None, None, {}
         self._logged_step = self.state.global_step
         if self._method.needs_reference and not self._has_reference and self.state.global_step > 0:
             raise ValueError(
@@ -214,11 +222,6 @@ class UnlearningTrainer(Trainer):
         self._pairs.add_column(_REFERENCE, [found[row] for row in range(len(self._pairs))])
         self._has_reference = True
 
-    def _forget_rows(self, labels: Tensor) -> int:
-        """How many rows of a batch are forget rows, or refusals; they come first."""
-        members = 2 if self._method.needs_refusals else 1
-        return len(labels) * members // (members + self.args.retain_per_forget)
-
     def _get_num_items_in_batch(
         self, batch_samples: list[Features], device: torch.device
     ) -> Tensor | None:
@@ -227,7 +230,7 @@ class UnlearningTrainer(Trainer):
         for batch in batch_samples:
             # The first token of a row is not predicted.
             counted = batch["labels"][:, 1:] != IGNORED
-            forget_rows = self._forget_rows(counted)
+            forget_rows = self._batch_loss.forget_rows(counted)
             forget = self._method.items(counted[:forget_rows])
             counts += torch.stack([forget, counted[forget_rows:].sum()]).cpu()
         counts = counts.to(device)
@@ -262,13 +265,10 @@ class UnlearningTrainer(Trainer):
         if return_outputs:
             raise ValueError("the fused loss has no logits to return; use evaluate_rows instead")
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        reference = inputs.pop(_REFERENCE, None)
+        targets = Targets(inputs.pop("labels"), inputs.pop(_REFERENCE, None), num_items_in_batch)
 
         def compute(head: HeadCall, teacher: HeadCall | None = None) -> Tensor:
-            if self._method.needs_refusals or teacher is not None:
-                return self._apart(head, teacher, labels, reference, num_items_in_batch)
-            return self._together(head, labels, reference, num_items_in_batch)
+            return self._batch_loss(Heads(head, teacher), targets, self.retain_weight)
 
         # The model's own forward has the Trainer's autocast already; the teacher's has not.
         with self.accelerator.autocast():
@@ -287,95 +287,49 @@ class UnlearningTrainer(Trainer):
                 # It is of all tokens of this batch: a mean over the batches of the step.
                 auxiliary = auxiliary / self.current_gradient_accumulation_steps
             loss, parts = loss + auxiliary, torch.cat([parts, auxiliary.detach()[None]])
-        self._losses = parts if self._losses is None else self._losses + parts
+        self._step_losses = parts if self._step_losses is None else self._step_losses + parts
         return loss
-
-    def _together(
-        self, head: HeadCall, labels: Tensor, reference: Tensor | None, counts: Tensor | None
-    ) -> Tensor:
-        """The loss, the forget rows' and the retain rows', from one call of the lm_head."""
-        retain = torch.arange(len(labels), device=labels.device) >= self._forget_rows(labels)
-        mixed = head.mixed_loss(
-            labels,
-            [self._method.objective(reference), "cross_entropy"],
-            retain.long(),
-            weights=(self.args.forget_weight, self.args.retain_weight),
-            num_items_in_batch=counts,
-            options=self.args.linear_options(),
-        )
-        return torch.cat([mixed.loss[None], mixed.parts])
-
-    def _apart(
-        self,
-        head: HeadCall,
-        teacher: HeadCall | None,
-        labels: Tensor,
-        reference: Tensor | None,
-        counts: Tensor | None,
-    ) -> Tensor:
-        """The same from a call each.
-
-        Refusals and answers are two halves of one call, in which retain rows have no other half;
-        and a loss against a teacher is another one than a loss of the label alone.
-        """
-        count = self._forget_rows(labels)
-        forget, retain = slice(None, count), slice(count, None)
-        items = (None, None) if counts is None else counts.unbind()
-        vocab_size, options = self.args.vocab_size, self.args.linear_options()
-        # A divergence skips no rows.
-        of_divergence = options._replace(skip_below=0.0)
-        if teacher is not None and self._method.needs_teacher:
-            dropped = heads_kl_loss(
-                head,
-                teacher,
-                labels[forget],
-                rows=forget,
-                vocab_size=vocab_size,
-                num_items_in_batch=items[0],
-                options=of_divergence,
-                **self._method.divergence(),
-            )
-        else:
-            objective = self._method.objective(None if reference is None else reference[forget])
-            dropped = head.objective_loss(
-                labels[forget],
-                objective,
-                rows=forget,
-                num_items_in_batch=items[0],
-                options=options,
-            )
-        if teacher is not None and self.args.retain_loss == "kl":
-            kept = heads_kl_loss(
-                head,
-                teacher,
-                labels[retain],
-                rows=retain,
-                vocab_size=vocab_size,
-                num_items_in_batch=items[1],
-                options=of_divergence,
-            )
-        else:
-            kept = head.objective_loss(
-                labels[retain],
-                "cross_entropy",
-                rows=retain,
-                num_items_in_batch=items[1],
-                options=options,
-            )
-        loss = self.args.forget_weight * dropped + self.args.retain_weight * kept
-        return torch.stack([loss, dropped, kept])
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Every process is here after each step, so here the losses are averaged over them."""
+        self._end_step()
         steps = self.state.global_step - self._logged_step
         if self.control.should_log and steps > 0 and self._losses is not None:
             means = self.accelerator.reduce(self._losses / steps, reduction="mean").tolist()
-            self._to_log = dict(zip(_LOGGED, means, strict=False))
+            self._to_log |= dict(zip(_LOGGED, means, strict=False))
             self._losses, self._logged_step = None, self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def _end_step(self) -> None:
+        """Take the losses of a step, if one was taken, and have a dual weight follow them."""
+        step, self._step_losses = self._step_losses, None
+        if step is None:
+            return
+        self._losses = step if self._losses is None else self._losses + step
+        dual = self._dual
+        if dual is not None:
+            # That which the step was taken with, so that what is logged adds up.
+            self._to_log["retain_weight"] = dual.weight
+            (retain,) = self.accelerator.reduce(step[_RETAIN], reduction="mean").tolist()
+            dual.follow(self.args, self.state.epoch or 0.0, retain)
+
+    @property
+    def _dual(self) -> DualRetainWeight | None:
+        """Where it is held now: one that is restored from a checkpoint is another object."""
+        found = (c for c in self.callback_handler.callbacks if isinstance(c, DualRetainWeight))
+        return next(found, None)
+
+    @property
+    def retain_weight(self) -> float:
+        """The factor of the retain loss, as it is now."""
+        dual = self._dual
+        return self.args.retain_weight if dual is None else dual.weight
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the two losses, as means over the steps since they were last logged."""
+        """Add the two losses, as means over the steps since they were last logged.
+
+        A retain weight that changes comes with them, as it was in the last of these steps.
+        """
         if "loss" in logs:
             logs.update(self._to_log)
             self._to_log = {}

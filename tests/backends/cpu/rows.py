@@ -198,3 +198,18 @@ def hard_rows(v: int) -> dict[str, tuple[list[tuple[int, float]], int]]:
         "far shifted": ([(j, 1e8 + 8 * (j % 7)) for j in range(v)], 3),
         "subnormal": ([(j, -90.0 - j % 14) for j in range(1, v)], 0),
     }
+
+
+def hard_problem(v: int, dtype: torch.dtype) -> tuple[list[str], Tensor, Tensor, Tensor]:
+    """The names of all hard rows; their logits, labels and weights."""
+    rows = hard_rows(v)
+    logits = torch.randn(len(rows), v)
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    for i, (entries, label) in enumerate(rows.values()):
+        for column, value in entries:
+            logits[i, column] = value
+        labels[i] = label
+    logits = logits.to(dtype)
+    weight = torch.ones(len(rows))
+    weight[list(rows).index("label ignored")] = 0.0
+    return list(rows), logits, labels, weight

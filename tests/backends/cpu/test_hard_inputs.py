@@ -15,7 +15,7 @@ from tests.backends.cpu.rows import (
     OBJECTIVES,
     PLAIN,
     check_sweep,
-    hard_rows,
+    hard_problem,
     problem,
 )
 from tests.support.layouts import CANARY
@@ -27,17 +27,8 @@ from unilogit_kernels.backends.contract import Tile
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hard_rows(isa: str, dtype: torch.dtype, objective: str, v: int) -> None:
-    rows = hard_rows(v)
-    logits = torch.randn(len(rows), v)
-    labels = torch.zeros(len(rows), dtype=torch.int64)
-    for i, (entries, label) in enumerate(rows.values()):
-        for column, value in entries:
-            logits[i, column] = value
-        labels[i] = label
-    logits = logits.to(dtype)
-    weight = torch.ones(len(rows))
-    weight[list(rows).index("label ignored")] = 0.0
-    for i, name in enumerate(rows):
+    names, logits, labels, weight = hard_problem(v, dtype)
+    for i, name in enumerate(names):
         out = torch.full((1, v), CANARY, dtype=dtype)
         row = slice(i, i + 1)
         try:

@@ -33,34 +33,43 @@ CASES = {
         Bug("kernels.h", "part.column += static_cast<int>(first_column);", ";", None), columns
     ),
     "of equal ones the highest": Case(
-        Bug("row_math.h", "a.column < b.column ? a.column", "a.column > b.column ? a.column", None),
+        Bug(
+            "row_parts.h", "a.column < b.column ? a.column", "a.column > b.column ? a.column", None
+        ),
         columns,
     ),
     "a larger one is not looked for behind the last": Case(
-        Bug("row_math.h", "largest == part.max ? part.column : kNoColumn", "part.column", None),
+        Bug("row_parts.h", "largest == part.max ? part.column : kNoColumn", "part.column", None),
         columns,
     ),
     "a warp keeps the column of its first lane": Case(
         Bug(
             "kernels.h",
-            "if (kRunnerUp) other.column = __shfl_xor_sync(kAllLanes, part.column, distance);",
-            "other.column = part.column;",
+            "part = merge(part, other, needs);",
+            "other.column = part.column;\n    part = merge(part, other, needs);",
             None,
         ),
         columns,
     ),
     "blocks leave columns where others have theirs": Case(
-        Bug("kernels.h", "parts[2 * plane + index]", "parts[plane + index]", None), columns, SPLIT
+        Bug(
+            "row_parts.h",
+            "row < kStateTarget ? row : row - 1",
+            "row < kStateTarget ? row : 0",
+            None,
+        ),
+        columns,
+        SPLIT,
     ),
     "the label of a row without others is its own runner-up": Case(
-        Bug("row_math.h", "nowhere ? kNoColumn : part.column", "part.column", None),
+        Bug("row_parts.h", "nowhere ? kNoColumn : part.column", "part.column", None),
         nothing_but_the_label,
     ),
     "the gradient takes a column of the vocabulary for one of the chunk": Case(
         Bug(
-            "kernels.h",
-            "int_of_bits(state[row_index + 3 * state_stride]) - first_column;",
-            "int_of_bits(state[row_index + 3 * state_stride]);",
+            "row_math.h",
+            "int_of_bits(state[row + kStateRunnerUp * stride]) - first_column;",
+            "int_of_bits(state[row + kStateRunnerUp * stride]);",
             None,
         ),
         gradients,
@@ -69,7 +78,7 @@ CASES = {
         Bug(
             "row_walk.h",
             "out_.data[runner_up] = Out::store(at_runner_up);",
-            "out_.data[runner_up] = Out::store(entry_of(RunnerUp::entry(gradient), runner_up));",
+            "out_.data[runner_up] = Out::store(entry_of(gradient.entry_there(), runner_up));",
             None,
         ),
         gradients,

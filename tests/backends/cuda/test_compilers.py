@@ -35,6 +35,7 @@ def every_kernel() -> Iterator[Kernel]:
     for macro in (
         "MERGE_PARTS",
         "RUNNER_UP_MERGE",
+        "GENERAL_MERGE",
         "DIVERGENCE_UPDATE",
         "MERGE_PAIRS",
         "DIVERGENCE_GRADIENT",
@@ -43,10 +44,15 @@ def every_kernel() -> Iterator[Kernel]:
     for name in names:
         yield Kernel("SCALE", (name,))
     for name, cap in itertools.product(names, ("plain", "capped")):
-        yield Kernel("LOG_ODDS_UPDATE", (name, cap))
-        yield Kernel("RUNNER_UP_UPDATE", (name, cap))
-    for macro in ("LOG_ODDS_GRADIENT", "RUNNER_UP_GRADIENT", "LOG_ODDS_SWEEP"):
-        for arguments in itertools.product(names, names, ("plain", "capped")):
+        for macro in ("LOG_ODDS_UPDATE", "RUNNER_UP_UPDATE", "GENERAL_UPDATE"):
+            yield Kernel(macro, (name, cap))
+    for arguments in itertools.product(names, names, ("plain", "capped")):
+        for macro in (
+            "LOG_ODDS_GRADIENT",
+            "RUNNER_UP_GRADIENT",
+            "GENERAL_GRADIENT",
+            "LOG_ODDS_SWEEP",
+        ):
             yield Kernel(macro, arguments)
 
 

@@ -14,6 +14,7 @@ from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.driver import launching_through
 from unilogit_kernels.backends.cuda.launch import CudaKernels
 from unilogit_kernels.maths import pair_state, row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 
 pytestmark = [
     pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC),
@@ -32,6 +33,14 @@ MOST_INSTRUCTIONS = {
     (torch.float32, "update"): 8.0,
     (torch.float32, "gradient"): 8.0,
     (torch.float32, "sweep"): 16.2,
+    (torch.bfloat16, "mean update"): 15.8,
+    (torch.bfloat16, "entropy update"): 15.5,
+    (torch.bfloat16, "variance update"): 25.0,
+    (torch.bfloat16, "general gradient"): 11.6,
+    (torch.float32, "mean update"): 12.7,
+    (torch.float32, "entropy update"): 13.3,
+    (torch.float32, "variance update"): 27.2,
+    (torch.float32, "general gradient"): 11.8,
     # Of both rows' logits in a column.
     (torch.bfloat16, "pair update"): 26.0,
     (torch.bfloat16, "pair gradient"): 29.0,
@@ -39,6 +48,13 @@ MOST_INSTRUCTIONS = {
     (torch.float32, "pair gradient"): 26.0,
 }
 
+
+NEEDS = {
+    "mean update": RowNeeds(mean=True),
+    "entropy update": RowNeeds(entropy=True),
+    "variance update": RowNeeds(entropy=True, variance=True),
+    "general gradient": RowNeeds(entropy=True),
+}
 
 HALF_SECTORS = 2
 """Of two float32 rows, a thread's eight columns are two accesses, each of which takes half of a
@@ -55,13 +71,15 @@ def launches_of(what: str, dtype: torch.dtype) -> list[Launch]:
     out = torch.empty_like(logits)
     if what.startswith("pair"):
         return pair_launches(what, logits, labels, out)
-    state = row_state.empty_state(N, logits.device)
+    needs = NEEDS.get(what, row_state.PLAIN)
+    state = row_state.empty_state(N, logits.device, needs=needs)
     state[row_state.ROW_MAX], state[row_state.ROW_SUM] = 5.0, 1e3
+    slope = torch.ones(5, N) if needs.general else weight
     with collect() as launches:
-        if what == "update":
-            KERNELS.log_odds_update(Tile(logits, labels), state)
-        elif what == "gradient":
-            KERNELS.log_odds_gradient(Tile(logits, labels), state, weight, out)
+        if what.endswith("update"):
+            KERNELS.log_odds_update(Tile(logits, labels), state, needs)
+        elif what.endswith("gradient"):
+            KERNELS.log_odds_gradient(Tile(logits, labels), state, slope, out)
         else:
             KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", V, out)
     return launches
@@ -80,7 +98,17 @@ def pair_launches(what: str, a: Tensor, labels: Tensor, out: Tensor) -> list[Lau
 
 @pytest.mark.parametrize(
     ("what", "passes"),
-    [("update", 1), ("gradient", 2), ("sweep", 3), ("pair update", 2), ("pair gradient", 3)],
+    [
+        ("update", 1),
+        ("gradient", 2),
+        ("sweep", 3),
+        ("mean update", 1),
+        ("entropy update", 1),
+        ("variance update", 1),
+        ("general gradient", 2),
+        ("pair update", 2),
+        ("pair gradient", 3),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_traffic_is_at_the_floor(

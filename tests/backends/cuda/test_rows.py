@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ptxsim import Schedule
+from tests.backends import test_statistics_kernels as statistics
 from tests.backends.cpu import rows
 from tests.backends.cuda import devices
 from tests.support.layouts import CANARY, LAYOUTS, assert_only_written, place
 from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cuda.launch import CudaKernels
-from unilogit_kernels.backends.ids import OBJECTIVE_IDS
+from unilogit_kernels.backends.ids import GPU_OBJECTIVES
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.testing import assert_within_budget
 
@@ -67,7 +68,7 @@ def test_layouts_in_place(layout: str) -> None:
         assert_only_written(view, memory)
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVE_IDS))
+@pytest.mark.parametrize("objective", sorted(GPU_OBJECTIVES))
 def test_hard_rows(objective: str) -> None:
     v = 1100
     hard = rows.hard_rows(v)
@@ -120,11 +121,15 @@ def test_columns_in_chunks(scale: float) -> None:
 def results(device: devices.PtxLauncher, schedule: Schedule) -> list[Tensor]:
     device.schedule = schedule
     logits, labels, weight = rows.problem(64, 1085, torch.bfloat16)
+    slope = torch.linspace(-1, 1, 320).view(5, 64)
     state = rows.folded_state(logits, labels, rows.CAPPED, 500)
     out = torch.empty_like(logits)
     KERNELS.log_odds_gradient(Tile(logits, labels, transform=rows.CAPPED), state, weight, out)
+    everything = statistics.fold(KERNELS, logits, labels)
+    rows_of_everything = torch.empty_like(logits)
+    KERNELS.log_odds_gradient(Tile(logits, labels), everything, slope, rows_of_everything)
     values = KERNELS.log_odds_sweep(Tile(logits, labels), weight, "unilogit", 1085, logits)
-    return [state, out, values, logits]
+    return [state, out, everything.view(torch.int32), rows_of_everything, values, logits]
 
 
 @pytest.mark.parametrize("arch", [75, 90])

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.prove,
 ]
 PROGRAMS = Path(__file__).with_name("sanitized")
-KERNELS = ("rows", "pairs")
+KERNELS = ("rows", "general", "pairs")
 SEEDS = ("0", "1")
 
 

@@ -1,4 +1,4 @@
-"""Bugs that are put into the kernels of two rows and of the runner-up, each of which is caught."""
+"""Bugs put into the kernels of two rows, of the runner-up and of moments, each of them caught."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 
 from ptxsim import KernelFaultError
-from tests.backends.cuda import devices, pair_bugs, runner_up_bugs
+from tests.backends.cuda import devices, general_bugs, pair_bugs, runner_up_bugs
 from tests.backends.cuda.bugs import Case, sources_with
 
 pytestmark = [
     pytest.mark.skipif(devices.NVCC is None, reason=devices.WITHOUT_NVCC),
     pytest.mark.prove,
 ]
-CASES = {"pairs": pair_bugs.CASES, "runner-up": runner_up_bugs.CASES}
+CASES = {
+    "pairs": pair_bugs.CASES,
+    "runner-up": runner_up_bugs.CASES,
+    "general": general_bugs.CASES,
+}
 
 
 @pytest.mark.parametrize("share", devices.SHARES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,11 @@ def assert_only_written(view: Tensor, memory: Tensor) -> None:
     assert memory[around].isnan().all(), "wrote outside of the matrix"
 
 
+def _thirds(v: int) -> list[tuple[int, int]]:
+    """The columns in two chunks, of one and two thirds."""
+    return [(first, last) for first, last in ((0, v // 3), (v // 3, v)) if last > first]
+
+
 def problem(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, labels and weights; the last row has weight 0, holds NaN and has no label."""
     generator = torch.Generator().manual_seed(7)
@@ -113,8 +118,7 @@ def check_chunks(case: Case) -> None:
     """Statistics folded chunk by chunk, then the gradient of each chunk."""
     logits, labels, weight = problem(case)
     logits[-1], labels[-1] = logits[0], 5
-    middle = case.v // 3
-    chunks = [(first, last) for first, last in ((0, middle), (middle, case.v)) if last > first]
+    chunks = _thirds(case.v)
     states = {}
     rows = {}
     for dtype in (torch.float64, torch.float32):
@@ -154,14 +158,14 @@ def check_runner_up(case: Case) -> None:
     logits[1:] = logits[1:].round().clamp(-2, 2)
     logits = logits.to(case.dtype)
     labels[-1], weight[-1] = int(logits[-1].argmax()), 0.5
-    middle = case.v // 3
-    chunks = [(first, last) for first, last in ((middle, case.v), (0, middle)) if last > first]
+    chunks = _thirds(case.v)[::-1]
     views = [place(logits[:, first:last], case.layout) for first, last in chunks]
+    needs = RowNeeds(runner_up=True)
     states = {}
     for dtype, kernels in ((torch.float64, EAGER), (torch.float32, TRITON)):
-        state = row_state.empty_state(case.n, logits.device, dtype, needs=RowNeeds(runner_up=True))
+        state = row_state.empty_state(case.n, logits.device, dtype, needs)
         for (first, _), (view, _) in zip(chunks, views, strict=True):
-            kernels.log_odds_update(Tile(view, labels, first, case.transform), state)
+            kernels.log_odds_update(Tile(view, labels, first, case.transform), state, needs)
         states[dtype] = state
     exact, found = states.values()
     columns = row_state.runner_up(found, labels)
@@ -179,6 +183,65 @@ def check_runner_up(case: Case) -> None:
             kernels.log_odds_gradient(Tile(view, labels, first, case.transform), state, slope, out)
             rows.append(out)
         assert_within_budget(rows[2], rows[0], rows[1], "gradient with the runner-up")
+        assert_only_written(rows[2], out_memory)
+
+
+EVERYTHING = RowNeeds(*[True] * len(RowNeeds._fields))
+
+
+def check_statistics(case: Case, needs: RowNeeds = EVERYTHING) -> None:
+    """What a state of all rows holds, and gradient rows of five slopes, chunk by chunk.
+
+    Of the six rows one has columns of -inf, one is nearly one peak, and one has nothing but -inf;
+    of one all slopes are 0, of others all but one are.
+    """
+    case = replace(case, n=6)
+    logits, labels, _ = problem(case)
+    logits = logits.float().nan_to_num(0.0)
+    forbidden = math.copysign(math.inf, -case.transform.scale)
+    logits[0, ::5] = logits[2] = forbidden
+    logits[1] = logits[1] / 300
+    logits[1, case.v // 2] = 9.0
+    logits[2, labels[2]] = 1.0
+    logits, labels[-1] = logits.to(case.dtype), 5
+    chunks = _thirds(case.v)
+    views = [place(logits[:, first:last], case.layout) for first, last in chunks]
+    exact, plain, found = (
+        row_state.empty_state(case.n, logits.device, dtype, needs)
+        for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    for (first, _), (view, _) in zip(chunks, views, strict=True):
+        tile = Tile(view, labels, first, case.transform)
+        for kernels, state in ((EAGER, exact), (EAGER, plain), (TRITON, found)):
+            kernels.log_odds_update(tile, state, needs)
+    asked = [row_state.ROW_MAX, row_state.ROW_SUM, row_state.TARGET]
+    asked += [row_state.COUNT, row_state.LINEAR] if needs.mean else []
+    asked += [row_state.DOT] if needs.entropy or needs.variance else []
+    asked += [row_state.SQUARE] if needs.variance else []
+    for i in asked:
+        whole = exact[i].isfinite()
+        assert torch.equal(found[i][~whole].double(), exact[i][~whole]), f"row {i}"
+        assert_within_budget(
+            found[i][whole], exact[i][whole], plain[i][whole], f"row {i}", smallest_scale=1.0
+        )
+    slope = torch.linspace(-1, 1, 5 * case.n).view(5, case.n)
+    slope[:, -1] = slope[:4, 3] = slope[:3, 4] = slope[4, 4] = 0.0
+    for (first, last), (view, memory) in zip(chunks, views, strict=True):
+        rows = []
+        for kernels, state in ((EAGER, exact), (EAGER, exact.float()), (TRITON, found)):
+            state[row_state.RUNNER_UP] = row_state.as_row(
+                row_state.as_integers(found[row_state.RUNNER_UP]), state.dtype
+            )
+            out, out_memory = place(view, case.layout)
+            if state.dtype == torch.float64:
+                out = torch.empty_like(logits[:, first:last], dtype=torch.float64)
+            elif kernels is TRITON and case.in_place:
+                out, out_memory = view, memory
+            tile = Tile(view, labels, first, case.transform)
+            kernels.log_odds_gradient(tile, state, slope.to(state.dtype), out)
+            rows.append(out)
+        assert_within_budget(rows[2], rows[0], rows[1], "gradient of five slopes")
+        assert rows[2][-1].count_nonzero() == 0
         assert_only_written(rows[2], out_memory)
 
 

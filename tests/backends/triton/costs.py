@@ -6,6 +6,7 @@ own kernels to their budgets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,24 +84,28 @@ def _rows_of_a_chunk(v: int, dtype: torch.dtype, softcap: float | None) -> None:
     kernels.log_odds_gradient(Tile(logits, labels, transform=transform), state, slope, logits)
 
 
-def _runner_up(v: int, dtype: torch.dtype, softcap: float | None) -> None:
-    """Statistics with the runner-up, in one stage and two, and gradients with its entry."""
+def _statistics(needs: RowNeeds, v: int, dtype: torch.dtype, softcap: float | None) -> None:
+    """Statistics beside the log-odds, in one stage and two, and gradients with their entries."""
     transform, kernels = LogitTransform(1.0, softcap or 0.0), load("triton")
     for n in (MANY_ROWS, FEW_ROWS):
         logits, labels = _logits(n, v, dtype)
-        logits = logits.detach()
-        state = row_state.empty_state(n, logits.device, needs=RowNeeds(runner_up=True))
-        kernels.log_odds_update(Tile(logits, labels, transform=transform), state)
-        kernels.log_odds_gradient(
-            Tile(logits, labels, transform=transform), state, torch.ones(3, n), logits
-        )
+        tile = Tile(logits.detach(), labels, transform=transform)
+        state = row_state.empty_state(n, logits.device, needs=needs)
+        kernels.log_odds_update(tile, state, needs)
+        slope = torch.ones(5 if needs.general else 3, n)
+        kernels.log_odds_gradient(tile, state, slope, tile.logits)
 
 
-USES: dict[str, Callable[[int, torch.dtype, float | None], None]] = {
+Use = Callable[[int, torch.dtype, float | None], None]
+"""What is launched on logits of such a vocabulary, dtype and softcap."""
+
+EVERYTHING = RowNeeds(*[True] * len(RowNeeds._fields))
+USES: dict[str, Use] = {
     "loss, many rows": _loss_of_many_rows,
     "loss, few rows": _loss_of_few_rows,
     "chunk of many rows": _rows_of_a_chunk,
-    "runner-up": _runner_up,
+    "runner-up": functools.partial(_statistics, RowNeeds(runner_up=True)),
+    "every statistic": functools.partial(_statistics, EVERYTHING),
 }
 
 

@@ -18,6 +18,7 @@ from ptxsim import Schedule
 from ptxsim.triton_device import triton_device
 from tests.backends.triton.battery import (
     CAPPED,
+    EVERYTHING,
     PLAIN,
     SCALED,
     TRITON,
@@ -26,6 +27,7 @@ from tests.backends.triton.battery import (
     check_chunks,
     check_distant_rows,
     check_runner_up,
+    check_statistics,
     check_sweep,
 )
 from tests.backends.triton.small_problems import SHARES, small_problems
@@ -33,7 +35,6 @@ from tests.support import ROOT
 from unilogit_kernels import linear_unilogit_loss, unilogit_loss
 from unilogit_kernels.backends.contract import Tile, TilePair
 from unilogit_kernels.maths import pair_state, row_state
-from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.testing import assert_within_budget, force_backend
 
 SEQUENTIAL = Schedule()
@@ -65,6 +66,12 @@ SHARED_SUITE = {
         "(test_hard_rows and whole) or (test_state and float32 and split) "
         "or (test_gradient and float32 and whole) or equal_rows",
     ),
+    "statistics": (
+        "backends/test_statistics_kernels.py",
+        "stays or hard or peak or one_size or common or (shards and float32) "
+        "or (test_derivatives and bfloat16) or (test_gradient_in_place and softcap and float16) "
+        "or (test_gradient_into and bfloat16 and float32)",
+    ),
     "layouts": (
         "backends/test_layouts.py",
         "(whole and float32) or (split and bfloat16)",
@@ -88,6 +95,7 @@ SHARED_SUITE = {
         pytest.param("one row", marks=PINNED),
         "two rows",
         pytest.param("runner-up", marks=PINNED),
+        "statistics",
         pytest.param("layouts", marks=PINNED),
     ],
 )
@@ -122,6 +130,7 @@ def test_every_kernel_and_flag(case: Case, share: str) -> None:
         check_sweep(case)
         check_chunks(case)
         check_runner_up(case)
+        check_statistics(case)
 
 
 ORDERS = [
@@ -148,6 +157,7 @@ def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str
         check_sweep(case)
         check_chunks(case)
         check_runner_up(case)
+        check_statistics(case)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -168,7 +178,7 @@ def test_states_beyond_32_bits() -> None:
     a, b, labels = torch.randn(2, 300), torch.randn(2, 300), torch.tensor([5, 299])
     states = (
         pair_state.empty_state(2, a.device),
-        row_state.empty_state(2, a.device, needs=RowNeeds(runner_up=True)),
+        row_state.empty_state(2, a.device, needs=EVERYTHING),
     )
     for state in states:
         rows = state.shape[0]
@@ -178,8 +188,8 @@ def test_states_beyond_32_bits() -> None:
         # Looking for races would take memory for every element in between.
         with small_problems(SHARES[0]), triton_device(90, schedule=Schedule(check_races=False)):
             for each in (state, distant):
-                if rows == 4:
-                    TRITON.log_odds_update(Tile(a, labels), each)
+                if rows == EVERYTHING.state_rows:
+                    TRITON.log_odds_update(Tile(a, labels), each, EVERYTHING)
                 else:
                     TRITON.divergence_update(TilePair(a, b, labels), each)
         assert torch.equal(distant, state)

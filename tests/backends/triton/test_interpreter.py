@@ -28,6 +28,11 @@ SELECTION = {
         "(lowest and float32 and 0-1-2) or (test_hard_rows and 100) or cannot_count or "
         "(test_gradient_rows and float32 and softcap and True)",
     ),
+    "statistics": (
+        "backends/test_statistics_kernels.py",
+        "stays or (hard and not odd) or one_size or (peak and whole and 12) "
+        "or (test_gradient_in_place and float32 and softcap and 100)",
+    ),
     "two rows": (
         "backends/test_divergence_kernels.py",
         "equal_rows or (forbidden and float32) or (test_gradient and float32 and True and softcap)",

@@ -25,6 +25,7 @@ from tests.backends.triton.battery import (
     check_chunks,
     check_distant_rows,
     check_runner_up,
+    check_statistics,
     check_sweep,
 )
 from tests.backends.triton.small_problems import SHARES, small_problems
@@ -57,6 +58,16 @@ class Mutant:
     check: Callable[[Case], None] = check_sweep
     case: Case = Case()  # noqa: RUF009 (frozen)
     share: str = WHOLE
+
+
+def _of_parts(before: str, after: str, case: Case = Case(v=6000)) -> Mutant:  # noqa: B008 (frozen)
+    """A change of what is computed of rows beside their log-odds."""
+    return Mutant("row_parts.py", before, after, check_statistics, case, SPLIT)
+
+
+def _of_rows(before: str, after: str, case: Case = Case()) -> Mutant:  # noqa: B008 (frozen)
+    """A change of gradient rows of five slopes."""
+    return Mutant("log_odds_tiles.py", before, after, check_statistics, case)
 
 
 BF16 = Case(torch.bfloat16)
@@ -110,43 +121,37 @@ MUTANTS = {
         case=Case(in_place=True),
     ),
     "rescaling of the sum": Mutant(
-        "row_maths.py",
-        "row_sum * tl.exp2((row_max - shift) * LOG2_E) + tl.sum",
-        "row_sum + tl.sum",
+        "row_parts.py",
+        "part.row_sum * weight + tile_sum",
+        "part.row_sum + tile_sum",
         case=Case(v=6000),
     ),
     "merge of threads": Mutant(
-        "row_maths.py",
-        "tl.sum(part_sum * tl.exp2((part_max - shift) * LOG2_E), 0)",
-        "tl.sum(part_sum, 0)",
+        "row_parts.py", "shares = part.row_sum * weight\n", "shares = part.row_sum\n"
     ),
     "state so far": Mutant(
-        "log_odds.py",
-        "part_sum = tl.where(is_first, tl.load(state + state_stride), part_sum)",
-        "part_sum = tl.where(is_first, 0.0, part_sum)",
-        check_chunks,
+        "log_odds.py", "where_part(is_first, so_far, known)", "known", check_chunks
     ),
     "state so far, split": Mutant(
         "log_odds.py",
-        "part_sum = tl.where(i == count, tl.load(state + state_stride), part_sum)",
-        "part_sum = tl.where(i == count, 0.0, part_sum)",
+        "where_part(i == count, so_far, known)",
+        "known",
         check_chunks,
         share=SPLIT,
     ),
     "parts that do not exist": Mutant(
-        "log_odds.py",
-        "    part_sum = tl.load(parts, mask=is_part, other=0.0)",
-        "    part_sum = tl.load(parts)",
+        "row_parts.py",
+        "tl.load(pointer, mask=mask, other=other)",
+        "tl.load(pointer)",
         check_chunks,
+        Case(v=4500),
         share=SPLIT,
     ),
-    "natural exponential": Mutant(
-        "log_odds_tiles.py", "tl.exp2((z - row.row_max) * LOG2_E)", "tl.exp2(z - row.row_max)"
-    ),
+    "natural exponential": Mutant("log_odds_tiles.py", "tl.exp2(s * LOG2_E)", "tl.exp2(s)"),
     "derivative of the scale": Mutant(
         "log_odds_tiles.py",
-        "at_label = slope * derivative",
-        "at_label = slope",
+        "rest = slopes.rest * derivative",
+        "rest = slopes.rest",
         case=Case(transform=SCALED),
     ),
     "derivative of the cap": Mutant(
@@ -159,22 +164,22 @@ MUTANTS = {
         "log_odds_tiles.py", "    if size == 0.0:\n", "    if size == 2e30:\n"
     ),
     "of equal logits the last": Mutant(
-        "row_maths.py",
+        "row_parts.py",
         "first = tl.where(tile_max == row_max, tl.minimum(first, column), first)",
         "first = first + 0",
         check_runner_up,
         Case(v=6000),
     ),
     "merge of columns": Mutant(
-        "row_maths.py",
+        "row_parts.py",
         "tl.min(tl.where(part_max == row_max, part_column, NO_COLUMN), 0)",
         "tl.min(part_column, 0)",
         check_runner_up,
     ),
     "column so far, split": Mutant(
-        "log_odds.py",
-        "part_column = tl.where(i == count, so_far, part_column)",
-        "part_column = part_column",
+        "row_parts.py",
+        "tl.where(condition, a.column, b.column)",
+        "b.column",
         check_runner_up,
         share=SPLIT,
     ),
@@ -186,9 +191,95 @@ MUTANTS = {
     ),
     "runner-up counted from the boundary": Mutant(
         "log_odds_tiles.py",
-        "at_runner_up, entries.runner_up - share.peeled)",
-        "at_runner_up, entries.runner_up)",
+        "runner_up_in_body = slopes.runner_up - share.peeled",
+        "runner_up_in_body = slopes.runner_up",
         check_runner_up,
+    ),
+    "columns of -inf in the count": _of_parts(
+        "is_there = z != NEGATIVE_INFINITY", "is_there = z == z"
+    ),
+    "columns of a tile": _of_parts(
+        "count = known.count + columns", "count = known.count + 1 + columns"
+    ),
+    "columns so far": _of_parts("count = known.count + columns", "count = 0.0 + columns"),
+    "a sum without its column of -inf": _of_parts(
+        "tl.where(part.count < count, NEGATIVE_INFINITY, linear)", "linear"
+    ),
+    "count of a part": _of_parts(
+        "tl.where(condition, a.count, b.count)", "tl.where(condition, 0.0, b.count)"
+    ),
+    "move of a sum": _of_parts(
+        "linear += count * (finite_shift(part.row_max) - shift)", "linear += 0.0"
+    ),
+    "move of a sum between parts": _of_parts(
+        "linear + count * (finite_shift(part.row_max) - shift)", "linear"
+    ),
+    "move of a dot product": Mutant(
+        "row_maths.py",
+        "weight * (dot + row_sum * (move - other_move))",
+        "weight * dot",
+        check_statistics,
+    ),
+    "weight of a dot product": Mutant(
+        "row_maths.py",
+        "dot = weight * (dot + row_sum * (move - other_move))",
+        "dot = dot + row_sum * (move - other_move)",
+        check_statistics,
+    ),
+    "a dot product of no weight": Mutant(
+        "row_maths.py", "tl.where(weight == 0.0, 0.0, dot)", "dot", check_statistics
+    ),
+    "ratio of nothing": Mutant(
+        "row_maths.py", "a / tl.where(b == 0.0, 1.0, b)", "a / b", check_statistics
+    ),
+    "0 * inf in a dot product": _of_parts("s = tl.maximum(s, LOWEST)\n", "s = s + 0.0\n"),
+    "squares about 0": _of_parts(
+        "gap = s - tile_mean[None, :, None]", "gap = s - 0.0 * tile_mean[None, :, None]"
+    ),
+    "squares between tiles": _of_parts(
+        "square += ratio(old_share * tile_sum, row_sum) * (between * between)", "square += 0.0"
+    ),
+    "weight of squares": _of_parts("square = square * weight + tl.sum", "square = square + tl.sum"),
+    "squares between parts": _of_parts(
+        "weight * square + shares * (between * between)", "weight * square"
+    ),
+    "weight of the squares of parts": _of_parts(
+        "weight * square + shares * (between * between)", "square + shares * (between * between)"
+    ),
+    "tilt": _of_rows("slopes.rest + slopes.tilt * tl.maximum(s, LOWEST)", "slopes.rest"),
+    "0 * inf in a gradient": _of_rows("slopes.tilt * tl.maximum(s, LOWEST)", "slopes.tilt * s"),
+    "sum of the tilt": _of_rows(
+        "tilt = -slopes.tilt * derivative / row_sum", "tilt = -slopes.tilt * derivative"
+    ),
+    "derivative of the tilt": _of_rows(
+        "tilt = -slopes.tilt * derivative / row_sum",
+        "tilt = -slopes.tilt / row_sum",
+        Case(transform=SCALED),
+    ),
+    "uniform": _of_rows("slopes.uniform + terms * tilted", "terms * tilted"),
+    "derivative of the uniform": _of_rows(
+        "uniform = slopes.uniform * derivative", "uniform = slopes.uniform", Case(transform=SCALED)
+    ),
+    "cap of the uniform": _of_rows(
+        "        values = values * slope\n",
+        "        values = slopes.uniform + (values - slopes.uniform) * slope\n",
+        Case(transform=CAPPED),
+    ),
+    "runner-up of a general row": _of_rows(
+        "        values = tl.where(columns == slopes.runner_up, slopes.at_runner_up, values)\n",
+        "        values = values + 0.0\n",
+    ),
+    "size of a row with a tilt alone": _of_rows(
+        "size = size + tl.abs(slopes.tilt) + tl.abs(slopes.uniform)",
+        "size = size + tl.abs(slopes.uniform)",
+    ),
+    "size of a row that is uniform": _of_rows(
+        "size = size + tl.abs(slopes.tilt) + tl.abs(slopes.uniform)",
+        "size = size + tl.abs(slopes.tilt)",
+    ),
+    "sum of a row of nothing": _of_rows("tl.where(row_sum == 0.0, 1.0, row_sum)", "row_sum"),
+    "maximum of a row of nothing": _of_rows(
+        "row_max, row_sum = finite_shift(row_max), ", "row_max, row_sum = row_max, "
     ),
     "label as a pointer": Mutant(
         "row_walk.py",

@@ -92,7 +92,8 @@ class CpuKernels(RowKernels):
     ) -> Tensor:
         """See `RowKernels`; the second pass of a row finds it in the cache."""
         n = tile.logits.shape[0]
-        reports = objective == WEIGHTED_STATISTICS and weights[2] != 0
+        weighted = _weights(weights) if objective == WEIGHTED_STATISTICS else None
+        reports = weighted is not None and weighted[2] != 0
         values = torch.empty((2, n) if reports else (n,), dtype=torch.float32)
         _run(
             "unilogit_log_odds_sweep",
@@ -100,7 +101,7 @@ class CpuKernels(RowKernels):
             tile.labels.data_ptr(),
             row_weight.data_ptr(),
             OBJECTIVE_IDS[objective],
-            _weights(weights) if objective == WEIGHTED_STATISTICS else None,
+            weighted,
             vocab_size,
             None if out is None else byref(_matrix(out, "out")),
             values.data_ptr(),

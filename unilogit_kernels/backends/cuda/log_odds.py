@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +20,51 @@ from unilogit_kernels.backends.ids import NO_OBJECTIVE, OBJECTIVE_IDS
 from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
-_FLIGHT_BYTES, _CAPPED_FLIGHT_BYTES = 64, 32
-"""`kFlightBytes` and `kCappedFlightBytes` of `csrc/cuda/row_walk.h`."""
+_FLIGHT_BYTES, _FEWER_FLIGHT_BYTES = 64, 32
+"""`kFlightBytes` and `kFewerFlightBytes` of `csrc/cuda/row_walk.h`."""
+
+
+class _Family(NamedTuple):
+    """Kernels that keep the same rows of a state.
+
+    Attributes:
+        update: Macro of the kernel that folds a tile into a state.
+        merge: Macro of the one that merges what blocks leave.
+        planes: How many rows these parts have: those of a state but the label's.
+        branches: Whether kernels take what is needed as a number, and branch.
+    """
+
+    update: str
+    merge: str
+    planes: int
+    branches: bool = False
+
+
+_PLAIN = _Family("LOG_ODDS_UPDATE", "MERGE_PARTS", 2)
+_RUNNER_UP = _Family("RUNNER_UP_UPDATE", "RUNNER_UP_MERGE", 3)
+_GENERAL = _Family("GENERAL_UPDATE", "GENERAL_MERGE", row_state.SQUARE, branches=True)
+
+
+def _family(needs: RowNeeds) -> _Family:
+    """The kernels that do no more than what is needed; a logsumexp is in every state."""
+    if needs.mean or needs.entropy or needs.variance:
+        return _GENERAL
+    return _RUNNER_UP if needs.runner_up else _PLAIN
+
+
+def _gradient(state: Tensor) -> str:
+    """Macro of the kernel that takes the slopes of such a state."""
+    if row_state.is_general(state):
+        return "GENERAL_GRADIENT"
+    return "RUNNER_UP_GRADIENT" if row_state.has_runner_up(state) else "LOG_ODDS_GRADIENT"
 
 
 def _cap(transform: LogitTransform) -> str:
     return "capped" if transform.softcap else "plain"
 
 
-def _thread_columns(logits: Tensor, transform: LogitTransform) -> int:
-    flight_bytes = _CAPPED_FLIGHT_BYTES if transform.softcap else _FLIGHT_BYTES
-    return flight_bytes // logits.element_size()
+def _thread_columns(logits: Tensor, *, fewer: bool) -> int:
+    return (_FEWER_FLIGHT_BYTES if fewer else _FLIGHT_BYTES) // logits.element_size()
 
 
 def _vocabulary(vocab_size: int) -> tuple[c_float, c_float, c_float]:
@@ -50,22 +85,23 @@ class LogOddsLaunches(GpuKernels):
         logits, labels, first_column, transform = tile
         launcher = current()
         n, v = logits.shape
-        shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
-        runner_up = row_state.has_runner_up(state)
-        assert finish is None or not runner_up
+        family = _family(needs)
+        columns = _thread_columns(logits, fewer=bool(transform.softcap))
+        shares = Shares.of(logits, columns, launcher)
+        assert finish is None or family is _PLAIN
         parts = None
         if shares.parts > 1 or finish is not None:
-            parts = torch.empty(3 if runner_up else 2, n, shares.parts, device=logits.device)
+            parts = torch.empty(family.planes, n, shares.parts, device=logits.device)
         row_weight = None if finish is None else finish.row_weight
-        macro = "RUNNER_UP_UPDATE" if runner_up else "LOG_ODDS_UPDATE"
+        needed = [c_int32(needs.bits)] if family.branches else []
         launcher.launch(
-            Kernel(macro, (TYPES[logits.dtype], _cap(transform))),
+            Kernel(family.update, (TYPES[logits.dtype], _cap(transform))),
             (n, shares.parts),
             shares.threads,
             [
                 logits,
                 labels,
-                *([] if runner_up else [row_weight]),
+                *([row_weight] if family is _PLAIN else []),
                 state,
                 parts,
                 *strides(logits),
@@ -73,22 +109,23 @@ class LogOddsLaunches(GpuKernels):
                 c_int64(first_column),
                 c_int32(v),
                 *factors(transform),
+                *needed,
             ],
             logits,
         )
         if parts is None:
             return
-        if runner_up:
+        if family is not _PLAIN:
             launcher.launch(
-                Kernel("RUNNER_UP_MERGE"),
+                Kernel(family.merge),
                 (n, 1),
                 geometry.ROW_THREADS,
-                [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
+                [parts, state, c_int64(state.stride(0)), c_int32(shares.parts), *needed],
                 logits,
             )
             return
         launcher.launch(
-            Kernel("MERGE_PARTS"),
+            Kernel(family.merge),
             (n, 1),
             geometry.ROW_THREADS,
             [
@@ -114,11 +151,10 @@ class LogOddsLaunches(GpuKernels):
         logits, labels, first_column, transform = tile
         launcher = current()
         n, v = logits.shape
-        shares = Shares.of(logits, _thread_columns(logits, transform), launcher)
-        runner_up = row_state.has_runner_up(state)
-        macro = "RUNNER_UP_GRADIENT" if runner_up else "LOG_ODDS_GRADIENT"
+        fewer = bool(transform.softcap) or row_state.is_general(state)
+        shares = Shares.of(logits, _thread_columns(logits, fewer=fewer), launcher)
         launcher.launch(
-            Kernel(macro, (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
+            Kernel(_gradient(state), (TYPES[logits.dtype], TYPES[out.dtype], _cap(transform))),
             (n, shares.parts),
             shares.threads,
             [
@@ -130,7 +166,7 @@ class LogOddsLaunches(GpuKernels):
                 *strides(logits),
                 *strides(out),
                 c_int64(state.stride(0)),
-                *([c_int64(slope.stride(0))] if runner_up else []),
+                *([c_int64(slope.stride(0))] if row_state.has_runner_up(state) else []),
                 c_int64(first_column),
                 c_int32(v),
                 *factors(transform),

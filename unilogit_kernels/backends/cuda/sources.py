@@ -13,6 +13,8 @@ _REPOSITORY = _HERE.parents[2] / "csrc" / "cuda"
 
 HEADERS = (
     "platform.h",
+    "transform.h",
+    "row_parts.h",
     "row_math.h",
     "row_walk.h",
     "kernels.h",

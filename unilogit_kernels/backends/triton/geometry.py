@@ -17,7 +17,7 @@ from torch import Tensor
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels
 from unilogit_kernels.backends.triton import settings
-from unilogit_kernels.backends.triton.kernels.row_maths import Logits
+from unilogit_kernels.backends.triton.kernels.row_maths import Logits, Needs
 from unilogit_kernels.backends.triton.kernels.row_walk import ACCESS_BYTES, Walk
 from unilogit_kernels.backends.triton.settings import Settings
 
@@ -123,8 +123,7 @@ def logits_of(
     matrices: Matrices,
     transform: LogitTransform,
     eviction: str,
-    *,
-    runner_up: bool = False,
+    needs: Needs = Needs(),  # noqa: B008 (a tuple)
 ) -> Logits:
     """What kernels are compiled for of a matrix of logits."""
     capped = transform.softcap != 0.0
@@ -133,7 +132,7 @@ def logits_of(
         eviction=eviction,
         scaled=transform.scale != 1.0 and not capped,
         capped=capped,
-        runner_up=runner_up,
+        needs=needs,
     )
 
 

@@ -27,8 +27,8 @@ from unilogit_kernels.backends.triton.kernels.log_odds import (
     log_odds_update_kernel,
     merge_parts_kernel,
 )
+from unilogit_kernels.backends.triton.kernels.row_maths import Needs
 from unilogit_kernels.backends.triton.settings import Settings
-from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 LARGEST_TILE = 16384
@@ -39,9 +39,10 @@ SWEEP_WARPS = 4
 """Least of a program that passes its row twice."""
 
 
-def _lanes(transform: LogitTransform, chosen: Settings, *, runner_up: bool = False) -> int:
-    # The columns of the runner-up need registers, as a cap does.
-    return chosen.capped_lanes if transform.softcap or runner_up else chosen.lanes
+def _lanes(transform: LogitTransform, chosen: Settings, needs: tuple[bool, ...] = ()) -> int:
+    # The columns of the runner-up and what moments are taken of need registers, as a cap does.
+    lanes = chosen.capped_lanes if transform.softcap or any(needs) else chosen.lanes
+    return lanes // 2 if needs and all(needs) else lanes
 
 
 class LogOddsLaunches(GpuKernels):
@@ -59,14 +60,14 @@ class LogOddsLaunches(GpuKernels):
         chosen = settings.current_settings()
         place = Place.of(logits)
         matrices = Matrices(place)
-        runner_up = row_state.has_runner_up(state)
-        shares = Shares.of(logits, matrices, lanes=_lanes(transform, chosen, runner_up=runner_up))
+        computed = Needs.of(needs)
+        shares = Shares.of(logits, matrices, lanes=_lanes(transform, chosen, computed))
         two_stages = shares.parts > 1 or finish is not None
-        planes = 3 if runner_up else 2
-        parts = torch.empty(planes, n, shares.parts, device=logits.device) if two_stages else None
+        rows = state.shape[0]
+        parts = torch.empty(rows, n, shares.parts, device=logits.device) if two_stages else None
         row_weight = None if finish is None else finish.row_weight
         factors = factors_of(transform)
-        compiled = logits_of(place, matrices, transform, "", runner_up=runner_up)
+        compiled = logits_of(place, matrices, transform, "", computed)
         log_odds_update_kernel[(n, shares.parts)](
             place.base,
             labels,
@@ -85,6 +86,10 @@ class LogOddsLaunches(GpuKernels):
         )
         if parts is None:
             return
+        merging = options_of(chosen, warps=1)
+        if needs.general:
+            # Rows of many parts are few: what they take of the registers is of no matter.
+            merging.pop("maxnreg", None)
         merge_parts_kernel[(n,)](
             parts,
             place.base,
@@ -104,7 +109,7 @@ class LogOddsLaunches(GpuKernels):
             OBJECTIVE=None if finish is None else finish.objective,
             LOGITS=compiled,
             STRIDED=shares.walk.strided,
-            **options_of(chosen, warps=1),
+            **merging,
         )
 
     @on_its_device
@@ -117,7 +122,7 @@ class LogOddsLaunches(GpuKernels):
         place, out_place = Place.of(logits), Place.of(out)
         matrices = Matrices(out_place, (place,))
         shares = Shares.of(logits, matrices, lanes=_lanes(transform, settings.current_settings()))
-        runner_up = row_state.has_runner_up(state)
+        slopes = 1 if slope.dim() == 1 else slope.shape[0]
         log_odds_gradient_kernel[(n, shares.parts)](
             place.base,
             labels,
@@ -127,13 +132,14 @@ class LogOddsLaunches(GpuKernels):
             *place.strides,
             *out_place.strides,
             state.stride(0),
-            slope.stride(0) if runner_up else 0,
+            0 if slopes == 1 else slope.stride(0),
             first_column,
             v,
             shares.blocks_per_part,
             *factors_of(transform),
             transform.scale,
-            LOGITS=logits_of(place, matrices, transform, "", runner_up=runner_up),
+            SLOPES=slopes,
+            LOGITS=logits_of(place, matrices, transform, ""),
             WALK=shares.walk,
             **shares.options,
         )

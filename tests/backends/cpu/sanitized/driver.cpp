@@ -23,6 +23,25 @@ std::uint64_t checksum(std::uint64_t sum, const void* data, std::size_t bytes) {
   return sum;
 }
 
+// Of floats whose infinity has these bits. All NaN count as one: of two in a product either may
+// win, as the compiler orders them.
+template <class Bits>
+std::uint64_t float_checksum(std::uint64_t sum, const void* data, std::size_t bytes,
+                             Bits infinity) {
+  for (std::size_t i = 0; i + sizeof(Bits) <= bytes; i += sizeof(Bits)) {
+    Bits bits;
+    std::memcpy(&bits, static_cast<const unsigned char*>(data) + i, sizeof bits);
+    const Bits magnitude = bits & static_cast<Bits>(~(Bits{1} << (8 * sizeof(Bits) - 1)));
+    if (magnitude > infinity) bits = static_cast<Bits>(infinity + 1);
+    sum = checksum(sum, &bits, sizeof bits);
+  }
+  return sum;
+}
+
+std::uint64_t float_checksum(std::uint64_t sum, const std::vector<float>& values) {
+  return float_checksum<std::uint32_t>(sum, values.data(), 4 * values.size(), 0x7F800000);
+}
+
 // A [rows, columns] matrix in memory of exactly its extent, so that any access beyond is caught.
 class Matrix {
  public:
@@ -58,7 +77,13 @@ class Matrix {
   }
 
   const UnilogitMatrix* view() const { return &view_; }
-  std::uint64_t sum(std::uint64_t s) const { return checksum(s, memory_.get(), bytes_); }
+  std::uint64_t sum(std::uint64_t s) const {
+    if (view_.type == kUnilogitFloat32) {
+      return float_checksum<std::uint32_t>(s, memory_.get(), bytes_, 0x7F800000);
+    }
+    const std::uint16_t infinity = view_.type == kUnilogitBfloat16 ? 0x7F80 : 0x7C00;
+    return float_checksum<std::uint16_t>(s, memory_.get(), bytes_, infinity);
+  }
 
  private:
   std::size_t size_;
@@ -93,14 +118,16 @@ std::uint64_t run(const Case& c, int32_t threads) {
   const auto n = static_cast<std::size_t>(c.rows);
   const Matrix logits = make_logits(c);
   std::vector<int64_t> labels(n);
-  std::vector<float> weight(n), loss(n), state(4 * n, -kInfinity), slopes(3 * n);
+  // Rows of a state: max, sum, target, runner-up, count, linear, dot, square.
+  std::vector<float> weight(n), loss(2 * n), state(8 * n, -kInfinity), slopes(5 * n);
   constexpr std::int32_t kNoColumn = 0x7FFFFFFF;
   for (std::size_t i = 0; i < n; ++i) {
     labels[i] = i % 5 == 4 ? -100 : static_cast<int64_t>(i * 7919) % c.columns;
     weight[i] = i % 5 == 4 ? 0.0f : 1.0f + static_cast<float>(i);
     state[n + i] = 0.0f;
     std::memcpy(&state[3 * n + i], &kNoColumn, 4);
-    for (std::size_t k = 0; k < 3; ++k) slopes[k * n + i] = weight[i] * (0.5f - float(k));
+    for (std::size_t k = 4; k < 8; ++k) state[k * n + i] = 0.0f;
+    for (std::size_t k = 0; k < 5; ++k) slopes[k * n + i] = weight[i] * (0.5f - float(k));
   }
   std::uint64_t sum = 14695981039346656037u;
   int32_t status = 0;
@@ -108,13 +135,33 @@ std::uint64_t run(const Case& c, int32_t threads) {
   for (int32_t objective = 0; objective < 4; ++objective) {
     for (const UnilogitMatrix* target : {out.view(), static_cast<const UnilogitMatrix*>(nullptr)}) {
       if (target == nullptr && objective > 0) continue;  // the loss alone is the same for all
-      status |= unilogit_log_odds_sweep(logits.view(), labels.data(), weight.data(), objective,
-                                        c.columns, target, loss.data(), &c.transform, threads);
-      sum = checksum(out.sum(sum), loss.data(), 4 * n);
+      status |=
+          unilogit_log_odds_sweep(logits.view(), labels.data(), weight.data(), objective, nullptr,
+                                  c.columns, target, loss.data(), &c.transform, threads);
+      sum = float_checksum(out.sum(sum), loss);
     }
   }
-  // Two chunks of columns, folded into one state.
+  const Matrix overwritten = make_logits(c);
+  constexpr float kWeights[][5] = {{1.0f, 0.0f, 1e-3f, 0.0f, 0.0f},
+                                   {1.0f, 0.1f, 1e-3f, 0.0f, -0.5f},
+                                   {1.0f, 0.0f, 0.0f, -0.5f, 0.0f},
+                                   {0.5f, 0.1f, 1e-3f, 0.5f, 0.0f}};
+  for (const auto& weights : kWeights) {
+    for (const UnilogitMatrix* target : {out.view(), static_cast<const UnilogitMatrix*>(nullptr)}) {
+      status |= unilogit_log_odds_sweep(logits.view(), labels.data(), weight.data(),
+                                        kUnilogitWeightedStatistics, weights, c.columns, target,
+                                        loss.data(), &c.transform, threads);
+      sum = float_checksum(out.sum(sum), loss);
+    }
+  }
+  status |= unilogit_log_odds_sweep(overwritten.view(), labels.data(), weight.data(),
+                                    kUnilogitWeightedStatistics, kWeights[3], c.columns,
+                                    overwritten.view(), loss.data(), &c.transform, threads);
+  sum = overwritten.sum(sum);
+  // Two chunks of columns, folded into one state, the second with all that can be asked for.
   const int64_t first = c.columns / 3;
+  constexpr int32_t kEverything =
+      kUnilogitRunnerUp | kUnilogitLogsumexp | kUnilogitMean | kUnilogitEntropy | kUnilogitVariance;
   for (int part = 0; part < 2; ++part) {
     UnilogitMatrix chunk = *logits.view();
     chunk.columns = part == 0 ? first : c.columns - first;
@@ -123,13 +170,14 @@ std::uint64_t run(const Case& c, int32_t threads) {
                    first * c.column_stride * (c.type == kUnilogitFloat32 ? 4 : 2);
     }
     status |= unilogit_log_odds_update(&chunk, labels.data(), part == 0 ? 0 : first, state.data(),
-                                       c.rows, 1, &c.transform, threads);
+                                       c.rows, part == 0 ? kUnilogitRunnerUp : kEverything,
+                                       &c.transform, threads);
   }
-  sum = checksum(sum, state.data(), 16 * n);
-  for (const bool runner_up : {false, true}) {
+  sum = float_checksum(sum, state);
+  for (const int32_t rows : {1, 3, 5}) {
     status |= unilogit_log_odds_gradient(logits.view(), labels.data(), 0, state.data(), c.rows,
-                                         runner_up ? slopes.data() : weight.data(),
-                                         runner_up ? c.rows : 0, out.view(), &c.transform, threads);
+                                         rows == 1 ? weight.data() : slopes.data(), c.rows, rows,
+                                         out.view(), &c.transform, threads);
     sum = out.sum(sum);
   }
   // Two rows: the logits against another model's, of the other type and in another layout.
@@ -156,7 +204,7 @@ std::uint64_t run(const Case& c, int32_t threads) {
     status |= unilogit_divergence_update(&a, &b, labels.data(), part == 0 ? 0 : first,
                                          pair_state.data(), c.rows, &c.transform, &plain, threads);
   }
-  sum = checksum(sum, pair_state.data(), 28 * n);
+  sum = float_checksum(sum, pair_state);
   for (int32_t student : {0, 1}) {
     status |= unilogit_divergence_gradient(logits.view(), other.view(), labels.data(), 0,
                                            pair_state.data(), c.rows, coefficients.data(), c.rows,
@@ -168,8 +216,9 @@ std::uint64_t run(const Case& c, int32_t threads) {
                                          logits.view(), &c.transform, &plain, threads);
   sum = logits.sum(sum);
   const Matrix again = make_logits(c);
-  status |= unilogit_log_odds_gradient(again.view(), labels.data(), 0, state.data(), c.rows,
-                                       slopes.data(), c.rows, again.view(), &c.transform, threads);
+  status |=
+      unilogit_log_odds_gradient(again.view(), labels.data(), 0, state.data(), c.rows,
+                                 slopes.data(), c.rows, 5, again.view(), &c.transform, threads);
   sum = again.sum(sum);
   return status == 0 ? sum : 0;
 }

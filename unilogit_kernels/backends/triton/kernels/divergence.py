@@ -12,6 +12,7 @@ from unilogit_kernels.backends.triton.kernels.row_maths import (
     Logits,
     finite_shift,
     load_target,
+    moved_dot,
     transformed,
 )
 from unilogit_kernels.backends.triton.kernels.row_walk import (
@@ -81,24 +82,15 @@ class PairWriting(NamedTuple):
 
 
 @triton.jit
-def moved_dot(a_sum, a_dot, a_move, b_move):
-    """A part's sum and dot product after its maxima have moved by `a_move` and `b_move`.
-
-    A part of no weight in the whole contributes nothing, even an infinite dot product.
-    """
-    weight = tl.exp2(a_move * LOG2_E)
-    dot = weight * (a_dot + a_sum * (a_move - b_move))
-    return weight * a_sum, tl.where(weight == 0.0, 0.0, dot)
-
-
-@triton.jit
 def fold_pair_tile(
     parts, rows, columns, inside, label, label_is_near, PAIR: tl.constexpr, WALK: tl.constexpr
 ):
     """Fold a tile into each thread's maxima, sums and dot product, but for the label's column."""
     a_max, a_sum, a_dot, b_max, b_sum = parts
-    a = load_columns(rows.a, columns, inside, PAIR.a.eviction, WALK.strided)
-    b = load_columns(rows.b, columns, inside, PAIR.b.eviction, WALK.strided)
+    A_EVICTION: tl.constexpr = PAIR.a.eviction  # triton 3.6 hands on no string of a tuple
+    B_EVICTION: tl.constexpr = PAIR.b.eviction
+    a = load_columns(rows.a, columns, inside, A_EVICTION, WALK.strided)
+    b = load_columns(rows.b, columns, inside, B_EVICTION, WALK.strided)
     a, _ = transformed(a, rows.a_factors, PAIR.a)
     b, _ = transformed(b, rows.b_factors, PAIR.b)
     if inside is not None:

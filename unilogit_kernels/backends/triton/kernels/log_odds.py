@@ -4,22 +4,28 @@ import triton
 import triton.language as tl
 
 from unilogit_kernels.backends.triton.kernels.log_odds_tiles import (
-    Entries,
-    empty_parts,
+    Slopes,
     gradient_row,
     rest_statistics,
 )
 from unilogit_kernels.backends.triton.kernels.row_maths import (
-    NEGATIVE_INFINITY,
     Factors,
     Vocabulary,
-    bits_of,
-    column_of,
     evaluate_objective,
     load_target,
     log_odds,
-    merge_columns,
+)
+from unilogit_kernels.backends.triton.kernels.row_parts import (
+    ROW_SUM,
+    RUNNER_UP,
+    TARGET,
+    column_of,
+    empty_parts,
+    load_part,
     merge_parts,
+    store_part,
+    where_part,
+    with_infinite,
 )
 from unilogit_kernels.backends.triton.kernels.row_walk import (
     UNALIGNED,
@@ -28,14 +34,6 @@ from unilogit_kernels.backends.triton.kernels.row_walk import (
     row_of,
     share_of_row,
 )
-
-# ---- tiles ---------------------------------------------------------------------------------------
-
-
-# ---- rows ----------------------------------------------------------------------------------------
-
-
-# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -61,9 +59,8 @@ def log_odds_update_kernel(
 
     Args:
         row_weight: None, or `[n]`: a row of weight 0 is not read, and its parts are empty.
-        state: `[3, n]`, `[4, n]` with the runner-up, updated in place where a row is one part.
-        parts: None then, else `[2, n, parts]`: maximum and sum of each part; a third with the
-            runner-up, its column's bits.
+        state: `[rows, n]`, of which what is needed is updated in place where a row is one part.
+        parts: None then, else `[rows, n, parts]`, for a state of each part but its label's logit.
     """
     row_index = tl.program_id(0).to(tl.int64)
     state_stride = state_stride.to(tl.int64)
@@ -73,48 +70,28 @@ def log_odds_update_kernel(
     row = row_of(logits, offset, row_stride, column_stride, row_index)
     factors = Factors(scale, softcap)
 
-    part_max, part_sum, part_column = empty_parts(WALK)
+    known = empty_parts(WALK)
     state += row_index
     if parts is None:
         # What is known of the row so far is where the first thread begins.
         is_first = tl.arange(0, WALK.threads) == 0
-        part_max = tl.where(is_first, tl.load(state), part_max)
-        part_sum = tl.where(is_first, tl.load(state + state_stride), part_sum)
-        if LOGITS.runner_up:
-            so_far = column_of(tl.load(state + 3 * state_stride))
-            part_column = tl.where(is_first, so_far, part_column)
+        so_far = load_part(state, state_stride, None, LOGITS)
+        known = where_part(is_first, so_far, known)
     is_read = True
     if row_weight is not None:
         is_read = tl.load(row_weight + row_index) != 0.0
     if is_read:
         share = share_of_row(row, v, part, count, blocks_per_part, WALK)
-        part_max, part_sum, part_column = rest_statistics(
-            (part_max, part_sum, part_column),
-            row,
-            label,
-            share,
-            factors,
-            first_column,
-            LOGITS,
-            WALK,
-        )
-    row_max, row_sum = merge_parts(part_max, part_sum)
-    if LOGITS.runner_up:
-        column = bits_of(merge_columns(part_max, part_column, row_max))
-        if parts is None:
-            tl.store(state + 3 * state_stride, column)
-        else:
-            plane = tl.num_programs(0).to(tl.int64) * count
-            tl.store(parts + 2 * plane + row_index * count + part, column)
+        known = rest_statistics(known, row, label, share, factors, first_column, LOGITS, WALK)
+    merged = merge_parts(known, LOGITS)
     if parts is None:
-        tl.store(state, row_max)
-        tl.store(state + state_stride, row_sum)
+        merged = with_infinite(merged, so_far, v - (label >= 0), LOGITS)
+        store_part(state, state_stride, merged, LOGITS)
         target = load_target(row, label, factors, LOGITS, WALK.strided)
-        tl.store(state + 2 * state_stride, target, mask=label >= 0)
+        tl.store(state + TARGET * state_stride, target, mask=label >= 0)
     else:
-        parts += row_index * count + part
-        tl.store(parts, row_max)
-        tl.store(parts + tl.num_programs(0).to(tl.int64) * count, row_sum)
+        plane = tl.num_programs(0).to(tl.int64) * count
+        store_part(parts + row_index * count + part, plane, merged, LOGITS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -148,7 +125,7 @@ def merge_parts_kernel(
     With several warps, one could store the state before another has loaded it.
 
     Args:
-        parts: `[2, n, count]`, `[3, n, count]` with the runner-up, from `log_odds_update_kernel`.
+        parts: `[rows, n, count]`, from `log_odds_update_kernel`.
         values: `[n]`, receives `f(d)` where there is an objective.
         slopes: `[n]`, receives `row_weight * f'(d)`.
         MOST_PARTS: A power of two above `count`.
@@ -158,32 +135,21 @@ def merge_parts_kernel(
     state_stride = state_stride.to(tl.int64)
     state += row_index
     i = tl.arange(0, MOST_PARTS)
-    is_part = i < count
-    parts += row_index * count + i
-    part_max = tl.load(parts, mask=is_part, other=NEGATIVE_INFINITY)
-    parts += tl.num_programs(0).to(tl.int64) * count
-    part_sum = tl.load(parts, mask=is_part, other=0.0)
+    plane = tl.num_programs(0).to(tl.int64) * count
+    known = load_part(parts + row_index * count + i, plane, i < count, LOGITS)
     # The state so far is one part more.
-    part_max = tl.where(i == count, tl.load(state), part_max)
-    part_sum = tl.where(i == count, tl.load(state + state_stride), part_sum)
-    row_max, row_sum = merge_parts(part_max, part_sum)
-    if LOGITS.runner_up:
-        parts += tl.num_programs(0).to(tl.int64) * count
-        part_column = column_of(tl.load(parts, mask=is_part, other=0.0))
-        so_far = column_of(tl.load(state + 3 * state_stride))
-        part_column = tl.where(i == count, so_far, part_column)
-        column = merge_columns(part_max, part_column, row_max)
-        tl.store(state + 3 * state_stride, bits_of(column))
-    tl.store(state, row_max)
-    tl.store(state + state_stride, row_sum)
-
+    so_far = load_part(state, state_stride, None, LOGITS)
+    merged = merge_parts(where_part(i == count, so_far, known), LOGITS)
     label = label_column(labels, row_index, first_column, v)
+    merged = with_infinite(merged, so_far, v - (label >= 0), LOGITS)
+    store_part(state, state_stride, merged, LOGITS)
+
     row = row_of(logits, offset, row_stride, column_stride, row_index)
     target = load_target(row, label, Factors(scale, softcap), LOGITS, STRIDED)
-    tl.store(state + 2 * state_stride, target, mask=label >= 0)
+    tl.store(state + TARGET * state_stride, target, mask=label >= 0)
     if OBJECTIVE is not None:
         vocabulary = Vocabulary(uniform_log_odds, softplus_uniform, inverse_vocab)
-        d = log_odds(row_max, row_sum, target, label >= 0)
+        d = log_odds(merged.row_max, merged.row_sum, target, label >= 0)
         value, slope = evaluate_objective(d, vocabulary, OBJECTIVE)
         weight = tl.load(row_weight + row_index)
         tl.store(values + row_index, tl.where(weight == 0.0, 0.0, value))
@@ -211,13 +177,15 @@ def log_odds_gradient_kernel(
     scale,
     softcap,
     derivative,
+    SLOPES: tl.constexpr,
     LOGITS: tl.constexpr,
     WALK: tl.constexpr,
 ):
     """Gradient rows `[n, v]`; grid `(n, parts of a row)`; `out` may be `logits`.
 
     Args:
-        slopes: `[n]`; with the runner-up `[3, n]`, see `statistics.row_slopes`.
+        slopes: `[n]`, `[3, n]` or `[5, n]`: see `RowKernels`.
+        SLOPES: How many rows there are.
     """
     row_index = tl.program_id(0).to(tl.int64)
     state_stride = state_stride.to(tl.int64)
@@ -228,28 +196,19 @@ def log_odds_gradient_kernel(
     part, count = tl.program_id(1), tl.num_programs(1)
     share = share_of_row(out_row, v, part, count, blocks_per_part, WALK)
     state += row_index
-    row_max, row_sum = tl.load(state), tl.load(state + state_stride)
+    row_max, row_sum = tl.load(state), tl.load(state + ROW_SUM * state_stride)
     slopes += row_index
-    slope = tl.load(slopes)
-    entries = None
-    if LOGITS.runner_up:
+    rest = tl.load(slopes)
+    at_label, at_runner_up, runner_up, tilt, uniform = None, None, None, None, None
+    if SLOPES > 1:
         at_label, at_runner_up = tl.load(slopes + slope_stride), tl.load(slopes + 2 * slope_stride)
-        column = column_of(tl.load(state + 3 * state_stride)) - first_column
-        entries = Entries(at_label, at_runner_up, column)
+        runner_up = column_of(tl.load(state + RUNNER_UP * state_stride)) - first_column
+    if SLOPES > 3:
+        tilt, uniform = tl.load(slopes + 3 * slope_stride), tl.load(slopes + 4 * slope_stride)
+    slope = Slopes(rest, at_label, at_runner_up, runner_up, tilt, uniform)
     factors = Factors(scale, softcap)
     gradient_row(
-        row,
-        out_row,
-        label,
-        share,
-        row_max,
-        row_sum,
-        slope,
-        entries,
-        factors,
-        derivative,
-        LOGITS,
-        WALK,
+        row, out_row, label, share, row_max, row_sum, slope, factors, derivative, LOGITS, WALK
     )
 
 
@@ -297,27 +256,16 @@ def log_odds_sweep_kernel(
     row_max, row_sum, value, slope = 0.0, 1.0, 0.0, 0.0
     if weight != 0.0:
         target = load_target(row, label, factors, LOGITS, WALK.strided)
-        part_max, part_sum, _ = rest_statistics(
-            empty_parts(WALK), row, label, share, factors, 0, LOGITS, WALK
-        )
-        row_max, row_sum = merge_parts(part_max, part_sum)
+        parts = rest_statistics(empty_parts(WALK), row, label, share, factors, 0, LOGITS, WALK)
+        merged = merge_parts(parts, LOGITS)
+        row_max, row_sum = merged.row_max, merged.row_sum
         d = log_odds(row_max, row_sum, target, label >= 0)
         vocabulary = Vocabulary(uniform_log_odds, softplus_uniform, inverse_vocab)
         value, slope = evaluate_objective(d, vocabulary, OBJECTIVE)
         slope = weight * slope
     tl.store(values + row_index, value)
     if out is not None:
+        slopes = Slopes(slope, None, None, None, None, None)
         gradient_row(
-            row,
-            out_row,
-            label,
-            share,
-            row_max,
-            row_sum,
-            slope,
-            None,
-            factors,
-            derivative,
-            LOGITS,
-            WALK,
+            row, out_row, label, share, row_max, row_sum, slopes, factors, derivative, LOGITS, WALK
         )

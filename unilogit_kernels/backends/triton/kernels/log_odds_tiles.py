@@ -7,13 +7,13 @@ import triton.language as tl
 
 from unilogit_kernels.backends.triton.kernels.row_maths import (
     LOG2_E,
+    LOWEST,
     NEGATIVE_INFINITY,
-    NO_COLUMN,
     Factors,
-    fold,
-    fold_column,
+    finite_shift,
     transformed,
 )
+from unilogit_kernels.backends.triton.kernels.row_parts import fold
 from unilogit_kernels.backends.triton.kernels.row_walk import (
     Row,
     body_of,
@@ -39,18 +39,24 @@ class Reading(NamedTuple):
     first_column: tl.tensor
 
 
-class Entries(NamedTuple):
-    """Entries of a gradient row that are not as the rest's, but for dz/dx.
+class Slopes(NamedTuple):
+    """What a gradient row is a multiple or a sum of: see `RowKernels` and `statistics.row_slopes`.
 
     Attributes:
-        at_label: The label's.
-        at_runner_up: The runner-up's.
-        runner_up: Its column.
+        rest: The slope of the rest; of the label too where it has no entry of its own.
+        at_label: The label's entry, but for dz/dx; or None.
+        at_runner_up: The runner-up's; or None.
+        runner_up: The runner-up's column; or None.
+        tilt: What the logits less their maximum are multiplied by; or None.
+        uniform: What is added everywhere; or None.
     """
 
+    rest: tl.tensor
     at_label: tl.tensor
     at_runner_up: tl.tensor
     runner_up: tl.tensor
+    tilt: tl.tensor
+    uniform: tl.tensor
 
 
 class Writing(NamedTuple):
@@ -60,19 +66,16 @@ class Writing(NamedTuple):
         logits: Read.
         out: Written; may be the logits.
         factors: Of the logits.
-        row_max: The row is `coefficient * exp(z - row_max)` times dz/dx without its constant
-            factor, which is in the coefficient,
-        coefficient: see there,
-        entries: but at the label, and maybe the runner-up, instead of the product of coefficient
-            and exponential these, times the constant factor.
+        row_max: With `s = z - row_max`, the row is `uniform + (rest + tilt s) exp(s)` times dz/dx
+            without its constant factor, which is in the slopes,
+        slopes: see there; but at the label and the runner-up, which have entries.
     """
 
     logits: Row
     out: Row
     factors: Factors
     row_max: tl.tensor
-    coefficient: tl.tensor
-    entries: Entries
+    slopes: Slopes
 
 
 @triton.jit
@@ -80,17 +83,14 @@ def fold_tile(
     parts, row, columns, inside, label, label_is_near, LOGITS: tl.constexpr, WALK: tl.constexpr
 ):
     """Fold a tile into each thread's parts, but for the label's column."""
-    x = load_columns(row.logits, columns, inside, LOGITS.eviction, WALK.strided)
+    EVICTION: tl.constexpr = LOGITS.eviction  # triton 3.6 hands on no string of a tuple
+    x = load_columns(row.logits, columns, inside, EVICTION, WALK.strided)
     z, _ = transformed(x, row.factors, LOGITS)
     if inside is not None:
         z = tl.where(inside, z, NEGATIVE_INFINITY)
     if label_is_near:
         z = tl.where(columns == label, NEGATIVE_INFINITY, z)
-    part_max, part_sum, part_column = parts
-    if LOGITS.runner_up:
-        part_column = fold_column(part_max, part_column, z, row.first_column + columns)
-    part_max, part_sum = fold(part_max, part_sum, z)
-    return part_max, part_sum, part_column
+    return fold(parts, z, row.first_column + columns, LOGITS)
 
 
 @triton.jit
@@ -101,22 +101,21 @@ def write_tile(
     # Nobody reads these logits again: they may leave the cache first.
     x = load_columns(row.logits, columns, inside, "evict_first", WALK.strided)
     z, slope = transformed(x, row.factors, LOGITS)
-    values = row.coefficient * tl.exp2((z - row.row_max) * LOG2_E)
+    slopes = row.slopes
+    s = z - row.row_max
+    terms = tl.exp2(s * LOG2_E)
+    if slopes.tilt is None:
+        values = slopes.rest * terms
+    else:
+        tilted = slopes.rest + slopes.tilt * tl.maximum(s, LOWEST)
+        values = slopes.uniform + terms * tilted
     if label_is_near:
-        values = tl.where(columns == label, row.entries.at_label, values)
-    if LOGITS.runner_up:
-        values = tl.where(columns == row.entries.runner_up, row.entries.at_runner_up, values)
+        values = tl.where(columns == label, slopes.at_label, values)
+    if slopes.runner_up is not None:
+        values = tl.where(columns == slopes.runner_up, slopes.at_runner_up, values)
     if LOGITS.capped:
         values = values * slope
     store_columns(row.out, columns, inside, values, WALK.strided)
-
-
-@triton.jit
-def empty_parts(WALK: tl.constexpr):
-    """Each thread's maximum and sum, and where the maximum is, before it has seen a column."""
-    part_max = tl.full([WALK.threads], NEGATIVE_INFINITY, tl.float32)
-    part_column = tl.full([WALK.threads], NO_COLUMN, tl.int32)
-    return part_max, tl.full([WALK.threads], 0.0, tl.float32), part_column
 
 
 @triton.jit
@@ -138,35 +137,35 @@ def gradient_row(
     share,
     row_max,
     row_sum,
-    slope,
-    entries,
+    slopes,
     factors,
     derivative,
     LOGITS: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    """Write the gradient row of a slope; that of 0 is exactly 0, whatever its logits hold.
-
-    Args:
-        slope: Of the rest, and of the label where there are no entries.
-        entries: None where the runner-up is as the rest.
-    """
-    at_label = slope * derivative
-    coefficient = -at_label / row_sum
-    if entries is None:
-        in_whole = Entries(at_label, 0.0, -1)
-        in_body = in_whole
-        size = tl.abs(slope)
-    else:
-        size = tl.abs(slope) + tl.abs(entries.at_label) + tl.abs(entries.at_runner_up)
-        at_label = entries.at_label * derivative
-        at_runner_up = entries.at_runner_up * derivative
-        in_whole = Entries(at_label, at_runner_up, entries.runner_up)
-        in_body = Entries(at_label, at_runner_up, entries.runner_up - share.peeled)
-    whole = Writing(logits, out, factors, row_max, coefficient, in_whole)
+    """Write the gradient row of slopes; that of zeros is exactly 0, whatever its logits hold."""
+    size = tl.abs(slopes.rest)
+    rest = slopes.rest * derivative
+    at_label, at_runner_up, runner_up_in_body = rest, None, None
+    if slopes.at_label is not None:
+        size = size + tl.abs(slopes.at_label) + tl.abs(slopes.at_runner_up)
+        at_label = slopes.at_label * derivative
+        at_runner_up = slopes.at_runner_up * derivative
+        runner_up_in_body = slopes.runner_up - share.peeled
+    tilt, uniform = None, None
+    if slopes.tilt is not None:
+        size = size + tl.abs(slopes.tilt) + tl.abs(slopes.uniform)
+        # A row of nothing but -inf has neither a maximum nor a sum.
+        row_max, row_sum = finite_shift(row_max), tl.where(row_sum == 0.0, 1.0, row_sum)
+        tilt = -slopes.tilt * derivative / row_sum
+        uniform = slopes.uniform * derivative
+    rest = -rest / row_sum
+    in_whole = Slopes(rest, at_label, at_runner_up, slopes.runner_up, tilt, uniform)
+    in_body = Slopes(rest, at_label, at_runner_up, runner_up_in_body, tilt, uniform)
+    whole = Writing(logits, out, factors, row_max, in_whole)
     body_logits = body_of(logits, share, LOGITS.alignment)
     body_out = body_of(out, share, WALK.alignment)
-    body = Writing(body_logits, body_out, factors, row_max, coefficient, in_body)
+    body = Writing(body_logits, body_out, factors, row_max, in_body)
     if size == 0.0:
         write_row(out, body_out, label, share, zero_tile, None, WALK)
     else:

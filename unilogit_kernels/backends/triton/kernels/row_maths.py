@@ -6,19 +6,42 @@ import triton
 import triton.language as tl
 
 from unilogit_kernels.backends.triton.kernels.row_walk import at_columns
-from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Below this e^s is 0. Where s is no lower, the products of e^s are 0 with it, and not 0 * inf.
+LOWEST = tl.constexpr(-1e4)
+
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 POSITIVE_INFINITY = tl.constexpr(float("inf"))
-
-NO_COLUMN = tl.constexpr(row_state.NO_COLUMN)
 
 # Beyond this sigmoid(-|d|) is 0; it keeps 0 * inf out of bounded values.
 SATURATED = tl.constexpr(2e4)
 
 # Above this tanh is computed from the exponential, below it from an odd polynomial (Cephes).
 TANH_LIMIT = tl.constexpr(0.625)
+
+
+class Needs(NamedTuple):
+    """What a kernel computes of rows beside maximum and sum; decided when it is compiled.
+
+    Attributes:
+        runner_up: In which column the maximum is.
+        linear: How many columns there are, and the sum of their logits.
+        dot: The mean logit under the softmax.
+        square: The variance; asks for `dot` too.
+    """
+
+    runner_up: bool = False
+    linear: bool = False
+    dot: bool = False
+    square: bool = False
+
+    @staticmethod
+    def of(needs: RowNeeds) -> "Needs":
+        """What a kernel must compute for a loss that needs this of rows."""
+        dot = needs.entropy or needs.variance
+        return Needs(needs.runner_up, linear=needs.mean, dot=dot, square=needs.variance)
 
 
 class Logits(NamedTuple):
@@ -30,15 +53,14 @@ class Logits(NamedTuple):
             always leave first.
         scaled: `z = scale * x`; False where a cap takes the scale in.
         capped: `z = softcap * tanh(scale * x)`, where `scale` has been divided by `softcap`.
-        runner_up: Whether statistics say in which column the maximum is, and gradients have an
-            entry of its own there.
+        needs: What statistics are computed of them.
     """
 
     alignment: int
     eviction: str
     scaled: bool
     capped: bool
-    runner_up: bool = False
+    needs: Needs = Needs()
 
 
 class Factors(NamedTuple):
@@ -123,60 +145,20 @@ def finite_shift(row_max):
 
 
 @triton.jit
-def fold(row_max, row_sum, z):
-    """Add a tile to the maximum and the sum of exponentials that each thread keeps."""
-    new_max = tl.maximum(row_max, tl.max(tl.max(z, 2), 0))
-    shift = finite_shift(new_max)
-    terms = tl.exp2((z - shift[None, :, None]) * LOG2_E)
-    row_sum = row_sum * tl.exp2((row_max - shift) * LOG2_E) + tl.sum(tl.sum(terms, 2), 0)
-    return new_max, row_sum
+def moved_dot(row_sum, dot, move, other_move):
+    """Sum and `sum e^s (s - t)` of a part after the maxima of s and t have moved so far.
 
-
-@triton.jit
-def merge_parts(part_max, part_sum):
-    """The one merge of parts of a row: threads, programs, and the state of earlier columns.
-
-    NaN spreads through the sum, since a GPU's maximum drops it.
+    A part of no weight in the whole contributes nothing, even an infinite dot product.
     """
-    row_max = tl.max(part_max, 0)
-    shift = finite_shift(row_max)
-    row_sum = tl.sum(part_sum * tl.exp2((part_max - shift) * LOG2_E), 0)
-    return tl.where(row_sum != row_sum, float("nan"), row_max), row_sum
-
-
-# ---- the runner-up -------------------------------------------------------------------------------
+    weight = tl.exp2(move * LOG2_E)
+    dot = weight * (dot + row_sum * (move - other_move))
+    return weight * row_sum, tl.where(weight == 0.0, 0.0, dot)
 
 
 @triton.jit
-def fold_column(row_max, column, z, columns):
-    """Where each thread's maximum is, with a tile; called before the maximum is `fold`ed.
-
-    Of equal ones, the lowest column, in whatever order tiles come.
-    """
-    tile_max = tl.max(tl.max(z, 2), 0)
-    here = tl.where(z == tile_max[None, :, None], columns, NO_COLUMN)
-    first = tl.min(tl.min(here, 2), 0)
-    first = tl.where(tile_max == row_max, tl.minimum(first, column), first)
-    return tl.where(tile_max < row_max, column, first)
-
-
-@triton.jit
-def merge_columns(part_max, part_column, row_max):
-    """The column of a row's maximum, of parts that `merge_parts` merges to `row_max`."""
-    column = tl.min(tl.where(part_max == row_max, part_column, NO_COLUMN), 0)
-    return tl.where(row_max == NEGATIVE_INFINITY, NO_COLUMN, column)
-
-
-@triton.jit
-def bits_of(column):
-    """A column as a state holds it: a float32 counts to 2^24 only."""
-    return column.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def column_of(bits):
-    """The inverse of `bits_of`."""
-    return bits.to(tl.int32, bitcast=True)
+def ratio(a, b):
+    """`a / b`, and `a` where b is 0."""
+    return a / tl.where(b == 0.0, 1.0, b)
 
 
 # ---- log-odds and objectives ---------------------------------------------------------------------
