@@ -41,11 +41,12 @@ SPLIT_KNOBS: dict[str, Sequence[Any]] = {
 """Fields of `triton.settings.Settings`, one of its options, a constant of `triton.log_odds`, and
 what `gpu.sweep_size` returns."""
 PLAN_KNOBS: dict[str, Sequence[Any]] = {
-    "memory_budget": tuple(MIB * size for size in (512, 1024, 2048, 4096)),
+    "memory_budget": tuple(MIB * size for size in (256, 512, 1024, 2048, 3072, 4096)),
+    "ROWS_WORKING_SHARE": (2, 3, 8),
     "TILE_BYTES": tuple(MIB * size for size in (16, 64, 128, 256)),
     "CHUNK_BYTES": tuple(MIB * size for size in (128, 512, 1024)),
 }
-"""An option of a call, and constants of `fused_linear.plan` for GPUs."""
+"""An option of a call, and constants of `fused_linear.plan`, of which some are by device."""
 TUNED = tuple(
     f"unilogit_kernels.{name}" for name in ("backends.triton", "backends.gpu", "fused_linear")
 )
@@ -256,8 +257,12 @@ def _tune_plan(target: Target, shape: Shape, report: Report) -> dict[str, Any]:
 @contextmanager
 def plan_sizes(changes: Settings) -> Iterator[None]:
     """Plan with other sizes inside, see `PLAN_KNOBS`."""
-    tables = {name: {**getattr(plan, name, {}), "cuda": size} for name, size in changes.items()}
-    with _constants(plan, tables):
+    values = dict(changes)
+    for name, size in changes.items():
+        today = getattr(plan, name, None)
+        if isinstance(today, dict):
+            values[name] = {**today, "cuda": size}
+    with _constants(plan, values):
         yield
 
 
