@@ -29,7 +29,7 @@ from benchmarks.gpu_session.search import search
 from benchmarks.gpu_session.session import START, Message, Session, Stage
 from benchmarks.gpu_session.timeline import Event, describe
 from tests.support import ROOT
-from unilogit_kernels import LinearOptions, explain_plan
+from unilogit_kernels import explain_plan
 from unilogit_kernels.bench.measure import Measurement
 from unilogit_kernels.fused_linear import plan
 from unilogit_kernels.fused_linear.plan import Plan
@@ -246,15 +246,13 @@ def test_settings_are_tried_and_taken_back() -> None:
 
 
 def test_sizes_of_the_plan_are_tried_and_taken_back() -> None:
-    tight = LinearOptions(memory_budget=256 << 20)
-
     def now() -> Plan:
-        return explain_plan(8192, 4096, 128_256, options=tight).plan
+        return explain_plan(2048, 3584, 262_144).plan
 
     before = now()
-    for name, value in (("CHUNK_BYTES", 64 << 20), ("SAVED_PARTS", 4)):
+    for name, value in (("TILE_BYTES", 64 << 20), ("SAVED_PARTS", 4)):
         with tuning.plan_sizes({name: value}):
-            assert (now() != before) == (name == "CHUNK_BYTES")
+            assert (now() != before) == (name == "TILE_BYTES")
             size = getattr(plan, name)
             assert (size["cuda"] if isinstance(size, dict) else size) == value
         assert now() == before
