@@ -13,7 +13,13 @@ from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.cost import Costs, loss_costs, recomputing_costs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.fused_linear.plan import Plan, plan_linear, plan_saving, saved_capacity
+from unilogit_kernels.fused_linear.plan import (
+    Plan,
+    budget_of,
+    plan_linear,
+    plan_saving,
+    saved_capacity,
+)
 from unilogit_kernels.fused_linear.recorder import Launch, Read
 
 
@@ -74,6 +80,7 @@ class PlanReport:
         moved_bytes: Bytes that the launches read and write, caches apart.
         launches: Kernels on the device.
         peak_bytes: Most bytes alive at a time beside operands and gradients.
+        memory_budget: Bytes that buffers may take, as given or by default.
         saved_share: Share of the logits, or of their gradient rows, that is not projected again.
         predicted_seconds: By GPU, from its rates: a prediction, never a measurement.
         bare_gemm_seconds: The same for the matrix products alone, each in one piece.
@@ -86,6 +93,7 @@ class PlanReport:
     moved_bytes: int
     launches: int
     peak_bytes: int
+    memory_budget: int
     saved_share: float
     predicted_seconds: dict[str, float]
     bare_gemm_seconds: dict[str, float]
@@ -106,7 +114,8 @@ class PlanReport:
             f"  saved             {self.saved_share:.0%} of the {what}",
             f"  GEMMs            {self.gemms:.2f} x 2nhV = {self.gemm_flops / 1e12:.2f} TFLOP",
             f"  moved            {self.moved_bytes / 1e9:.2f} GB in {self.launches:,} launches",
-            f"  peak memory      {self.peak_bytes / 2**20:.1f} MiB beside operands and gradients",
+            f"  peak memory      {self.peak_bytes / 2**20:.1f} MiB beside operands and gradients, "
+            f"of a budget of {self.memory_budget / 2**20:.1f} MiB",
         ]
         for name, seconds in self.predicted_seconds.items():
             bare = self.bare_gemm_seconds[name]
@@ -192,7 +201,7 @@ def explain_plan(
             f"reduction must be one of {', '.join(validation.REDUCTIONS)}, got {reduction!r}"
         )
     calls = _recomputing(shape, options) if reduction == "none" else _finished(shape, options)
-    return _report(shape, calls)
+    return _report(shape, calls, budget_of(shape, options))
 
 
 def _finished(shape: LinearShape, options: LinearOptions) -> list[Costs]:
@@ -210,7 +219,7 @@ def _recomputing(shape: LinearShape, options: LinearOptions) -> list[Costs]:
     return recomputing_costs(shape, forward, backward, saved)
 
 
-def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
+def _report(shape: LinearShape, calls: list[Costs], memory_budget: int) -> PlanReport:
     plan, flops = calls[-1].plan, sum(call.flops for call in calls)
     unit = 2 * shape.n * shape.h * shape.vocab_size
     projected = flops - unit * (shape.needs.hidden + shape.needs.weight)
@@ -233,6 +242,7 @@ def _report(shape: LinearShape, calls: list[Costs]) -> PlanReport:
         moved_bytes=sum(call.moved() for call in calls),
         launches=len(launches),
         peak_bytes=max(call.peak_bytes for call in calls),
+        memory_budget=memory_budget,
         saved_share=passes - projected / once,
         predicted_seconds=predicted,
         bare_gemm_seconds=bare,
