@@ -59,9 +59,12 @@ bench: $(INSTALLED)
 bench-report: $(INSTALLED)
 	$(BIN)/unilogit bench --device cpu --seconds 120 --memory ours --json benchmarks/results/cpu.json
 
-# On a machine with a GPU: the suite on it, what only a GPU can show, and the benchmark, whose
-# results are named after it. torch from PyPI is a build for CUDA; for ROCm, install its own first.
+# On a machine with a GPU: a session of minutes, then the suite on it, what only a GPU can show, and
+# the benchmark; results are named after it. torch from PyPI is a build for CUDA; for ROCm, install
+# its own first.
 gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_session --minutes 8 --out "benchmarks/results/$$($(BIN)/python -c \
+		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')"
 	UNILOGIT_KERNELS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "" \
 		tests/functional/test_accuracy.py tests/functional/test_tensors.py tests/calls/test_calls.py \
 		tests/backends/test_divergence_kernels.py

@@ -138,6 +138,7 @@ def measure(
     device: Device,
     options: Options,
     progress: Callable[[str], None] = lambda line: None,
+    note: Callable[[Sequence[Measurement]], None] = lambda found: None,
 ) -> list[Measurement]:
     """Run every provider of the shape's entry in turn.
 
@@ -146,6 +147,7 @@ def measure(
         device: Where.
         options: How.
         progress: Told what has been done, as steps can take long.
+        note: Given all that is known so far, whenever that is more.
 
     Returns:
         One measurement for each provider, ours first. All have `missing` if the problem itself does
@@ -164,13 +166,14 @@ def measure(
         return found
     # What was compiled for other shapes would count against the limit of recompilations.
     torch.compiler.reset()
-    _measure_times(shape, device, options, everybody, found, progress)
+    _measure_times(shape, device, options, everybody, found, progress, note)
     gc.collect()
     progress("times are measured; now peaks of memory")
     for provider, measurement in zip(everybody, found, strict=True):
         wanted = {"all": provider.loss != "floor", "ours": provider.is_ours, "none": False}
         if measurement.missing is None and wanted[options.memory]:
             _measure_peak(shape, device, options.mode, provider, measurement)
+            note(found)
     return found
 
 
@@ -181,6 +184,7 @@ def _measure_times(
     everybody: list[Provider],
     found: list[Measurement],
     progress: Callable[[str], None],
+    note: Callable[[Sequence[Measurement]], None],
 ) -> None:
     problem = Problem(shape, device.type)
     oracle = Oracle(problem)
@@ -192,12 +196,23 @@ def _measure_times(
             progress(f"{provider.name}: first step {measurement.first_call_s:.2f} s")
         else:
             progress(f"{provider.name}: {measurement.missing}")
+        note(found)
     for runner in runners:
         first = runner.measurement.first_call_s or 0.0
         if options.mode == "both" and first > VERY_SLOW_SECONDS and not runner.provider.compiles:
             runner.measurement.milliseconds.append(1e3 * first)
             runner.most_rounds = 1
-    _alternate(runners, options.rounds, time.perf_counter() + options.seconds)
+
+    def after_round() -> None:
+        _relate(found)
+        note(found)
+
+    _alternate(runners, options.rounds, time.perf_counter() + options.seconds, after_round)
+    _relate(found)
+
+
+def _relate(found: Sequence[Measurement]) -> None:
+    """Divide times by ours of the same round."""
     for measurement in found:
         ours = _ours_for(measurement, found)
         pairs = zip(measurement.milliseconds, ours, strict=False)
@@ -205,7 +220,7 @@ def _measure_times(
         measurement.relative_to_ours = statistics.median(ratios) if ratios else None
 
 
-def _ours_for(measurement: Measurement, found: list[Measurement]) -> list[float]:
+def _ours_for(measurement: Measurement, found: Sequence[Measurement]) -> list[float]:
     """Our times for the job that a measurement is compared with."""
     name = OURS.get(measurement.loss, OURS["unilogit"])
     return next((m.milliseconds for m in found if m.provider == name), [])
@@ -286,7 +301,12 @@ def _timer(job: Job, mode: str, device: Device) -> Callable[[], float]:
     return lambda: device.time(lambda: job.backward(job.forward()))[0]
 
 
-def _alternate(runners: list[_Runner], rounds: int, deadline: float) -> None:
+def _alternate(
+    runners: list[_Runner],
+    rounds: int,
+    deadline: float,
+    after_round: Callable[[], None] = lambda: None,
+) -> None:
     """Time everybody in turn, so that whatever else the machine does meets all of them.
 
     Those whose slow first step counts already are one round ahead, and sit out the first.
@@ -298,6 +318,7 @@ def _alternate(runners: list[_Runner], rounds: int, deadline: float) -> None:
             wanted = runner.rounds <= done and runner.rounds < min(goal, runner.most_rounds)
             if wanted and (not late or runner.must_go_on):
                 runner.run()
+        after_round()
         if done == 0:
             together = sum(runner.measurement.milliseconds[0] for runner in runners) / 1e3
             goal = max(rounds, min(MOST_ROUNDS, int(FAST_SECONDS / max(together, 1e-9))))

@@ -17,8 +17,8 @@ from torch import Tensor
 from unilogit_kernels.bench.problems import Problem, Shape
 from unilogit_kernels.bench.provider import Job, Loss, Provider, by_autograd, unilogit_from_nll
 
-_QUACK_CAPABILITY = (9, 0)
-"""quack's kernels are written for Hopper and later."""
+_HOPPER = (9, 0)
+"""What quack's kernels, and Liger's in CuTe, are written for."""
 
 
 def _needs(
@@ -175,6 +175,20 @@ def _liger_linear(
     return unilogit_from_nll(loss, weight.shape[0]) if through_nll else loss
 
 
+def _liger_cute(hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None) -> Tensor:
+    """Its kernels in CuTe by name, which it may choose by itself too."""
+    from liger_kernel.ops.backends._cutedsl import fused_linear_cross_entropy as cute
+
+    loss: Tensor
+    loss, *_ = cute.fused_linear_cross_entropy_cutedsl(hidden, weight, labels, softcap=softcap)
+    return loss
+
+
+def _needs_liger_cute(shape: Shape, device: str) -> str | None:
+    reason = _needs("liger_kernel", gpu=True)(shape, device)
+    return reason or _needs("cutlass", gpu=True, capability=_HOPPER)(shape, device)
+
+
 def _liger_providers() -> list[Provider]:
     unavailable = _needs("liger_kernel", gpu=True)
     found = []
@@ -196,7 +210,11 @@ def _liger_providers() -> list[Provider]:
             linear = partial(_liger_linear, through_nll=through_nll, accum_dtype=dtype)
             name = f"Liger fused linear{variant}{suffix}"
             found.append(Provider(name, "linear", computes, by_autograd(linear), unavailable))
-    return found
+    cute = by_autograd(_liger_cute)
+    return [
+        *found,
+        Provider("Liger fused linear, CuTe", "linear", "cross_entropy", cute, _needs_liger_cute),
+    ]
 
 
 # ---- quack -------------------------------------------------------------------------------------
@@ -219,7 +237,7 @@ def _quack_linear(
 
 
 def _quack_providers() -> list[Provider]:
-    unavailable = _needs("quack", gpu=True, softcap=False, capability=_QUACK_CAPABILITY)
+    unavailable = _needs("quack", gpu=True, softcap=False, capability=_HOPPER)
     logits = [
         Provider(
             f"quack{', through nll' if through_nll else ''}",

@@ -83,25 +83,25 @@ class Problem:
 
     def __init__(self, shape: Shape, device: str = "cpu") -> None:
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         dtype = DTYPES[shape.dtype]
         n, v, h = shape.n, shape.vocab_size, shape.h
-        labels = torch.randint(0, v, (n,), generator=generator)
+        labels = torch.randint(0, v, (n,), generator=generator, device=device)
         # A third of the tokens are known to the model, as in text that it was trained on.
         known = labels[::3]
         if h is None:
             logits = _normal(n, v, 3.0, dtype, generator)
-            logits[::3].scatter_add_(1, known[:, None], torch.full((len(known), 1), 16.0).to(dtype))
+            logits[::3].scatter_add_(1, known[:, None], logits.new_full((len(known), 1), 16.0))
             operands = [logits]
         else:
             hidden = _normal(n, h, 1.0, dtype, generator)
             weight = _normal(v, h, 3 / h**0.5, dtype, generator)
             hidden[::3] += (1.8 * weight[known].float()).to(dtype)
             operands = [hidden, weight]
-        self.labels = labels.to(device)
+        self.labels = labels
         trains = [True, not shape.frozen_head]
         self.operands = [
-            x.to(device).requires_grad_(wanted) for x, wanted in zip(operands, trains, strict=False)
+            x.requires_grad_(wanted) for x, wanted in zip(operands, trains, strict=False)
         ]
 
     @property
@@ -122,7 +122,7 @@ class Problem:
 def _normal(
     rows: int, columns: int, scale: float, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    result = torch.empty(rows, columns, dtype=dtype)
+    result = torch.empty(rows, columns, dtype=dtype, device=generator.device)
     for block in result.split(max(1, _BLOCK_ELEMENTS // columns)):
-        block.copy_(torch.randn(*block.shape, generator=generator).mul_(scale))
+        block.copy_(torch.randn(*block.shape, generator=generator, device=block.device).mul_(scale))
     return result

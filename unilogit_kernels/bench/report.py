@@ -8,15 +8,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unilogit_kernels.bench.compare import fastest_peer, find_ours, speed_up, verdict
 from unilogit_kernels.bench.devices import Device
 from unilogit_kernels.bench.measure import Measurement, Options, measure
 from unilogit_kernels.bench.problems import Shape
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 class Result(NamedTuple):
@@ -144,7 +145,7 @@ def run(
 
 # ---- for people --------------------------------------------------------------------------------
 
-_COLUMNS = (
+COLUMNS = (
     "who",
     "loss",
     "median ms",
@@ -195,8 +196,10 @@ def _scientific(x: float | None) -> str:
 
 def table(result: Result) -> Table:
     """One shape, for a terminal."""
+    from rich.table import Table
+
     drawn = Table(title=result.title, title_justify="left")
-    for column in _COLUMNS:
+    for column in COLUMNS:
         drawn.add_column(column, justify="left" if column in _LEFT else "right")
     for row in rows(result.measurements):
         drawn.add_row(*row)
@@ -270,8 +273,8 @@ def markdown(report: Report) -> str:
         *summary(report),
     ]
     for result in report.results:
-        lines += ["", f"## {result.title}", "", f"| {' | '.join(_COLUMNS)} |"]
-        lines.append("|" + "".join("---|" if c in _LEFT else "---:|" for c in _COLUMNS))
+        lines += ["", f"## {result.title}", "", f"| {' | '.join(COLUMNS)} |"]
+        lines.append("|" + "".join("---|" if c in _LEFT else "---:|" for c in COLUMNS))
         lines += [f"| {' | '.join(row)} |" for row in rows(result.measurements)]
     return "\n".join(lines) + "\n"
 
