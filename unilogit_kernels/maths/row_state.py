@@ -67,19 +67,24 @@ class RowNeeds(NamedTuple):
     @property
     def bits(self) -> int:
         """As one number, which operators and kernels of C++ take; `of_bits` is the inverse."""
-        return sum(flag << i for i, flag in enumerate(self))
+        return sum(flag << i for i, flag in enumerate(self)) if any(self) else 0
 
     @staticmethod
     def of_bits(bits: int) -> RowNeeds:
         """See `bits`."""
-        return RowNeeds(*(bool(bits >> i & 1) for i in range(len(RowNeeds._fields))))
+        return _BY_BITS[bits]
 
     def union(self, other: RowNeeds) -> RowNeeds:
         """What either asks for."""
         return RowNeeds(*(a or b for a, b in zip(self, other, strict=True)))
 
 
-PLAIN = RowNeeds()
+_BY_BITS = tuple(
+    RowNeeds(*(bool(bits >> i & 1) for i in range(len(RowNeeds._fields))))
+    for bits in range(1 << len(RowNeeds._fields))
+)
+
+PLAIN = _BY_BITS[0]
 """The label's log-odds alone."""
 
 
