@@ -19,7 +19,7 @@ from tests.support.problems import check, linear_problem
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss, reference, unilogit_loss
 from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.eager import EagerKernels
-from unilogit_kernels.fused_linear import compaction
+from unilogit_kernels.fused_linear import compaction, gemm
 from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_loss
@@ -171,6 +171,30 @@ class TestGpuBranch:
         added = torch.ops.aten.addmm.dtype_out(wide, a, b, torch.float32, out=wide)
         assert added is wide
         assert wide.stride() == (12, 1)
+
+    def test_a_device_is_asked_once_whether_it_has_them(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A CPU has neither, which is how a device without them answers."""
+        assert not gemm.gemms_write_float32(torch.device("cpu"))
+        assert gemm.writes_wider("cuda")  # of a GPU that is not here
+        asked = []
+
+        def probe(device: torch.device) -> bool:
+            asked.append(device)
+            return False
+
+        monkeypatch.setattr(gemm, "gemms_write_float32", probe)
+        monkeypatch.setattr(gemm, "_WIDER", {})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        with FakeTensorMode():
+            assert gemm.writes_wider("cuda")  # nothing can be multiplied here
+        assert not asked
+        for _ in range(2):
+            assert not GemmDtypes.of(torch.bfloat16, "cuda").wider
+        assert asked == [torch.device("cuda", 1)]
+        assert not gemm.writes_wider("cpu")
 
     @pytest.mark.parametrize("train_weight", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

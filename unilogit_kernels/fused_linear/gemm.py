@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from unilogit_kernels.backends.memory import allocate
 
@@ -104,9 +105,37 @@ class GemmDtypes(NamedTuple):
             out.copy_(torch.mm(a, b))
 
 
+_WIDER: dict[torch.device, bool] = {}
+"""By device: whether its GEMMs write and add float32; asked once, by a product of a few numbers."""
+
+
 def writes_wider(device_type: str) -> bool:
-    """Whether a GEMM of 16-bit operands can write float32 (`torch.mm(out_dtype=)`)."""
-    return device_type == "cuda"
+    """Whether GEMMs of 16-bit operands can write float32, and add to it.
+
+    `torch.mm(out_dtype=)` and `torch.addmm(out_dtype=)` are for CUDA devices; builds for AMD may
+    refuse them, and older ones lack the second. Where there is no GPU (a plan is explained, a graph
+    traced) they are taken for granted.
+    """
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _WIDER:
+        if detect_fake_mode() is not None:
+            return True
+        _WIDER[device] = gemms_write_float32(device)
+    return _WIDER[device]
+
+
+def gemms_write_float32(device: torch.device) -> bool:
+    """Whether both products of bfloat16 numbers come out right in float32 there."""
+    a = torch.full((16, 16), 1 + 2**-7, dtype=torch.bfloat16, device=device)
+    out = torch.empty(16, 16, device=device)
+    try:
+        torch.ops.aten.mm.dtype_out(a, a, torch.float32, out=out)
+        torch.ops.aten.addmm.dtype_out(out, a, a, torch.float32, out=out)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool((out == 32 * (1 + 2**-7) ** 2).all())
 
 
 @cache
