@@ -1,0 +1,1 @@
+"""States of rows, and what follows from them."""

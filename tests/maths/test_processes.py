@@ -1,0 +1,82 @@
+"""States of rows whose vocabulary is shared among processes: gathered, and merged by each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from unilogit_kernels import reference
+from unilogit_kernels.backends import registry
+from unilogit_kernels.backends.contract import Tile
+from unilogit_kernels.maths import row_state, statistics
+from unilogit_kernels.maths.row_state import RowNeeds
+from unilogit_kernels.testing import assert_within_budget
+
+N, V, BORDER = 24, 4099, 1700
+NEEDS = RowNeeds(*[True] * len(RowNeeds._fields))
+
+
+def _problem() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(N, V, generator=generator) + 1e4
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[:2] = torch.tensor([BORDER - 1, BORDER])
+    logits[2, :BORDER] = -torch.inf  # one process has no logit at all
+    labels[2] = V - 1
+    return logits, labels
+
+
+def _worker(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    logits, labels = _problem()
+    own = slice(0, BORDER) if rank == 0 else slice(BORDER, V)
+    state = row_state.empty_state(N, logits.device, needs=NEEDS)
+    tile = Tile(logits[:, own].contiguous(), labels, own.start)
+    registry.load("cpu").log_odds_update(tile, state, NEEDS)
+    gathered = [torch.empty_like(state) for _ in range(2)]
+    dist.all_gather(gathered, state)
+    merged = row_state.merge_parts(torch.stack(gathered))
+    others = [torch.empty_like(merged) for _ in range(2)]
+    dist.all_gather(others, merged)
+    assert torch.equal(*(each.view(torch.int32) for each in others))
+    _check(merged, logits, labels)
+    dist.destroy_process_group()
+
+
+def _check(state: Tensor, logits: Tensor, labels: Tensor) -> None:
+    seen = statistics.statistics(state, labels, V, NEEDS)
+    found = {
+        "log_odds": seen.log_odds,
+        "runner_up": seen.runner_up_log_prob,
+        "entropy": seen.entropy,
+        "variance": statistics.log_prob_variance(state, seen.log_odds, V),
+    }
+    exact, plain = (
+        {
+            "log_odds": reference.target_log_odds(z, labels),
+            "runner_up": reference.runner_up_log_prob(z, labels),
+            "entropy": reference.entropy(z),
+            "variance": reference.log_prob_variance(z),
+        }
+        for z in (logits.double(), logits)
+    )
+    for name, value in found.items():
+        assert value is not None
+        assert_within_budget(value, exact[name], plain[name], name, smallest_scale=1.0)
+    assert seen.uniform_cross_entropy is not None
+    finite = torch.arange(N) != 2
+    right, other = (reference.uniform_cross_entropy(z[finite]) for z in (logits.double(), logits))
+    found_u = seen.uniform_cross_entropy[finite]
+    assert_within_budget(found_u, right, other, smallest_scale=1.0)
+    assert seen.uniform_cross_entropy[2] == torch.inf
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    assert torch.equal(row_state.runner_up(state, labels), others.argmax(1))
+
+
+def test_two_processes_merge_to_the_same_statistics(tmp_path: Path) -> None:
+    """Bitwise equal in both, and those of the whole rows."""
+    spawn(_worker, args=(str(tmp_path / "rendezvous"),), nprocs=2, join=True)
