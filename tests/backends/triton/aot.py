@@ -101,7 +101,7 @@ class Launch:
         return self.kernel.metadata.target
 
 
-class _Driver(DriverBase):  # type: ignore[misc]
+class Driver(DriverBase):  # type: ignore[misc]
     """The driver of a GPU that is not there; triton's public extension point."""
 
     _devices = itertools.count(7000)
@@ -159,9 +159,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
             "warpSize": self._target.warp_size,
         }
 
-    def load_binary(
-        self, name: str, binary: bytes, shared: int, device: int
-    ) -> tuple[None, None, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> Any:
         """No module and no function; registers and spills are read elsewhere; threads a block."""
         return None, None, 0, 0, 1024
 
@@ -187,7 +185,7 @@ def compiling_for(target: str) -> Iterator[list[Launch]]:
     backend, _, name = target.partition(":")
     architecture: int | str = int(name) if backend == "cuda" else name
     wide = backend == "hip" and name.startswith("gfx9")
-    driver = _Driver(GPUTarget(backend, architecture, 64 if wide else 32))
+    driver = Driver(GPUTarget(backend, architecture, 64 if wide else 32))
     config = triton.runtime.driver
     before = config._active
     config.set_active(driver)
