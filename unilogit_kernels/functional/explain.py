@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from unilogit_kernels.calls import validation
-from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape, budget_of
 from unilogit_kernels.fused_linear.cost import Costs, loss_costs, recomputing_costs
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     Plan,
-    budget_of,
     plan_linear,
     plan_saving,
     saved_capacity,

@@ -8,7 +8,7 @@ import torch
 
 MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Default bytes that the buffers of one fused linear call may take, by device type; on GPUs the
-least of it, see `plan.budget_of`."""
+least of it, see `budget.budget_of`."""
 
 
 class LinearOptions(NamedTuple):

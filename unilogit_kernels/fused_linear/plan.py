@@ -19,12 +19,15 @@ from typing import Literal
 import torch
 
 from unilogit_kernels.fused_linear.budget import (
+    FLOPS_PER_BYTE,
     LinearShape,
     _weight_bytes,
+    budget_of,
     hidden_copy_bytes,
     hidden_sum_bytes,
     per_device,
     row_bytes,
+    saved_token_count,
     vector_bytes,
     weight_sum_bytes,
 )
@@ -73,18 +76,6 @@ many of them twice that adding the weight's gradient up over token chunks is che
 ROWS_WORKING_SHARE = 4
 """Where gradient rows wait beside the weight's gradient too, 1 / this of the budget is left to the
 chunks that finish them, and later to those that are read back."""
-
-FLOPS_PER_BYTE = 266
-"""Operations of a 16-bit GEMM that a GPU does while it moves a byte: 798 TFLOP/s and 3.0 TB/s, seen
-on an H100. Other GPUs' ratios are within 15 % of it, but for the A100's 153."""
-
-CHUNK_TOKENS = 6 * FLOPS_PER_BYTE
-"""Tokens of a chunk for which a GPU's default budget has room. From 4 / 6 of them on, reading and
-writing float32 sums of the weight's gradient, 8 bytes each, takes no longer than the GEMM that adds
-to them, 2 operations for each token; the rest leaves time for its other operands."""
-
-MOST_BUDGET = 4 << 30
-"""The largest default budget of a GPU."""
 
 MAX_SHARE = 2
 """At most 1 / this of the room for buffers goes to float32 sums of the weight's gradient over token
@@ -173,24 +164,9 @@ def plan_linear(
             return Plan("token_chunks", tokens, shape.vocab_size, tile_columns)
     if by_rows is not None:
         return by_rows
-    saved = _saved_tokens(shape, rows=False) if passes == 2 and shape.needs.weight else 0
+    saved = saved_token_count(shape, rows=False) if passes == 2 and shape.needs.weight else 0
     tokens, columns, tile_columns = _vocabulary_chunk(shape, budget, shape.n)
     return Plan("vocabulary_chunks", tokens, columns, tile_columns, saved)
-
-
-def budget_of(shape: LinearShape, options: LinearOptions) -> int:
-    """Bytes for buffers: as the caller set them, or the device's default.
-
-    On a GPU that is what the sums of the weight's gradient and a chunk of `CHUNK_TOKENS` take,
-    between `MEMORY_BUDGET` and `MOST_BUDGET`, however many tokens there are.
-    """
-    if options.memory_budget:
-        return options.memory_budget
-    least = per_device(MEMORY_BUDGET, shape.device_type)
-    if shape.device_type == "cpu":
-        return least
-    chunk = CHUNK_TOKENS * shape.vocab_size * row_bytes(shape)
-    return min(max(least, weight_sum_bytes(shape) + chunk), MOST_BUDGET)
 
 
 def _finished_rows(shape: LinearShape, budget: int) -> Plan | None:
@@ -198,7 +174,7 @@ def _finished_rows(shape: LinearShape, budget: int) -> Plan | None:
 
     They wait in its memory, which is not written yet, and as far as the budget goes beside it.
     """
-    inside = _saved_tokens(shape, rows=True)
+    inside = saved_token_count(shape, rows=True)
     waits = shape.n > inside and shape.device_type != "cpu"
     working = budget // ROWS_WORKING_SHARE if waits else budget
     row_tokens = min(_token_chunk(shape, working, shape.logit_bytes), inside)
@@ -325,7 +301,7 @@ def _suits_tokens(shape: LinearShape, budget: int, by_rows: Plan | None, *, pass
     if not shape.widens and _suits_rows(shape):
         # Finished rows would wait for nothing: sums in float32 are the gradient itself.
         return True
-    return shape.n > MIN_REPROJECTED * _saved_tokens(shape, rows=_suits_rows(shape))
+    return shape.n > MIN_REPROJECTED * saved_token_count(shape, rows=_suits_rows(shape))
 
 
 def _sums_pay(shape: LinearShape, by_rows: Plan, budget: int) -> bool:
@@ -371,18 +347,6 @@ def _online(shape: LinearShape, budget: int) -> Plan:
     return Plan("online", tokens, columns)
 
 
-def _saved_tokens(shape: LinearShape, *, rows: bool) -> int:
-    """How many tokens fit, a column's entries into the memory of that column's gradient.
-
-    Args:
-        shape: What is computed.
-        rows: Whether the entries are finished gradient rows; else the logits of all heads.
-    """
-    gradient_bytes = shape.h * shape.dtypes.results.itemsize
-    sizes = (shape.dtypes.operands.itemsize,) if rows else shape.logit_sizes
-    return 0 if gradient_bytes % max(sizes) else min(shape.n, gradient_bytes // sum(sizes))
-
-
 def _suits_rows(shape: LinearShape) -> bool:
     """Whether finished gradient rows are the better thing to keep: they are narrower than logits.
 
@@ -392,7 +356,7 @@ def _suits_rows(shape: LinearShape) -> bool:
     """
     if shape.dtypes.operands.itemsize >= shape.logit_bytes or shape.casts_weight:
         return False
-    return shape.reference is None or _saved_tokens(shape, rows=False) < shape.n
+    return shape.reference is None or saved_token_count(shape, rows=False) < shape.n
 
 
 def _vocabulary_chunk(shape: LinearShape, budget: int, projected: int) -> tuple[int, int, int]:
