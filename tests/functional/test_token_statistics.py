@@ -50,6 +50,9 @@ class Case:
 
     def __init__(self, dtype: torch.dtype, *, linear: bool, frozen: bool = False) -> None:
         hidden, weight = torch.randn(N, H), 3 / H**0.5 * torch.randn(V, H)
+        # The largest logit is that of one token by far, so that no rounding decides which it is.
+        hidden[:, 0], weight[:, 0] = 2.0, 0.0
+        weight[7, 0] = 10.0
         self.linear, self.frozen = linear, frozen
         operands = [hidden, weight] if linear else [hidden @ weight.t()]
         self.operands = [x.to(dtype) for x in operands]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
-from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
+from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, OperandRows
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.tiles import slices, tile_view
 from unilogit_kernels.maths import row_state
@@ -103,9 +103,18 @@ def _sum_rest(
             total.mul_(row_state.rest_share(before, state)[:, None])
         dtypes.multiply(out, weight, total, accumulate=before is not None)
         if every_row is not None:
-            every_row += weight.sum(0, dtype=dtypes.exact)
+            _add_every_row(weight, every_row, dtypes)
         del weight  # which may be a copy, before the next one is made
     return state, label_entry, every_row
+
+
+def _add_every_row(weight: Tensor, total: Tensor, dtypes: GemmDtypes) -> None:
+    """`total += sum_j W_j`: 16-bit numbers by a product, which takes a third of a sum's time."""
+    if weight.dtype == total.dtype:
+        total += weight.sum(0)
+        return
+    ones = weight.new_ones(1, weight.shape[0])
+    dtypes.multiply(ones, weight, total[None], accumulate=True)
 
 
 def _take_labels(gradient_rows: Tensor, column: Tensor, label_entry: Tensor) -> None:
