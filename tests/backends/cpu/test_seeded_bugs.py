@@ -176,9 +176,9 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run_tests() -> None:
     """Those of what the bugs are in, a few of each."""
     isa, everything, float32 = "baseline", shared.EVERYTHING, torch.float32
-    for transform in shared.TRANSFORMS.values():
+    for name, transform in shared.TRANSFORMS.items():
         for at in ((), (1, 100, 480)):
-            shared.test_statistics(KERNELS, float32, everything, transform, at)
+            shared.test_statistics(KERNELS, float32, "everything", name, at)
             shared.test_gradient_in_place(KERNELS, float32, transform, everything, at)
     shared.test_shards_merge(KERNELS, float32)
     shared.test_common_offsets(KERNELS, 1e8)
