@@ -10,11 +10,12 @@ from torch import Tensor
 
 from benchmarks.gpu_session.judge import Judge
 from benchmarks.gpu_session.layouts import assert_only_written, place
-from unilogit_kernels import objectives, reference
+from tests.support.row_statistics import found_statistics, literal_statistics, transformed
+from unilogit_kernels import objectives
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.bench.problems import DTYPES
-from unilogit_kernels.maths import row_state, statistics
+from unilogit_kernels.maths import row_state
 from unilogit_kernels.maths.row_state import RowNeeds
 
 EAGER = EagerKernels()
@@ -120,17 +121,12 @@ def check_statistics(
     problem = Problem.of(*size, dtype, data, device, transform)
     v = size[1]
     state = fold(kernels, problem, asked, chosen, chunks=chunks, layout=layout)
-    z = [
-        reference.transform_logits(
-            problem.logits.to(to), softcap=chosen.softcap or None, logit_scale=chosen.scale
-        )
-        for to in (_EXACT, _PLAIN)
-    ]
-    exact, plain = (_by_definition(each, problem.labels, asked) for each in z)
+    z = [transformed(problem.logits, chosen, to) for to in (_EXACT, _PLAIN)]
+    exact, plain = (literal_statistics(each, problem.labels) for each in z)
     # A mean is found from the largest logit, whose size is that of its rounding.
     size_of_mean = float(z[0].masked_fill(z[0].isinf(), 0.0).abs().max())
-    scales = {"mean": max(1.0, size_of_mean)}
-    for name, value in _of_state(state, problem.labels, v, asked).items():
+    scales = {"mean_logit": max(1.0, size_of_mean)}
+    for name, value in found_statistics(state, problem.labels, v, asked).items():
         scale = scales.get(name, 1.0)
         judge.near(value, exact[name], plain[name], name, smallest_scale=scale)
     if asked.runner_up:
@@ -148,32 +144,6 @@ def _judge_runner_up(judge: Judge, found: Tensor, z: list[Tensor], labels: Tenso
     judge.near(values.float(), largest, by_torch.float(), "runner-up", smallest_scale=1.0)
     equal = values == largest
     assert torch.equal(found[equal], best[equal]), "not the first of equal runners-up"
-
-
-def _of_state(state: Tensor, labels: Tensor, v: int, needs: RowNeeds) -> dict[str, Tensor]:
-    seen = statistics.statistics(state, labels, v, needs)
-    found = {name: each for name, each in seen._asdict().items() if each is not None}
-    if needs.mean:
-        found["mean"] = statistics.mean_logit(state, seen.log_odds, v)
-    if needs.variance:
-        found["variance"] = statistics.log_prob_variance(state, seen.log_odds, v)
-    return found
-
-
-def _by_definition(z: Tensor, labels: Tensor, needs: RowNeeds) -> dict[str, Tensor]:
-    found = {"log_odds": reference.target_log_odds(z, labels)}
-    if needs.runner_up:
-        found["runner_up_log_prob"] = reference.runner_up_log_prob(z, labels)
-    if needs.logsumexp:
-        found["logsumexp"] = z.logsumexp(-1)
-    if needs.mean:
-        found["uniform_cross_entropy"] = reference.uniform_cross_entropy(z)
-        found["mean"] = z.mean(-1)
-    if needs.entropy:
-        found["entropy"] = reference.entropy(z)
-    if needs.variance:
-        found["variance"] = reference.log_prob_variance(z)
-    return found
 
 
 def check_gradient(

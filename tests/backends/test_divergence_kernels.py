@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unilogit_kernels import reference
+from tests.support.row_statistics import transformed
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, TilePair
 from unilogit_kernels.maths import pair_state
@@ -30,12 +30,6 @@ Student = Literal["a", "b"]
 @pytest.fixture
 def kernels(backend: str) -> RowKernels:
     return registry.load(backend)
-
-
-def transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
-    return reference.transform_logits(
-        logits.to(dtype), softcap=transform.softcap or None, logit_scale=transform.scale
-    )
 
 
 def literal_state(a: Tensor, b: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unilogit_kernels import reference
+from tests.support.row_statistics import found_statistics, literal_statistics, transformed
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
 from unilogit_kernels.maths import row_state, statistics
@@ -43,12 +43,6 @@ def kernels(backend: str) -> RowKernels:
     return registry.load(backend)
 
 
-def transformed(logits: Tensor, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
-    return reference.transform_logits(
-        logits.to(dtype), softcap=transform.softcap or None, logit_scale=transform.scale
-    )
-
-
 def cut(v: int, *at: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise((0, *at, v))]
 
@@ -67,28 +61,6 @@ def fold(
         tile = Tile(logits[:, chunk], labels, chunk.start, transform)
         kernels.log_odds_update(tile, state, needs)
     return state
-
-
-def found_statistics(state: Tensor, labels: Tensor, v: int, needs: RowNeeds) -> dict[str, Tensor]:
-    seen = statistics.statistics(state, labels, v, needs)
-    found = {name: each for name, each in seen._asdict().items() if each is not None}
-    if needs.mean:
-        found["mean_logit"] = statistics.mean_logit(state, seen.log_odds, v)
-    if needs.variance:
-        found["variance"] = statistics.log_prob_variance(state, seen.log_odds, v)
-    return found
-
-
-def literal_statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    return {
-        "log_odds": reference.target_log_odds(z, labels),
-        "runner_up_log_prob": reference.runner_up_log_prob(z, labels),
-        "logsumexp": z.logsumexp(-1),
-        "uniform_cross_entropy": reference.uniform_cross_entropy(z),
-        "entropy": reference.entropy(z),
-        "mean_logit": z.mean(-1),
-        "variance": reference.log_prob_variance(z),
-    }
 
 
 def check(

@@ -14,7 +14,6 @@ from unilogit_kernels.fused_linear.active_rows import (
     significant,
     worthwhile_index,
 )
-from unilogit_kernels.fused_linear.gemm import LinearHead
 from unilogit_kernels.fused_linear.online import gradient_online
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
@@ -107,7 +106,7 @@ def _loss_by_columns(
         return loss.values(state)
     saved: Saved | None = None
     if gradients.weight is not None and plan.saved_tokens:
-        saved = _saved_in_gradient(heads[0], gradients.weight, heads, plan)
+        saved = _saved_in_gradient(heads, gradients.weight, plan)
     loop = VocabularyLoop(heads, rows, plan, saved)
     states = []
     if saved is not None and saved.finished:
@@ -124,9 +123,9 @@ def _loss_by_columns(
     return loss.values(state)
 
 
-def _saved_in_gradient(student: LinearHead, weight: Tensor, heads: Heads, plan: Plan) -> Saved:
+def _saved_in_gradient(heads: Heads, weight: Tensor, plan: Plan) -> Saved:
     """Where the first pass saves what it finds: in the weight's gradient, and maybe beside it."""
-    dtypes = [head.dtypes.logits for head in heads]
+    student, dtypes = heads[0], [head.dtypes.logits for head in heads]
     if plan.saves_rows:
         dtypes = [student.dtypes.operands]
     inside = SavedInGradient(weight, dtypes, plan.saved_inside, finished=plan.saves_rows)

@@ -126,25 +126,13 @@ class CrossEntropy(_WeightedStatistics):
         assert seen.logsumexp is not None
         return self.z_loss * seen.logsumexp.square()
 
-    @property
-    def _is_plain(self) -> bool:
-        return not (self.label_smoothing or self.z_loss or self.entropy)
-
-    @property
-    def needs(self) -> RowNeeds:
-        """What the terms with a weight see."""
-        # Not the base class's: torch.compile does not follow a property of super().
-        return RowNeeds(
-            logsumexp=self.z_loss != 0, mean=self.label_smoothing != 0, entropy=self.entropy != 0
-        )
-
     def sweep(self, vocab_size: int) -> Sweep:
         """See `Objective.sweep`."""
-        return Sweep(self.name) if self._is_plain else super().sweep(vocab_size)
+        return super().sweep(vocab_size) if any(self.needs) else Sweep(self.name)
 
     def evaluate(self, seen: Statistics, vocab_size: int) -> Tensor:
         """See `Objective.evaluate`."""
-        return softplus(-seen.log_odds) if self._is_plain else super().evaluate(seen, vocab_size)
+        return super().evaluate(seen, vocab_size) if any(self.needs) else softplus(-seen.log_odds)
 
 
 @register
