@@ -17,7 +17,7 @@ from unilogit_kernels.rows.ranks import Shard, recording
 GROUP = "replayed"
 
 
-class _Spoken(Exception):
+class _HasSpokenError(Exception):
     """A rank has said what it knows."""
 
 
@@ -31,7 +31,7 @@ class _Ranks:
     def gather(self, part: Tensor) -> Tensor:
         if len(self.said) < self.size:
             self.said.append(part.clone())
-            raise _Spoken
+            raise _HasSpokenError
         return torch.stack(self.said)
 
     def start_sum(self, tensor: Tensor) -> _Ranks:
@@ -57,7 +57,7 @@ def on_shards(
         for shard in shards:
             try:
                 call(shard)
-            except _Spoken:
+            except _HasSpokenError:
                 continue
             raise AssertionError("a rank asked nobody")
         found = [call(shard) for shard in shards]
