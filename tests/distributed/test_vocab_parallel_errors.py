@@ -93,7 +93,7 @@ def out_of_memory_in_the_gradient() -> str:
         def fail(*_: Any) -> Any:
             raise torch.OutOfMemoryError("no memory for the sum")
 
-        ranks._ProcessGroup.start_sum = fail  # type: ignore[method-assign]
+        ranks._ProcessGroup.start_sum = fail  # type: ignore[method-assign, assignment]
     try:
         call()
     except RuntimeError as error:
@@ -227,7 +227,11 @@ def test_a_double_backward_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("given", "error"),
-    [("world", TypeError), (VocabParallel(), RuntimeError), (VocabParallel("tp"), TypeError)],
+    [
+        ("world", TypeError),
+        (VocabParallel(), RuntimeError),
+        (VocabParallel("tp"), TypeError),  # type: ignore[arg-type]
+    ],
 )
 def test_without_a_group(given: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"vocab_parallel|VocabParallel"):
