@@ -32,8 +32,8 @@ from unilogit_kernels.ops.arguments import (
     total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
-from unilogit_kernels.ops.literal import gradients_of, has_literal, wants_literal
-from unilogit_kernels.ops.logits import of_unit_slopes
+from unilogit_kernels.ops.literal import gradients_of
+from unilogit_kernels.ops.logits import has_literal, of_unit_slopes, wants_literal
 from unilogit_kernels.ops.registration import Operator, operator
 from unilogit_kernels.ops.scaling import scaled_gradients
 

@@ -25,7 +25,7 @@ from unilogit_kernels.ops.arguments import (
     total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
-from unilogit_kernels.ops.literal import gradients_of, has_literal, wants_literal
+from unilogit_kernels.ops.literal import gradients_of
 from unilogit_kernels.ops.registration import Operator, operator
 from unilogit_kernels.ops.scaling import scaled_gradients
 from unilogit_kernels.rows.objective import logits_objective
@@ -33,6 +33,19 @@ from unilogit_kernels.rows.whole import logits_gradient, logits_state
 
 M = TypeVar("M", bound=Fragment)
 R = TypeVar("R", bound=RowArguments)
+
+
+def has_literal(rows: RowArguments) -> bool:
+    """Whether a backward that is differentiated itself may take the literal definition.
+
+    Not where ranks share a vocabulary: none of them has the logits that the definition is of.
+    """
+    return rows.backend == "eager" and not rows.group
+
+
+def wants_literal(rows: RowArguments) -> bool:
+    """Whether this backward may be differentiated itself, by the literal definition."""
+    return has_literal(rows) and torch.is_grad_enabled()
 
 
 def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M, R], Values]:
