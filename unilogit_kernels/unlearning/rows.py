@@ -30,12 +30,26 @@ class Row:
         completion: the text that carries the loss.
         key: what an answer must contain to count as recalled, or None.
         source: file and line, for messages.
+        paraphrase: the completion in other words, or None.
+        wrong: completions of the same kind that are wrong.
+        answers: further completions that are right.
+        choices: what a question of multiple choice offers.
+        choice: the position of the right one among them, or None.
+        id: names the row within its set; empty where it has no name of its own.
+        history: the messages before the prompt, as pairs of role and content.
     """
 
     prompt: str
     completion: str
     key: str | None
     source: str
+    paraphrase: str | None = None
+    wrong: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    choice: int | None = None
+    id: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def read_rows(path: str | Path) -> list[Row]:
