@@ -12,6 +12,8 @@ _EXTRA = (
     "accelerate",
     "regex",
     "rouge_score",
+    "nltk",
+    "scipy",
     "safetensors",
 )
 
