@@ -249,7 +249,7 @@ def token_log_probabilities(
 
 def in_batches(
     model: nn.Module, examples: Sequence[Features], pad_id: int, batch_size: int
-) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
+) -> Iterator[tuple[list[int], Tensor, dict[str, Any]]]:
     """Examples of about one length together, so that a batch holds little padding.
 
     Args:
@@ -267,7 +267,7 @@ def in_batches(
         chosen = order[start : start + batch_size]
         batch = collate([examples[position] for position in chosen], pad_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        yield chosen, batch.pop("labels"), batch
+        yield chosen, batch.pop("labels"), dict(batch)
 
 
 def _score(row: Row, answer: Generated, before: str) -> Answer:

@@ -19,13 +19,12 @@ empty answer is taken for "NOANSWER".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from unilogit_kernels.unlearning.benchmarks.sets import RougeConvention
 from unilogit_kernels.unlearning.recall import Words, fold
-
-Convention = Literal["tofu", "muse", "rwku", "words"]
 
 
 class RougeScores(NamedTuple):
@@ -62,7 +61,7 @@ _NO_ANSWER = "NOANSWER"
 def rouge_scores(
     expected: str | Sequence[str],
     answer: str,
-    convention: Convention = "words",
+    convention: RougeConvention = "words",
     *,
     literal: bool = False,
 ) -> RougeScores:
