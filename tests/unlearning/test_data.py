@@ -50,7 +50,7 @@ def test_rows_are_read(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": " "}', 'field "completion" is empty'),
         ('{"text": ""}', 'field "text" is empty'),
         ('{"text": "a", "prompt": "b"}', "or \"text\" alone, got ['prompt', 'text']"),
-        ('{"question": "a"}', "got ['question']"),
+        ('{"question": "a"}', 'field "answer" is missing'),
         ('{"text": "a", "key": 1}', 'field "key" must be a string, got int'),
         ("[1]", "expected a JSON object, got list"),
         ("{", "not JSON"),

@@ -57,15 +57,8 @@ class Request:
         """What must be the same for an evaluation to be gone on with, for JSON."""
         left_out = ("sets", "output", "lacking", "batch_size", "model", "golden", "starting")
         values = {name: value for name, value in vars(self).items() if name not in left_out}
-        of_sets = {
-            each.name: {
-                "role": each.role,
-                "measures": sorted(each.measures),
-                **dataclasses.asdict(each.generation),
-            }
-            for each in self.sets
-        }
-        return {**values, "template_arguments": dict(self.template_arguments), "sets": of_sets}
+        of_sets = {f"set {each.name}": _described(each) for each in self.sets}
+        return {**values, "template_arguments": dict(self.template_arguments), **of_sets}
 
     def check(self) -> None:
         """See that it can be done.
@@ -84,6 +77,13 @@ class Request:
             check_choice("convention", self.convention, CONVENTIONS)
         except ValueError as error:
             raise RunError(str(error)) from error
+
+
+def _described(each: EvaluationSet) -> str:
+    """What is done with a set, in a line."""
+    how = each.generation
+    asked = f"answers of {how.max_new_tokens} tokens to {list(how.stop)}, ROUGE {how.rouge}"
+    return f"{each.role}: {', '.join(sorted(each.measures))}; {asked}"
 
 
 class Watcher(Protocol):

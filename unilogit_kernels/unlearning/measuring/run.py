@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
@@ -36,11 +36,14 @@ from unilogit_kernels.unlearning.measuring.subject import Subject, file_digests
 from unilogit_kernels.unlearning.measuring.variants import ANSWER, Key, asked_rows, row_id
 from unilogit_kernels.unlearning.metrics import TokenRecord
 from unilogit_kernels.unlearning.metrics.tokens import Floats
-from unilogit_kernels.unlearning.record import Record, digests
+from unilogit_kernels.unlearning.record import Record, digests, printing_date
 
 _RECORD = "evaluation.json"
 _RESULTS, _AUDIT = "results.json", "audit.json"
-_T = TypeVar("_T")
+_UNUSUAL = re.compile(r"[^\w.-]")
+"""What the names of sets may hold and those of files had better not."""
+_DIGITS = 12
+"""Of the digest of the golden model's weights, in the names of files about both models."""
 
 
 @dataclass(frozen=True)
@@ -76,30 +79,37 @@ def measure(request: Request, watcher: Watcher) -> Report:
     request.check()
     check_writable(request.output, folder=True, option="--output")
     columns: dict[str, dict[str, dict[str, Any]]] = {}
-    golden: Subject | None = None
+    golden: _Evaluation | None = None
     logs: Logs | None = None
     read = {role: _results_of(role, request) for role in ("golden", "starting")}
-    model = Subject.load("model", request.model, request, watcher.note)
+    model = _begin("model", request, watcher)
     if read["golden"] is not None:
         logs = read["golden"]
         columns["golden"] = _aggregates(logs)
     elif request.golden is not None:
-        golden = Subject.load("golden", request.golden, request, watcher.note)
-        done = _Evaluation(request, golden, None, watcher).run(None)
+        golden = _begin("golden", request, watcher)
+        done = golden.run(None)
         logs = as_logs(done.found)
         columns["golden"] = estimates(done.found)
     if read["starting"] is not None:
         columns["starting"] = _aggregates(read["starting"])
     elif request.starting is not None:
-        starting = Subject.load("starting", request.starting, request, watcher.note)
-        columns["starting"] = estimates(
-            _Evaluation(request, starting, golden, watcher).run(logs).found
-        )
-        del starting
-    done = _Evaluation(request, model, golden, watcher).run(logs)
+        found = _begin("starting", request, watcher).run(logs, golden).found
+        columns["starting"] = estimates(found)
+    done = model.run(logs, golden)
     columns["model"] = estimates(done.found)
     order = ("starting", "model", "golden")
     return Report({name: columns[name] for name in order if name in columns}, done.missing)
+
+
+def _begin(role: str, request: Request, watcher: Watcher) -> _Evaluation:
+    folder = request.output if role == "model" else request.output / role
+    record = Record.read(folder / _RECORD)
+    date = datetime.now().replace(microsecond=0) if record is None else record.date
+    source = getattr(request, role)
+    return _Evaluation(
+        request, Subject.load(role, source, request, date, watcher.note), folder, record, watcher
+    )
 
 
 def _results_of(role: str, request: Request) -> dict[str, Any] | None:
@@ -133,57 +143,59 @@ class _Evaluation:
     Args:
         request: what is asked for.
         subject: the model.
-        golden: the golden model, if it is here and another one.
+        folder: for what is computed and comes out.
+        record: of what was begun there, or None.
         watcher: is told how it goes on.
+
+    Raises:
+        RunError: what was begun there was of other settings or inputs.
     """
 
     def __init__(
-        self, request: Request, subject: Subject, golden: Subject | None, watcher: Watcher
+        self,
+        request: Request,
+        subject: Subject,
+        folder: Path,
+        record: Record | None,
+        watcher: Watcher,
     ) -> None:
-        self.request, self.subject, self.golden = request, subject, golden
+        self.request, self.subject, self.folder = request, subject, folder
         self.watcher = watcher
-        role = subject.role
-        self.folder = request.output if role == "model" else request.output / role
+        self.golden: Subject | None = None
         self.files = file_digests(subject.source)
         self.inputs = digests(subject.model, subject.encoding, subject.sets(), 1)
-        if golden is not None:
-            of_golden = digests(golden.model, golden.encoding, {}, 1)
-            self.inputs["golden weights"] = of_golden["weights"]
-        self._claim()
-
-    def _claim(self) -> None:
-        """Go on with what is in the folder, or begin."""
-        settings = self.request.recorded()
-        record = Record.read(self.folder / _RECORD)
+        settings = request.recorded()
         if record is None:
-            Record(settings, self.inputs, datetime.now()).write(self.folder, _RECORD)
-            return
-        record.check(self.folder, "settings", settings)
-        record.check(self.folder, "inputs", self.inputs)
+            Record(settings, self.inputs, subject.date).write(folder, _RECORD)
+        else:
+            record.check(folder, "settings", settings)
+            record.check(folder, "inputs", self.inputs)
 
-    def run(self, logs: Logs | None) -> _Done:
+    def run(self, logs: Logs | None, golden: _Evaluation | None = None) -> _Done:
         """Measure every set, then what takes several.
 
         Args:
             logs: the golden model's results; None where there are none, or this is that model.
+            golden: that model, where it is here.
         """
+        self.golden = None if golden is None else golden.subject
+        weights = "" if golden is None else golden.inputs["weights"][:_DIGITS]
         found: dict[str, Metric] = {}
         measured: list[Measured] = []
         for number, each in enumerate(self.request.sets):
-            name = f"{number:02d}-{re.sub(r'[^\w.-]', '_', each.name)}"
-            measured.append(self._measure(each, name))
+            name = f"{number:02d}-{_UNUSUAL.sub('_', each.name)}"
+            measured.append(self._measure(each, name, f"{name}-{weights}"))
             found.update(metrics_of(measured[-1]))
             self._write(found, {})
         if self.subject.role == "golden":
             # Beside itself: what needs no golden model, and then the rest against that.
             logs = as_logs(found | joint_metrics(measured, found, None)[0])
         joint, missing = joint_metrics(measured, found, logs)
-        missing = {**missing, **self.request.lacking}
-        done = _Done(found | joint, missing)
+        done = _Done(found | joint, {**missing, **self.request.lacking})
         self._write(done.found, done.missing)
         return done
 
-    def _measure(self, each: EvaluationSet, name: str) -> Measured:
+    def _measure(self, each: EvaluationSet, name: str, with_golden: str) -> Measured:
         examples = self.subject.examples[each.name]
         records: Mapping[Key, TokenRecord] = {}
         if examples:
@@ -199,7 +211,7 @@ class _Evaluation:
             answers = load_answers(path)
         apart: Floats | None = None
         if self.golden is not None and "divergence" in each.measures:
-            path = self.folder / "divergences" / f"{name}.safetensors"
+            path = self.folder / "divergences" / f"{with_golden}.safetensors"
             if not path.exists():
                 ids = [row_id(row, n) for n, row in enumerate(each.rows)]
                 save_divergences(path, ids, self._divergences(each))
@@ -228,15 +240,16 @@ class _Evaluation:
         rows = asked_rows(each)
         asked = {row_id(row, n): row for n, row in enumerate(rows) if row.prompt}
         self._begin("answers", each, len(asked))
-        found = answer_rows(
-            self.subject.model,
-            list(asked.values()),
-            self.subject.encoding,
-            batch_size=self.request.batch_size,
-            stop=each.generation.stop,
-            max_new_tokens=each.generation.max_new_tokens,
-            progress=self.watcher.advance,
-        )
+        with printing_date(self.subject.date, self.subject.encoding):
+            found = answer_rows(
+                self.subject.model,
+                list(asked.values()),
+                self.subject.encoding,
+                batch_size=self.request.batch_size,
+                stop=each.generation.stop,
+                max_new_tokens=each.generation.max_new_tokens,
+                progress=self.watcher.advance,
+            )
         return dict(zip(asked, found, strict=True))
 
     def _divergences(self, each: EvaluationSet) -> Floats:

@@ -17,6 +17,7 @@ from unilogit_kernels.unlearning.measuring.variants import (
     PARAPHRASE,
     WRONG,
     Key,
+    offered,
     row_id,
 )
 from unilogit_kernels.unlearning.metrics import Estimate, TokenRecord
@@ -234,16 +235,24 @@ def _key_recall(measured: Measured) -> dict[str, Metric]:
 
 def _multiple_choice(measured: Measured) -> dict[str, Metric]:
     values: Values = {}
+    shares: Values = {}
     for position, records in measured.numbered(CHOICE).items():
-        right = measured.set.rows[int(position)].choice
+        row = measured.set.rows[int(position)]
+        right = offered(row)[1]
         log_probs = [float(np.sum(record.log_prob, dtype=np.float64)) for record in records]
-        if right is not None:
-            picked = metrics.chosen(log_probs)
-            values[position] = {"right": picked == right, "chosen": picked, "log_p": log_probs}
+        if not right:
+            continue
+        picked = metrics.chosen(log_probs)
+        values[position] = {"right": picked in right, "chosen": picked, "log_p": log_probs}
+        if not row.choices:
+            shares[position] = {"score": metrics.right_share(log_probs, right)}
     if not values:
         return {}
     hits = [value["right"] for value in values.values()]
-    return {f"{measured.prefix}_accuracy": Metric(metrics.share_estimate(hits), values)}
+    found = {f"{measured.prefix}_accuracy": Metric(metrics.share_estimate(hits), values)}
+    if shares:
+        found[f"{measured.prefix}_mc2"] = mean_of(shares, "score")
+    return found
 
 
 def _perplexity(measured: Measured) -> dict[str, Metric]:

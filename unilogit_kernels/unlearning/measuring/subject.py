@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from unilogit_kernels.unlearning.errors import reading
 from unilogit_kernels.unlearning.loading import check_fits, load_encoding, load_model
 from unilogit_kernels.unlearning.measuring.request import Request
 from unilogit_kernels.unlearning.measuring.variants import Key, encode_variants, variants
+from unilogit_kernels.unlearning.record import printing_date
 
 _BLOCK = 2**22
 """Bytes of a file that are read at once."""
@@ -31,6 +33,7 @@ class Subject:
         model: on its device.
         encoding: of its tokenizer.
         examples: of each set, by its name.
+        date: what chat templates print as today's.
     """
 
     role: str
@@ -38,6 +41,7 @@ class Subject:
     model: PreTrainedModel
     encoding: Encoding
     examples: Mapping[str, Mapping[Key, Example]]
+    date: datetime
 
     @property
     def pad_id(self) -> int:
@@ -49,8 +53,17 @@ class Subject:
         return {name: list(examples.values()) for name, examples in self.examples.items()}
 
     @staticmethod
-    def load(role: str, source: str, request: Request, note: Callable[[str], None]) -> Subject:
+    def load(
+        role: str, source: str, request: Request, date: datetime, note: Callable[[str], None]
+    ) -> Subject:
         """Read a model and see that it takes the rows.
+
+        Args:
+            role: see `Subject`.
+            source: see `Subject`.
+            request: what is asked for.
+            date: see `Subject`.
+            note: is told what a user should know.
 
         Raises:
             RunError, DataError, UnsupportedHeadError: it cannot be measured on them.
@@ -58,13 +71,16 @@ class Subject:
         encoding = load_encoding(
             source, request.max_length, request.chat_template, dict(request.template_arguments)
         )
-        examples = {each.name: encode_variants(encoding, variants(each)) for each in request.sets}
+        with printing_date(date, encoding):
+            examples = {
+                each.name: encode_variants(encoding, variants(each)) for each in request.sets
+            }
         model = load_model(
             source, request.dtype, allow_missing=request.allow_missing_weights, note=note
         )
         with reading(f"the model of {source!r} cannot be run"):
             observe_logit_transform(model)
-        subject = Subject(role, source, model, encoding, examples)
+        subject = Subject(role, source, model, encoding, examples, date)
         check_fits(model, encoding, [each for each in subject.sets().values() if each])
         return subject
 

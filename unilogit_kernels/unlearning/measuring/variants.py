@@ -30,9 +30,13 @@ def asked_rows(each: EvaluationSet) -> list[Row]:
 
 
 def variants(each: EvaluationSet) -> dict[Key, Row]:
-    """Every text of a set that its measures need, each as a row of its own, in order."""
+    """Every text of a set that its measures need, each as a row of its own, in order.
+
+    A question whose right answers are several and not lettered offers all of them and the wrong
+    ones: see `offered`.
+    """
     found: dict[Key, Row] = {}
-    plain = each.measures - {"multiple_choice", "key_recall", "rouge"}
+    plain = each.measures - {"multiple_choice"}
     compared = bool(each.measures & {"probability", "truth_ratio"})
     for position, row in enumerate(asked_rows(each)):
         name = row_id(row, position)
@@ -43,8 +47,19 @@ def variants(each: EvaluationSet) -> dict[Key, Row]:
         if compared:
             found.update(_numbered(name, row, WRONG, row.wrong))
         if "multiple_choice" in each.measures:
-            found.update(_numbered(name, row, CHOICE, row.choices))
+            found.update(_numbered(name, row, CHOICE, offered(row)[0]))
     return found
+
+
+def offered(row: Row) -> tuple[tuple[str, ...], frozenset[int]]:
+    """What a question of multiple choice offers, and the positions of what is right.
+
+    Its choices; or, where it has none, all its right answers and then the wrong ones.
+    """
+    if row.choices:
+        return row.choices, frozenset(() if row.choice is None else (row.choice,))
+    right = (row.completion, *row.answers)
+    return ((*right, *row.wrong), frozenset(range(len(right)))) if row.wrong else ((), frozenset())
 
 
 def _numbered(name: str, row: Row, kind: str, texts: Sequence[str]) -> dict[Key, Row]:

@@ -30,6 +30,7 @@ from unilogit_kernels.unlearning.metrics.probability import (
     normalised_probability,
     perplexity,
     probability,
+    right_share,
 )
 from unilogit_kernels.unlearning.metrics.rouge import RougeScores, rouge_scores
 from unilogit_kernels.unlearning.metrics.tokens import TokenRecord
@@ -62,6 +63,7 @@ __all__ = [
     "privacy_leak",
     "probability",
     "reference_score",
+    "right_share",
     "rouge_scores",
     "share_estimate",
     "truth_balance",
