@@ -22,7 +22,8 @@ def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
         from unilogit_kernels.cli.bench import bench
-        from unilogit_kernels.cli.unlearn import app, reporting_errors
+        from unilogit_kernels.cli.evaluate import app
+        from unilogit_kernels.cli.unlearn import reporting_errors
         from unilogit_kernels.unlearning.processes import leave
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:

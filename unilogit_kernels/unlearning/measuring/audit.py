@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _PACKAGES = (
 )
 
 
+@lru_cache(maxsize=1)
 def code_digest() -> str:
     """SHA-256 over the Python files of this package, their names included, in order.
 

@@ -27,7 +27,6 @@ _Sides = Mapping[str, Mapping[str, float]]
 """Scores of the rows to forget and of those held out, by their positions."""
 
 _SIDES = ("forget", "holdout")
-_PLAIN_NAMES = ("extraction_strength", "exact_memorization")
 _ATTACKS = ("mia_loss", "mia_zlib", "mia_reference", "mia_min_k", "mia_min_k_plus_plus")
 _LEAK = "mia_min_k"
 """The attack that PrivLeak is made of."""
@@ -50,11 +49,6 @@ def joint_metrics(
     joint: dict[str, Metric] = {}
     missing: Missing = {}
     forget = [each for each in sets if each.set.role == "forget"]
-    for name in _PLAIN_NAMES:
-        named = [f"{each.prefix}_{name}" for each in forget]
-        of_sets = [found[metric] for metric in named if metric in found]
-        if of_sets:
-            joint[name] = of_sets[0]
     _add_attacks(sets, golden, joint, missing)
     _add_forget_quality(forget, found, golden, joint, missing)
     _add_utility(sets, found, joint, missing)
@@ -87,11 +81,10 @@ def _add_forget_quality(
     joint["forget_quality"] = Metric(metrics.bootstrap(_forget_quality, *groups))
 
 
-def _forget_quality(own: NDArray[np.float64], golden: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over drawn rows, if there is one more dimension."""
-    pairs = zip(np.atleast_2d(own), np.atleast_2d(golden), strict=True)
-    values = np.array([metrics.forget_quality(*pair) for pair in pairs])
-    return values if own.ndim > 1 else values[0]
+def _forget_quality(*samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of two samples, or of two rows of drawn ones."""
+    found = metrics.forget_qualities(*(np.atleast_2d(sample) for sample in samples))
+    return found if samples[0].ndim > 1 else found[0]
 
 
 def _add_utility(

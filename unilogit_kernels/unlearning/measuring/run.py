@@ -216,7 +216,9 @@ class _Evaluation:
                 ids = [row_id(row, n) for n, row in enumerate(each.rows)]
                 save_divergences(path, ids, self._divergences(each))
             apart = load_divergences(path)
-        return Measured(each, records, answers, apart, self.request.convention)
+        of_forget = (s for s in self.request.sets if s.role == "forget")
+        plain = each is next((s for s in of_forget if "memorization" in s.measures), None)
+        return Measured(each, records, answers, apart, self.request.convention, plain)
 
     def _records(self, each: EvaluationSet) -> dict[Key, TokenRecord]:
         examples = self.subject.examples[each.name]

@@ -62,6 +62,7 @@ class Measured:
         answers: of each row that was asked, by its id.
         divergences: `[rows, 2]`, see `passes.divergences`; None where there is no golden model.
         convention: one of `CONVENTIONS`.
+        plain: whether its memorisation goes by OpenUnlearning's plain names, not by the set's.
     """
 
     set: EvaluationSet
@@ -69,6 +70,7 @@ class Measured:
     answers: Mapping[str, Answer]
     divergences: Floats | None
     convention: str = OURS
+    plain: bool = False
 
     @property
     def ids(self) -> list[str]:
@@ -215,9 +217,10 @@ def _memorization(measured: Measured) -> dict[str, Metric]:
             strength[position] = {"score": metrics.extraction_strength(hits, least=least)}
         else:  # One token, and that is left out: as OpenUnlearning has it.
             exact[position], strength[position] = {"score": None}, {"score": 0.0}
-    found = {f"{measured.prefix}_extraction_strength": mean_of(strength, "score")}
+    start = "" if measured.plain else f"{measured.prefix}_"
+    found = {f"{start}extraction_strength": mean_of(strength, "score")}
     if any(value["score"] is not None for value in exact.values()):
-        found[f"{measured.prefix}_exact_memorization"] = mean_of(exact, "score")
+        found[f"{start}exact_memorization"] = mean_of(exact, "score")
     return found
 
 

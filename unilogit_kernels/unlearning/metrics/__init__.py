@@ -35,6 +35,7 @@ from unilogit_kernels.unlearning.metrics.probability import (
 from unilogit_kernels.unlearning.metrics.rouge import RougeScores, rouge_scores
 from unilogit_kernels.unlearning.metrics.tokens import TokenRecord
 from unilogit_kernels.unlearning.metrics.truth import (
+    forget_qualities,
     forget_quality,
     model_utility,
     truth_balance,
@@ -51,6 +52,7 @@ __all__ = [
     "chosen",
     "exact_memorization",
     "extraction_strength",
+    "forget_qualities",
     "forget_quality",
     "loss_score",
     "mean_estimate",

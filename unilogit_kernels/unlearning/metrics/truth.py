@@ -86,6 +86,40 @@ def forget_quality(ratios: ArrayLike, golden: ArrayLike) -> float:
     return float(stats.ks_2samp(np.asarray(ratios), np.asarray(golden)).pvalue)
 
 
+def forget_qualities(ratios: ArrayLike, golden: ArrayLike) -> NDArray[np.float64]:
+    """`forget_quality` of many pairs of samples at once, such as a bootstrap draws.
+
+    Of samples of given sizes the p-value depends on the distance of their distributions alone,
+    which takes few values: SciPy is asked once for each.
+
+    Args:
+        ratios: `[draws, rows]`.
+        golden: `[draws, other rows]`.
+
+    Returns:
+        `[draws]`.
+
+    Example:
+        >>> forget_qualities([[0.1, 0.2], [0.1, 0.2]], [[0.1, 0.2], [0.3, 0.4]]).round(4).tolist()
+        [1.0, 0.3333]
+    """
+    known: dict[int, float] = {}
+    pairs = zip(np.asarray(ratios), np.asarray(golden), strict=True)
+    return np.array([_known_quality(known, *pair) for pair in pairs])
+
+
+def _known_quality(
+    known: dict[int, float], first: NDArray[np.float64], second: NDArray[np.float64]
+) -> float:
+    both = np.concatenate([first, second])
+    below = (np.searchsorted(np.sort(each), both, side="right") for each in (first, second))
+    counts = next(below) * len(second) - next(below) * len(first)
+    distance = int(np.abs(counts).max())  # Times both sizes: a whole number.
+    if distance not in known:
+        known[distance] = forget_quality(first, second)
+    return known[distance]
+
+
 def model_utility(values: ArrayLike) -> NDArray[np.float64]:
     """The harmonic mean of what is good to be high: one bad value spoils it.
 
