@@ -13,18 +13,9 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from unilogit_kernels.cli import options
 from unilogit_kernels.cli.progress import quieten_libraries, stages_bar
-from unilogit_kernels.cli.unlearn import (
-    AllowMissing,
-    ChatTemplate,
-    Dtype,
-    MaxLength,
-    TemplateArg,
-    app,
-    note,
-    reporting_errors,
-    say,
-)
+from unilogit_kernels.cli.unlearn import app, note, reporting_errors, say
 from unilogit_kernels.unlearning.benchmarks import Generation, load_benchmark
 from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
@@ -67,10 +58,10 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write every figure and answer to this file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in one forward.")] = Request.batch_size,
-    max_length: MaxLength = Request.max_length,
-    chat_template: ChatTemplate = Request.chat_template,
-    template_arg: TemplateArg = None,
-    dtype: Dtype = Request.dtype,
+    max_length: options.MaxLength = Request.max_length,
+    chat_template: options.ChatTemplate = Request.chat_template,
+    template_arg: options.TemplateArg = None,
+    dtype: options.Dtype = Request.dtype,
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Also answer the prompts greedily.")
     ] = Request.generate,
@@ -81,7 +72,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer. Default: a few more than expected.")
     ] = None,
-    allow_missing_weights: AllowMissing = Request.allow_missing_weights,
+    allow_missing_weights: options.AllowMissing = Request.allow_missing_weights,
 ) -> None:
     """Measure how well a model knows sets of rows, and with --output all that they allow."""
     with reporting_errors():

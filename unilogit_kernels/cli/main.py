@@ -21,6 +21,7 @@ _EXTRA = (
 def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
+        from unilogit_kernels.cli import dataset, finetune
         from unilogit_kernels.cli.bench import bench
         from unilogit_kernels.cli.evaluate import app
         from unilogit_kernels.cli.unlearn import reporting_errors
@@ -32,7 +33,8 @@ def main() -> None:
             doctor(sys.argv[2:])
             return
         sys.exit(_missing(error.name))
-    app.command()(reporting_errors()(bench))
+    for command in (finetune.finetune, dataset.dataset, reporting_errors()(bench)):
+        app.command()(command)
     try:
         app()
     except SystemExit as end:

@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
+from unilogit_kernels.cli import options
 from unilogit_kernels.cli.doctor import main as diagnose
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
@@ -82,34 +83,14 @@ def note(message: str) -> None:
     say(f"note: {message}", err=True)
 
 
-MaxLength = Annotated[int, typer.Option(help="Rows are cut after so many tokens.")]
-ChatTemplate = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat-template/--no-chat-template",
-        help="Put prompts through the tokenizer's chat template. Default: if it has one.",
-    ),
-]
-TemplateArg = Annotated[
-    list[str] | None,
-    typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
-]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
-AllowMissing = Annotated[
-    bool,
-    typer.Option(
-        "--allow-missing-weights",
-        help="Take a model whose files lack weights, which are then random, or have others.",
-    ),
-]
-
-
 @app.command()
 def unlearn(
-    model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
-    forget: Annotated[Path, typer.Option(help="JSONL rows to forget.")],
-    retain: Annotated[Path, typer.Option(help="JSONL rows to keep.")],
-    output: Annotated[Path, typer.Option(help="Directory for the model.")],
+    model: options.Model,
+    output: options.Output,
+    forget: Annotated[Path | None, typer.Option(help="File of the rows to forget.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="File of the rows to keep.")] = None,
+    benchmark: options.Benchmark = Settings.benchmark,
+    data_dir: options.DataDir = Settings.data_dir,
     method: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.method,
     alpha: Annotated[float | None, typer.Option(help="Parameter of wga, tnpo.")] = None,
     beta: Annotated[float | None, typer.Option(help="Parameter of npo, dpo, tnpo...")] = None,
@@ -126,18 +107,12 @@ def unlearn(
         typer.Option(help="Answers to give instead, one a line, for idk_dpo, dpo and flat."),
     ] = Settings.refusals,
     epochs: Annotated[int, typer.Option(help="Passes over the forget rows.")] = Settings.epochs,
-    lr: Annotated[
-        float, typer.Option(help="Learning rate, constant after the warm-up.")
-    ] = Settings.learning_rate,
-    warmup_steps: Annotated[
-        int, typer.Option(help="Steps over which the learning rate rises.")
-    ] = Settings.warmup_steps,
+    lr: options.LearningRate = Settings.learning_rate,
+    warmup_steps: options.WarmupSteps = Settings.warmup_steps,
     batch_size: Annotated[
         int, typer.Option(help="Forget rows in a batch; retain rows come on top.")
     ] = Settings.batch_size,
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Batches in a step.")
-    ] = Settings.gradient_accumulation,
+    gradient_accumulation: options.GradientAccumulation = Settings.gradient_accumulation,
     retain_per_forget: Annotated[
         int, typer.Option(help="Retain rows for each forget row.")
     ] = Settings.retain_per_forget,
@@ -172,43 +147,28 @@ def unlearn(
         float | None,
         typer.Option(help="Stop once the mean probability of a forget token is this low."),
     ] = Settings.stop_at_probability,
-    train_layers: Annotated[
-        int | None, typer.Option(help="Train only so many of the top layers.")
-    ] = Settings.train_layers,
-    memory_budget_mib: Annotated[
-        int | None, typer.Option(help="MiB that the losses' buffers may take.")
-    ] = Settings.memory_budget_mib,
-    logits_dtype: Annotated[
-        str | None, typer.Option(help="What logits are rounded to: float32, bfloat16 or float16.")
-    ] = Settings.logits_dtype,
-    skip_below: Annotated[
-        float, typer.Option(help="Tokens of a smaller share of the largest slope get no gradient.")
-    ] = Settings.skip_below,
-    max_length: MaxLength = Settings.max_length,
-    chat_template: ChatTemplate = Settings.chat_template,
-    template_arg: TemplateArg = None,
-    dtype: Dtype = Settings.dtype,
-    autocast: Annotated[
-        bool, typer.Option("--autocast", help="Compute in bfloat16, whatever the weights are.")
-    ] = Settings.autocast,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations, save memory.")
-    ] = Settings.gradient_checkpointing,
-    checkpoint_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.")
-    ] = Settings.checkpoint_steps,
-    seed: Annotated[int, typer.Option(help="Of the order of the rows.")] = Settings.seed,
-    allow_missing_weights: AllowMissing = Settings.allow_missing_weights,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
-    ] = False,
+    train_layers: options.TrainLayers = Settings.train_layers,
+    memory_budget_mib: options.MemoryBudget = Settings.memory_budget_mib,
+    logits_dtype: options.LogitsDtype = Settings.logits_dtype,
+    skip_below: options.SkipBelow = Settings.skip_below,
+    max_length: options.MaxLength = Settings.max_length,
+    block_stride: options.BlockStride = Settings.block_stride,
+    chat_template: options.ChatTemplate = Settings.chat_template,
+    template_arg: options.TemplateArg = None,
+    dtype: options.Dtype = Settings.dtype,
+    autocast: options.Autocast = Settings.autocast,
+    gradient_checkpointing: options.GradientCheckpointing = Settings.gradient_checkpointing,
+    checkpoint_steps: options.CheckpointSteps = Settings.checkpoint_steps,
+    seed: options.Seed = Settings.seed,
+    allow_missing_weights: options.AllowMissing = Settings.allow_missing_weights,
+    resume: options.Resume = False,
 ) -> None:
     """Make a model forget some rows and keep the others."""
     given = dict(locals())
-    options = {name: given.pop(name) for name in _METHOD_PARAMETERS}
+    of_method = {name: given.pop(name) for name in _METHOD_PARAMETERS}
     with reporting_errors():
         arguments = parse_template_arguments(given.pop("template_arg") or [])
-        parameters = _parameters(options, given.pop("method_parameter") or [])
+        parameters = _parameters(of_method, given.pop("method_parameter") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
@@ -216,7 +176,7 @@ def unlearn(
         method_parameters=parameters,
     )
     with reporting_errors():
-        _unlearn(settings, resume)
+        train(settings, resume)
 
 
 def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str, float]:
@@ -235,24 +195,38 @@ def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str,
     return found
 
 
-def _unlearn(settings: Settings, resume: bool) -> None:
+def train(settings: Settings, resume: bool) -> None:
+    """Prepare a run, take its steps, and say what was done.
+
+    Args:
+        settings: of the run.
+        resume: go on from the newest checkpoint in the output directory.
+
+    Raises:
+        typer.Exit: it was interrupted.
+    """
     quieten_libraries()
     prepared = prepare(settings, resume=resume, note=note)
     for name, count in prepared.truncated().items():
         if count:
             note(f"{count} {name} rows are cut to {settings.max_length} tokens")
+    for name, count in prepared.blocks().items():
+        note(f"long {name} texts are cut into blocks of {settings.max_length} tokens, {count} rows")
     template = "through the chat template" if prepared.encoding.uses_chat_template else "as it is"
-    say(
-        f"{len(prepared.forget)} rows to forget, {len(prepared.retain)} to keep; each prompt goes "
-        f"{template}"
+    sizes = {name: len(examples) for name, examples in prepared.sets.items()}
+    what = (
+        f"{sizes['forget']} rows to forget, {sizes['retain']} to keep"
+        if settings.task == "unlearn"
+        else f"{sum(sizes.values())} rows to learn"
     )
+    say(f"{what}; each prompt goes {template}")
     if prepared.checkpoint is not None:
         say(f"resuming from {prepared.checkpoint}")
     elif resume:
         say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
-        with progress_bar() as progress:
-            done = execute(prepared, [Bar(progress)])
+        with progress_bar(settings.task) as progress:
+            done = execute(prepared, [Bar(progress, settings.task)])
     except KeyboardInterrupt:
         say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None

@@ -31,8 +31,8 @@ def load_benchmark(name: str, data_dir: Path) -> Benchmark:
     """Read a benchmark from local files.
 
     Args:
-        name: with its split, if it has any: `"tofu:forget10"`, `"muse-news"`, `"muse-books:scal_2"`,
-            `"rwku:1_Stephen_King"`, `"wmdp:bio"`.
+        name: with its split, if it has any: `"tofu:forget10"`, `"muse-news"`,
+            `"muse-books:scal_2"`, `"rwku:1_Stephen_King"`, `"wmdp:bio"`.
         data_dir: the folder that holds its files.
 
     Raises:

@@ -2,7 +2,8 @@
 
 Tables in folders, as on the Hub: `raw/{forget, retain1, retain2, holdout}`,
 `verbmem/forget`, `knowmem/{forget_qa, retain_qa}` and their `_icl`, `privleak/{forget, retain,
-holdout}`, and for the splits `scal_N` and `sust_N` (N from 1 to 4) `scal/forget_N`, `sust/forget_N`.
+holdout}`, and for the splits `scal_N` and `sust_N` (N from 1 to 4) `scal/forget_N` and
+`sust/forget_N`.
 
 A model is unlearned with retain1 as retain set; retain2 is what else it knows.
 """

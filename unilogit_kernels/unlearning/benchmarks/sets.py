@@ -1,4 +1,4 @@
-"""What a benchmark consists of: sets of rows, what is measured on each, and how answers are made."""
+"""What a benchmark consists of: sets of rows, what is measured on each, how answers are made."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class Benchmark:
     Attributes:
         name: as it was asked for, such as `"tofu:forget10"`.
         sets: in the order of the report.
-        training: the rows that models are trained on: `"forget"` and `"retain"`.
+        training: the rows that models are trained on: `"forget"` and `"retain"`; and `"known"`,
+            which a model is taught with the retain rows, and no unlearning batch contains.
         missing: files that are not there, by their path within the data directory, and what cannot
             be computed without each.
     """

@@ -69,7 +69,8 @@ def _only_split(name: str, files: Files) -> str:
     if len(splits) != 1:
         there = ", ".join(splits) or "none"
         raise DataError(
-            f"benchmark {name!r}: say which split, as in tofu:forget10; {files.folder} holds {there}"
+            f"benchmark {name!r}: say which split, as in tofu:forget10; {files.folder} holds "
+            f"{there}"
         )
     return splits[0]
 
