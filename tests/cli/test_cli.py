@@ -23,7 +23,7 @@ from tests.support.tiny_models import (
 )
 from unilogit_kernels import available_backends
 from unilogit_kernels.cli import progress, unlearn
-from unilogit_kernels.cli.unlearn import app
+from unilogit_kernels.cli.evaluate import app
 from unilogit_kernels.unlearning.run import Settings
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)

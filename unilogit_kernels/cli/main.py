@@ -12,6 +12,8 @@ _EXTRA = (
     "accelerate",
     "regex",
     "rouge_score",
+    "nltk",
+    "scipy",
     "safetensors",
 )
 
@@ -21,7 +23,8 @@ def main() -> None:
     try:
         from unilogit_kernels.cli import dataset, finetune
         from unilogit_kernels.cli.bench import bench
-        from unilogit_kernels.cli.unlearn import app, reporting_errors
+        from unilogit_kernels.cli.evaluate import app
+        from unilogit_kernels.cli.unlearn import reporting_errors
         from unilogit_kernels.unlearning.processes import leave
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:

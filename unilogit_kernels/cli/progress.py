@@ -43,6 +43,19 @@ def progress_bar(task: str) -> Progress:
     )
 
 
+def stages_bar() -> Progress:
+    """An empty one for stages whose number is not known, which is gone when all are done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not is_first(),
+    )
+
+
 class Bar(TrainerCallback):
     """Shows the Trainer's steps and its last figures.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -13,24 +12,17 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from unilogit_kernels.cli import options
 from unilogit_kernels.cli.doctor import main as diagnose
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
-from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.errors import (
     INPUT_ERRORS,
     RunError,
     TrainingError,
-    check_writable,
     one_line,
-    reading,
 )
-from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
-from unilogit_kernels.unlearning.limits import check_numbers
-from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
 from unilogit_kernels.unlearning.processes import check_alone, is_first
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
@@ -73,21 +65,22 @@ def reporting_errors() -> Iterator[None]:
 
 def _report(error: Exception, message: str, code: int) -> None:
     if is_first():
-        _say(f"error: {' '.join(message.splitlines())}", err=True)
+        say(f"error: {' '.join(message.splitlines())}", err=True)
     if os.environ.get(_DEBUG, "0") != "0":
         traceback.print_exception(error)
     raise typer.Exit(code) from error
 
 
-def _say(message: str, err: bool = False) -> None:
+def say(message: str, err: bool = False) -> None:
     """Print a line in the first process; what the terminal's encoding lacks is escaped."""
     if is_first():
         encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
         typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
-def _note(message: str) -> None:
-    _say(f"note: {message}", err=True)
+def note(message: str) -> None:
+    """Tell on standard error what a user may want to know."""
+    say(f"note: {message}", err=True)
 
 
 @app.command()
@@ -213,14 +206,12 @@ def train(settings: Settings, resume: bool) -> None:
         typer.Exit: it was interrupted.
     """
     quieten_libraries()
-    prepared = prepare(settings, resume=resume, note=_note)
+    prepared = prepare(settings, resume=resume, note=note)
     for name, count in prepared.truncated().items():
         if count:
-            _note(f"{count} {name} rows are cut to {settings.max_length} tokens")
+            note(f"{count} {name} rows are cut to {settings.max_length} tokens")
     for name, count in prepared.blocks().items():
-        _note(
-            f"long {name} texts are cut into blocks of {settings.max_length} tokens, {count} rows"
-        )
+        note(f"long {name} texts are cut into blocks of {settings.max_length} tokens, {count} rows")
     template = "through the chat template" if prepared.encoding.uses_chat_template else "as it is"
     sizes = {name: len(examples) for name, examples in prepared.sets.items()}
     what = (
@@ -228,102 +219,18 @@ def train(settings: Settings, resume: bool) -> None:
         if settings.task == "unlearn"
         else f"{sum(sizes.values())} rows to learn"
     )
-    _say(f"{what}; each prompt goes {template}")
+    say(f"{what}; each prompt goes {template}")
     if prepared.checkpoint is not None:
-        _say(f"resuming from {prepared.checkpoint}")
+        say(f"resuming from {prepared.checkpoint}")
     elif resume:
-        _say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
+        say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
         with progress_bar(settings.task) as progress:
             done = execute(prepared, [Bar(progress, settings.task)])
     except KeyboardInterrupt:
-        _say("interrupted; the same command with --resume goes on", err=True)
+        say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    _say(f"{done['steps']} steps; the model is in {settings.output}")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
-    data: Annotated[
-        list[str], typer.Option(help="A set of JSONL rows, as NAME=FILE; may be repeated.")
-    ],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure and answer to this file.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in one forward.")] = 16,
-    max_length: options.MaxLength = Settings.max_length,
-    chat_template: options.ChatTemplate = Settings.chat_template,
-    template_arg: options.TemplateArg = None,
-    dtype: options.Dtype = Settings.dtype,
-    generate: Annotated[
-        bool, typer.Option("--generate/--no-generate", help="Also answer the prompts greedily.")
-    ] = True,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="A text that ends an answer, \\n a line feed in it; may be repeated."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. Default: a few more than expected.")
-    ] = None,
-    allow_missing_weights: options.AllowMissing = Settings.allow_missing_weights,
-) -> None:
-    """Measure how well a model knows sets of rows."""
-    with reporting_errors():
-        check_alone("evaluate")
-        with reading("evaluate"):
-            check_numbers({"batch_size": batch_size, "max_length": max_length})
-        if json_file is not None:
-            check_writable(json_file, folder=False, option="--json")
-        quieten_libraries()
-        sets = _read_sets(data)
-        stops = [text.replace("\\n", "\n") for text in stop or []]
-        if "" in stops:
-            raise RunError("--stop takes a text that ends an answer, got an empty one")
-        arguments = parse_template_arguments(template_arg or [])
-        encoding = load_encoding(model, max_length, chat_template, arguments)
-        examples = [encode(encoding, rows) for rows in sets.values()]
-        loaded = load_model(model, dtype, allow_missing=allow_missing_weights, note=_note)
-        check_fits(loaded, encoding, examples)
-        with reading(f"the model of {model!r} fails on these rows"):
-            evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
-        reports = {
-            name: evaluate_rows(
-                loaded,
-                rows,
-                encoding,
-                batch_size=batch_size,
-                generate=generate,
-                stop=stops,
-                max_new_tokens=max_new_tokens,
-            )
-            for name, rows in sets.items()
-        }
-        for name, report in reports.items():
-            if report.unfinished:
-                _note(
-                    f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
-                    "in time; --max-new-tokens gives them more, --stop ends them"
-                )
-        Console().print(report_table("What the model knows", {Path(model).name: reports}))
-        if json_file is not None:
-            figures = {name: report.as_dict() for name, report in reports.items()}
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
-            _say(f"figures and answers are in {json_file}")
-
-
-def _read_sets(data: list[str]) -> dict[str, list[Row]]:
-    sets: dict[str, list[Row]] = {}
-    for item in data:
-        name, separator, path = item.partition("=")
-        if not separator or not name:
-            raise RunError(f"--data takes NAME=FILE, got {item!r}")
-        if name in sets:
-            raise RunError(f"--data names the set {name!r} twice")
-        with reading(f"--data {item}"):
-            sets[name] = read_rows(path)
-    return sets
+    say(f"{done['steps']} steps; the model is in {settings.output}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
