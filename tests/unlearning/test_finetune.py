@@ -27,12 +27,14 @@ from tests.support.tiny_models import (
 from tests.unlearning.benchmark_files import MUSE, TOFU, write_tables
 from tests.unlearning.test_trainer import InterruptAt
 from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged
+from unilogit_kernels.cli.evaluate import evaluate
 from unilogit_kernels.cli.finetune import finetune
 from unilogit_kernels.cli.unlearn import unlearn
 from unilogit_kernels.testing import assert_tensors_within_budget
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
 from unilogit_kernels.unlearning.data import DataError, Encoding, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
+from unilogit_kernels.unlearning.measuring.store import load_records
 from unilogit_kernels.unlearning.rows import Row
 from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
 from unilogit_kernels.unlearning.sources import read_sets
@@ -58,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(line: str) -> Result:
     commands = Typer()
-    for command in (finetune, unlearn):
+    for command in (finetune, unlearn, evaluate):
         commands.command()(command)
     return CliRunner().invoke(commands, line.split())
 
@@ -96,6 +98,14 @@ def test_from_golden_and_starting_model_to_the_unlearned_one(folder: Path) -> No
         assert known(model, forget) < 0.3
     for model in ("start", "golden", "unlearned"):
         assert known(model, retain) > 0.6
+    measured = done(f"evaluate --model unlearned {rows} --golden golden --output results")
+    assert "not computed" not in measured.stderr
+    found = json.loads(Path("results/TOFU_EVAL.json").read_text())
+    assert set(found["forget_truth_ratio"]) == {"agg_value", "value_by_index"}
+    assert set(found["forget_truth_ratio"]["value_by_index"]) == {"0", "1", "2"}
+    assert 0 < found["forget_quality"]["agg_value"] <= 1
+    summary = json.loads(Path("results/TOFU_SUMMARY.json").read_text())
+    assert summary == {name: entry["agg_value"] for name, entry in found.items()}
 
 
 def test_a_step_is_that_of_cross_entropy(tmp_path: Path) -> None:
@@ -286,6 +296,21 @@ def test_long_texts_are_learned_whole(folder: Path) -> None:
     assert "5 rows to forget, 3 to keep" in result.output
     assert "retain texts are cut" not in result.stderr
     assert "rows are cut to" not in result.stderr
+
+
+def test_long_texts_are_measured_whole(folder: Path) -> None:
+    """In the blocks that they are learned in: the same log-probability of every token but one."""
+    text = "the quick brown fox jumps over the lazy dog, é"
+    write_tables(folder, {"forget": [{"text": text}, {"text": "short"}]})
+    line = "evaluate --model model --data forget=forget.jsonl --no-generate --max-length"
+    done(f"{line} 16 --output blocks")
+    done(f"{line} 512 --output whole")
+    size = {}
+    for name in ("blocks", "whole"):
+        records = load_records(next((folder / name / "tokens").iterdir()))
+        size[name] = [len(record) for record in records.values()]
+    # Every token of the bytes but the first, and the end.
+    assert size["blocks"] == size["whole"] == [len(text.encode()), len("short")]
 
 
 def test_a_benchmark_without_retain_rows_says_so(folder: Path, monkeypatch: Any) -> None:
