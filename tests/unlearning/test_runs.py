@@ -155,7 +155,7 @@ def test_every_setting_is_an_option() -> None:
     settings = {field.name for field in dataclasses.fields(Settings)} - known_by_others
     assert settings - {"data", "with_forget"} <= options
     of_forgetting = {name for name in settings if name.startswith(("forget", "retain", "dual"))}
-    stops = {"method", "refusals", "stop_at_probability", "skip_below"}
+    stops = {"method", "refusals", "stop_at_probability"}
     assert settings - of_forgetting - stops <= of_learning
 
 

@@ -35,6 +35,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("pytest-benchmark", "matplotlib", "cut-cross-entropy", "liger-kernel"),
     ),
     "demo": ("the demo's model", ("gguf",)),
+    "parquet": ("rows in parquet files", ("pyarrow",)),
 }
 """What each extra gives, and its packages."""
 

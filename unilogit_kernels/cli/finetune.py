@@ -43,6 +43,7 @@ def finetune(
     train_layers: options.TrainLayers = Settings.train_layers,
     memory_budget_mib: options.MemoryBudget = Settings.memory_budget_mib,
     logits_dtype: options.LogitsDtype = Settings.logits_dtype,
+    skip_below: options.SkipBelow = Settings.skip_below,
     max_length: options.MaxLength = Settings.max_length,
     block_stride: options.BlockStride = Settings.block_stride,
     chat_template: options.ChatTemplate = Settings.chat_template,

@@ -24,7 +24,7 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.generation import Generated, generate_greedily
 from unilogit_kernels.unlearning.recall import holds_key, rouge_l
-from unilogit_kernels.unlearning.thoughts import after_thought
+from unilogit_kernels.unlearning.thoughts import answer_after_thought
 
 # An answer may run on after the expected completion, and is then worse: room to see that.
 _EXTRA_TOKENS = 8
@@ -272,8 +272,8 @@ def in_batches(
 
 def _score(row: Row, answer: Generated, before: str) -> Answer:
     """Compare an answer with its row; `before` is what the template has an answer begin with."""
-    said = after_thought(before + answer.text)
-    expected = after_thought(before + row.completion)
+    said = answer_after_thought(before, answer.text)
+    expected = answer_after_thought(before, row.completion)
     # A thought that gives the key away is a leak, whether or not an answer follows.
     recalled = None if row.key is None else holds_key(answer.text, row.key)
     return Answer(

@@ -180,18 +180,11 @@ def encode(encoding: Encoding, rows: Sequence[Row]) -> list[Example]:
         RunError: the tokenizer or its chat template fails on one; the message names it.
         DataError: see `Encoding.example`.
     """
-    return [block for row in rows for block in encode_blocks(encoding, row)]
-
-
-def encode_blocks(encoding: Encoding, row: Row) -> list[Example]:
-    """A row as an example, or as several where it is a text that is too long for one.
-
-    Raises:
-        RunError: the tokenizer or its chat template fails on it; the message names it.
-        DataError: see `Encoding.example`.
-    """
-    with reading(f"{row.source}: the tokenizer or its chat template fails on this row"):
-        return encoding.blocks(row)
+    examples: list[Example] = []
+    for row in rows:
+        with reading(f"{row.source}: the tokenizer or its chat template fails on this row"):
+            examples += encoding.blocks(row)
+    return examples
 
 
 def check_fits(

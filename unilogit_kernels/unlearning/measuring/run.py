@@ -9,10 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
-from unilogit_kernels.unlearning.data import count_labels
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.evaluation import Answer, answer_rows
 from unilogit_kernels.unlearning.measuring.audit import audit_record, estimates
@@ -225,26 +222,21 @@ class _Evaluation:
 
     def _records(self, each: EvaluationSet) -> dict[Key, TokenRecord]:
         examples = self.subject.examples[each.name]
-        texts = self.subject.sets()[each.name]
-        cut = sum(example.truncated for example in texts)
+        cut = sum(example.truncated for example in examples.values())
         if cut:
             self.watcher.note(
                 f"{cut} of {len(examples)} texts of {each.name} are cut to "
                 f"{self.request.max_length} tokens"
             )
-        self._begin("tokens", each, len(texts))
+        self._begin("tokens", each, len(examples))
         found = token_records(
             self.subject.model,
-            [example.features() for example in texts],
+            [example.features() for example in examples.values()],
             pad_id=self.subject.pad_id,
             batch_size=self.request.batch_size,
             progress=self.watcher.advance,
         )
-        rest = iter(found)
-        return {
-            key: TokenRecord.joined([next(rest) for _ in blocks])
-            for key, blocks in examples.items()
-        }
+        return dict(zip(examples, found, strict=True))
 
     def _answers(self, each: EvaluationSet) -> dict[str, Answer]:
         rows = asked_rows(each)
@@ -265,23 +257,17 @@ class _Evaluation:
     def _divergences(self, each: EvaluationSet) -> Floats:
         assert self.golden is not None, "asked for beside a golden model only"
         examples = self.subject.examples[each.name]
-        answers = [blocks for key, blocks in examples.items() if key[1] == ANSWER]
-        features = [block.features() for blocks in answers for block in blocks]
-        self._begin("divergence", each, len(features))
+        answers = [e.features() for key, e in examples.items() if key[1] == ANSWER]
+        self._begin("divergence", each, len(answers))
         with reading(f"the golden model {self.golden.source!r} cannot be compared"):
-            found = divergences(
+            return divergences(
                 self.subject.model,
                 self.golden.model,
-                features,
+                answers,
                 pad_id=self.subject.pad_id,
                 batch_size=self.request.batch_size,
                 progress=self.watcher.advance,
             )
-        # A mean over the tokens of each block; of a row it is over those of all its blocks.
-        weights = np.array([count_labels(example) for example in features])
-        ends = np.cumsum([len(blocks) for blocks in answers])
-        of_rows = np.split(np.arange(len(features)), ends[:-1])
-        return np.stack([np.average(found[of], 0, weights[of]) for of in of_rows])
 
     def _begin(self, stage: str, each: EvaluationSet, total: int) -> None:
         self.watcher.begin(f"{self.subject.role}: {stage} of {each.name}", total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +32,7 @@ class Subject:
         source: directory or Hub id.
         model: on its device.
         encoding: of its tokenizer.
-        examples: of each set, by its name: of each variant one, or the blocks of a long text.
+        examples: of each set, by its name.
         date: what chat templates print as today's.
     """
 
@@ -40,7 +40,7 @@ class Subject:
     source: str
     model: PreTrainedModel
     encoding: Encoding
-    examples: Mapping[str, Mapping[Key, Sequence[Example]]]
+    examples: Mapping[str, Mapping[Key, Example]]
     date: datetime
 
     @property
@@ -50,10 +50,7 @@ class Subject:
 
     def sets(self) -> dict[str, list[Example]]:
         """The examples of each set, in order."""
-        return {
-            name: [block for blocks in examples.values() for block in blocks]
-            for name, examples in self.examples.items()
-        }
+        return {name: list(examples.values()) for name, examples in self.examples.items()}
 
     @staticmethod
     def load(

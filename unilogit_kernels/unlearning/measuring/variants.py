@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
 from unilogit_kernels.unlearning.data import Encoding, Example, Row
-from unilogit_kernels.unlearning.loading import encode_blocks
+from unilogit_kernels.unlearning.loading import encode
 
 ANSWER, PARAPHRASE, WRONG, CHOICE = "answer", "paraphrase", "wrong", "choice"
 """Names of variants; the last two are followed by `/` and a number."""
@@ -69,16 +69,15 @@ def _numbered(name: str, row: Row, kind: str, texts: Sequence[str]) -> dict[Key,
     }
 
 
-def encode_variants(encoding: Encoding, rows: Mapping[Key, Row]) -> dict[Key, list[Example]]:
+def encode_variants(encoding: Encoding, rows: Mapping[Key, Row]) -> dict[Key, Example]:
     """The variants as examples: with their end, but for choices, which no end is compared of.
 
-    A text that is too long for one example is several, each token of which is labelled once.
-
     Raises:
-        RunError, DataError: see `encode_blocks`.
+        RunError, DataError: see `encode`.
     """
     endless = dataclasses.replace(encoding, append_eos=False)
-    return {
-        key: encode_blocks(endless if key[1].startswith(CHOICE) else encoding, row)
-        for key, row in rows.items()
-    }
+    of_choices = {key: row for key, row in rows.items() if key[1].startswith(CHOICE)}
+    of_answers = {key: row for key, row in rows.items() if key not in of_choices}
+    encoded = dict(zip(of_answers, encode(encoding, list(of_answers.values())), strict=True))
+    encoded |= dict(zip(of_choices, encode(endless, list(of_choices.values())), strict=True))
+    return {key: encoded[key] for key in rows}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,18 +29,6 @@ class TokenRecord:
 
     def __len__(self) -> int:
         return len(self.log_prob)
-
-    @staticmethod
-    def joined(parts: Sequence[TokenRecord]) -> TokenRecord:
-        """The tokens of several records one after the other, such as of the blocks of a text."""
-        if len(parts) == 1:
-            return parts[0]
-        return TokenRecord(
-            np.concatenate([part.log_prob for part in parts]),
-            np.concatenate([part.is_argmax for part in parts]),
-            np.concatenate([part.mean for part in parts]),
-            np.concatenate([part.variance for part in parts]),
-        )
 
     def without_last(self) -> TokenRecord:
         """All tokens but the last one, which OpenUnlearning takes for the end of sequence."""
