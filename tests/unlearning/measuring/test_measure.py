@@ -304,6 +304,27 @@ def test_few_shot_examples_stand_before_prompts(models: Path, tmp_path: Path) ->
     assert answer["prompt"].startswith("where is cyd? lima\n\nwhere is dee?")
 
 
+def test_all_of_a_long_text_counts(models: Path, tmp_path: Path) -> None:
+    """In blocks, each token once, where no membership is inferred; else the first block alone."""
+    text = "one two three four five six seven eight nine ten"
+    rows = {"book": [Row("", text, None, "")], "forget": [Row("", text, None, "")]}
+    asked = request(models, tmp_path / "out", sets=sets_of_rows(rows), max_length=16)
+    watcher = Silent()
+    found = measure(asked, watcher).columns["model"]
+    records = [
+        load_records(tmp_path / f"out/tokens/{name}.safetensors")["0", "answer"]
+        for name in ("00-book", "01-forget")
+    ]
+    # A byte is a token; the end of sequence is one more, and the first token has no prediction.
+    assert [len(record) for record in records] == [len(text), 15]
+    np.testing.assert_allclose(records[0].log_prob[:15], records[1].log_prob, rtol=1e-4)
+    perplexity = np.exp(-records[0].log_prob.mean(dtype=np.float64))
+    assert found["book_perplexity"]["value"] == pytest.approx(perplexity)
+    assert found["book_kl_golden_to_model"]["value"] > 0
+    assert "1 of 1 texts of forget are cut to 16 tokens" in watcher.notes
+    assert not any("book" in message for message in watcher.notes)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("[]", "no results"), ("{", "no results"), ('{"a": {"b": 1}}', "no metric with an agg_value")],
@@ -317,6 +338,12 @@ def test_a_file_of_no_results_is_named(
         measure(request(models, tmp_path / "out", golden=str(path)), Silent())
     with pytest.raises(RunError, match="neither a model nor results"):
         measure(request(models, tmp_path / "out", golden=str(tmp_path / "..")), Silent())
+
+
+def test_two_rows_of_one_name_are_refused(models: Path, tmp_path: Path) -> None:
+    rows = [dataclasses.replace(FORGET[0], id="1"), FORGET[1]]  # Its place is its name.
+    with pytest.raises(RunError, match="2 rows of 'forget' have the id '1'"):
+        measure(request(models, tmp_path / "out", sets=sets_of_rows({"forget": rows})), Silent())
 
 
 def test_weights_are_read_once_for_each_model(
