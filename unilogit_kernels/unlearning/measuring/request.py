@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
 from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.limits import check_choice, check_numbers
 from unilogit_kernels.unlearning.measuring.set_metrics import CONVENTIONS, OURS
+from unilogit_kernels.unlearning.measuring.variants import row_id
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Request:
         """See that it can be done.
 
         Raises:
-            RunError: there are no sets, two of one name, or an option has no such value.
+            RunError: there are no sets, two of one name, two rows of one id in a set, or an option
+                has no such value.
         """
         names = [each.name for each in self.sets]
         if not names:
@@ -72,6 +75,11 @@ class Request:
         for name in names:
             if names.count(name) > 1:
                 raise RunError(f"there are two sets of rows named {name!r}")
+        for each in self.sets:
+            ids = Counter(row_id(row, position) for position, row in enumerate(each.rows))
+            name, times = ids.most_common(1)[0]
+            if times > 1:
+                raise RunError(f"{times} rows of {each.name!r} have the id {name!r}: give each one")
         try:
             check_numbers(vars(self))
             check_choice("convention", self.convention, CONVENTIONS)

@@ -6,10 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
+from unilogit_kernels.unlearning.data import count_labels
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.evaluation import Answer, answer_rows
 from unilogit_kernels.unlearning.measuring.audit import audit_record, estimates
@@ -164,11 +168,9 @@ class _Evaluation:
         self.golden: Subject | None = None
         self.files = file_digests(subject.source)
         self.inputs = digests(subject.model, subject.encoding, subject.sets(), 1)
-        settings = request.recorded()
-        if record is None:
-            Record(settings, self.inputs, subject.date).write(folder, _RECORD)
-        else:
-            record.check(folder, "settings", settings)
+        self.record = Record(request.recorded(), self.inputs, subject.date)
+        if record is not None:
+            record.check(folder, "settings", self.record.settings)
             record.check(folder, "inputs", self.inputs)
 
     def run(self, logs: Logs | None, golden: _Evaluation | None = None) -> _Done:
@@ -178,6 +180,7 @@ class _Evaluation:
             logs: the golden model's results; None where there are none, or this is that model.
             golden: that model, where it is here.
         """
+        self.record.write(self.folder, _RECORD)
         self.golden = None if golden is None else golden.subject
         weights = "" if golden is None else golden.inputs["weights"][:_DIGITS]
         found: dict[str, Metric] = {}
@@ -221,22 +224,28 @@ class _Evaluation:
         return Measured(each, records, answers, apart, self.request.convention, plain)
 
     def _records(self, each: EvaluationSet) -> dict[Key, TokenRecord]:
-        examples = self.subject.examples[each.name]
-        cut = sum(example.truncated for example in examples.values())
+        blocks = self.subject.examples[each.name]
+        examples = list(chain(*blocks.values()))
+        cut = sum(example.truncated for example in examples)
         if cut:
             self.watcher.note(
-                f"{cut} of {len(examples)} texts of {each.name} are cut to "
+                f"{cut} of {len(blocks)} texts of {each.name} are cut to "
                 f"{self.request.max_length} tokens"
             )
         self._begin("tokens", each, len(examples))
-        found = token_records(
-            self.subject.model,
-            [example.features() for example in examples.values()],
-            pad_id=self.subject.pad_id,
-            batch_size=self.request.batch_size,
-            progress=self.watcher.advance,
+        found = iter(
+            token_records(
+                self.subject.model,
+                [example.features() for example in examples],
+                pad_id=self.subject.pad_id,
+                batch_size=self.request.batch_size,
+                progress=self.watcher.advance,
+            )
         )
-        return dict(zip(examples, found, strict=True))
+        return {
+            key: TokenRecord.joined(list(islice(found, len(parts))))
+            for key, parts in blocks.items()
+        }
 
     def _answers(self, each: EvaluationSet) -> dict[str, Answer]:
         rows = asked_rows(each)
@@ -256,18 +265,23 @@ class _Evaluation:
 
     def _divergences(self, each: EvaluationSet) -> Floats:
         assert self.golden is not None, "asked for beside a golden model only"
-        examples = self.subject.examples[each.name]
-        answers = [e.features() for key, e in examples.items() if key[1] == ANSWER]
-        self._begin("divergence", each, len(answers))
+        shown = self.subject.examples[each.name]
+        answers = [[e.features() for e in shown[key]] for key in shown if key[1] == ANSWER]
+        self._begin("divergence", each, sum(map(len, answers)))
         with reading(f"the golden model {self.golden.source!r} cannot be compared"):
-            return divergences(
+            found = divergences(
                 self.subject.model,
                 self.golden.model,
-                answers,
+                list(chain(*answers)),
                 pad_id=self.subject.pad_id,
                 batch_size=self.request.batch_size,
                 progress=self.watcher.advance,
             )
+        ends = np.cumsum([len(parts) for parts in answers])[:-1]
+        # Of a text in blocks each token weighs the same.
+        weights = ([count_labels(part) for part in parts] for parts in answers)
+        parts = zip(np.split(found, ends), weights, strict=True)
+        return np.stack([np.average(rows, axis=0, weights=tokens) for rows, tokens in parts])
 
     def _begin(self, stage: str, each: EvaluationSet, total: int) -> None:
         self.watcher.begin(f"{self.subject.role}: {stage} of {each.name}", total)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from unilogit_kernels.unlearning.data import Encoding, Example, padding_id
 from unilogit_kernels.unlearning.errors import reading
 from unilogit_kernels.unlearning.loading import check_fits, load_encoding, load_model
 from unilogit_kernels.unlearning.measuring.request import Request
-from unilogit_kernels.unlearning.measuring.variants import Key, encode_variants, variants
+from unilogit_kernels.unlearning.measuring.variants import Key, encode_variants
 from unilogit_kernels.unlearning.record import printing_date
 
 _BLOCK = 2**22
@@ -32,7 +33,7 @@ class Subject:
         source: directory or Hub id.
         model: on its device.
         encoding: of its tokenizer.
-        examples: of each set, by its name.
+        examples: of each set, by its name; several of a variant that is shown in blocks.
         date: what chat templates print as today's.
     """
 
@@ -40,7 +41,7 @@ class Subject:
     source: str
     model: PreTrainedModel
     encoding: Encoding
-    examples: Mapping[str, Mapping[Key, Example]]
+    examples: Mapping[str, Mapping[Key, tuple[Example, ...]]]
     date: datetime
 
     @property
@@ -50,7 +51,7 @@ class Subject:
 
     def sets(self) -> dict[str, list[Example]]:
         """The examples of each set, in order."""
-        return {name: list(examples.values()) for name, examples in self.examples.items()}
+        return {name: list(chain(*each.values())) for name, each in self.examples.items()}
 
     @staticmethod
     def load(
@@ -72,9 +73,7 @@ class Subject:
             source, request.max_length, request.chat_template, dict(request.template_arguments)
         )
         with printing_date(date, encoding):
-            examples = {
-                each.name: encode_variants(encoding, variants(each)) for each in request.sets
-            }
+            examples = {each.name: encode_variants(encoding, each) for each in request.sets}
         model = load_model(
             source, request.dtype, allow_missing=request.allow_missing_weights, note=note
         )

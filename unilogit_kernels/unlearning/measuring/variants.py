@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
 from unilogit_kernels.unlearning.data import Encoding, Example, Row
+from unilogit_kernels.unlearning.errors import reading
 from unilogit_kernels.unlearning.loading import encode
 
 ANSWER, PARAPHRASE, WRONG, CHOICE = "answer", "paraphrase", "wrong", "choice"
@@ -69,15 +70,23 @@ def _numbered(name: str, row: Row, kind: str, texts: Sequence[str]) -> dict[Key,
     }
 
 
-def encode_variants(encoding: Encoding, rows: Mapping[Key, Row]) -> dict[Key, Example]:
-    """The variants as examples: with their end, but for choices, which no end is compared of.
+def encode_variants(encoding: Encoding, each: EvaluationSet) -> dict[Key, tuple[Example, ...]]:
+    """The variants of a set as examples: with their end, but for choices.
+
+    A text is shown in blocks where it is too long for one example, so that all of it counts, but
+    for sets that membership is inferred of: attacks look at one example, as in OpenUnlearning.
 
     Raises:
-        RunError, DataError: see `encode`.
+        RunError, DataError: see `loading.encode`.
     """
     endless = dataclasses.replace(encoding, append_eos=False)
-    of_choices = {key: row for key, row in rows.items() if key[1].startswith(CHOICE)}
-    of_answers = {key: row for key, row in rows.items() if key not in of_choices}
-    encoded = dict(zip(of_answers, encode(encoding, list(of_answers.values())), strict=True))
-    encoded |= dict(zip(of_choices, encode(endless, list(of_choices.values())), strict=True))
-    return {key: encoded[key] for key in rows}
+    in_blocks = "membership" not in each.measures
+    found: dict[Key, tuple[Example, ...]] = {}
+    for key, row in variants(each).items():
+        if in_blocks and not row.prompt:
+            with reading(f"{row.source}: the tokenizer fails on this row"):
+                found[key] = tuple(encoding.blocks(row))
+        else:
+            of_choice = key[1].startswith(f"{CHOICE}/")
+            found[key] = tuple(encode(endless if of_choice else encoding, [row]))
+    return found

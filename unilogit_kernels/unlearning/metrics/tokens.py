@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,15 @@ class TokenRecord:
 
     def __len__(self) -> int:
         return len(self.log_prob)
+
+    @staticmethod
+    def joined(parts: Sequence[TokenRecord]) -> TokenRecord:
+        """One text that a model was shown in parts, at least one."""
+        columns = (
+            np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(TokenRecord)
+        )
+        return TokenRecord(*columns)
 
     def without_last(self) -> TokenRecord:
         """All tokens but the last one, which OpenUnlearning takes for the end of sequence."""
