@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
 from unilogit_kernels.unlearning.data import Encoding, Example, Row
 from unilogit_kernels.unlearning.errors import reading
-from unilogit_kernels.unlearning.loading import encode
 
 ANSWER, PARAPHRASE, WRONG, CHOICE = "answer", "paraphrase", "wrong", "choice"
 """Names of variants; the last two are followed by `/` and a number."""
@@ -77,16 +76,14 @@ def encode_variants(encoding: Encoding, each: EvaluationSet) -> dict[Key, tuple[
     for sets that membership is inferred of: attacks look at one example, as in OpenUnlearning.
 
     Raises:
-        RunError, DataError: see `loading.encode`.
+        RunError, DataError: a row cannot be encoded; the message names it.
     """
     endless = dataclasses.replace(encoding, append_eos=False)
     in_blocks = "membership" not in each.measures
     found: dict[Key, tuple[Example, ...]] = {}
     for key, row in variants(each).items():
-        if in_blocks and not row.prompt:
-            with reading(f"{row.source}: the tokenizer fails on this row"):
-                found[key] = tuple(encoding.blocks(row))
-        else:
-            of_choice = key[1].startswith(f"{CHOICE}/")
-            found[key] = tuple(encode(endless if of_choice else encoding, [row]))
+        used = endless if key[1].startswith(f"{CHOICE}/") else encoding
+        with reading(f"{row.source}: the tokenizer or its chat template fails on this row"):
+            whole = in_blocks and not row.prompt
+            found[key] = tuple(used.blocks(row)) if whole else (used.example(row),)
     return found
