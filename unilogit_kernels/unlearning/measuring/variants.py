@@ -69,17 +69,21 @@ def _numbered(name: str, row: Row, kind: str, texts: Sequence[str]) -> dict[Key,
     }
 
 
-def encode_variants(encoding: Encoding, each: EvaluationSet) -> dict[Key, tuple[Example, ...]]:
+def encode_variants(
+    encoding: Encoding, each: EvaluationSet, *, in_blocks: bool
+) -> dict[Key, tuple[Example, ...]]:
     """The variants of a set as examples: with their end, but for choices.
 
-    A text is shown in blocks where it is too long for one example, so that all of it counts, but
-    for sets that membership is inferred of: attacks look at one example, as in OpenUnlearning.
+    Args:
+        encoding: of the model's tokenizer.
+        each: the set.
+        in_blocks: show a text that is too long for one example in several, so that all of it
+            counts. Otherwise it is cut.
 
     Raises:
         RunError, DataError: a row cannot be encoded; the message names it.
     """
     endless = dataclasses.replace(encoding, append_eos=False)
-    in_blocks = "membership" not in each.measures
     found: dict[Key, tuple[Example, ...]] = {}
     for key, row in variants(each).items():
         used = endless if key[1].startswith(f"{CHOICE}/") else encoding
