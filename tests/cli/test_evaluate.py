@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from typer import Typer
 from typer.testing import CliRunner, Result
 
 from tests.support.tiny_models import FORGET, RETAIN, one_thread, save_model, write_rows
 from tests.unlearning.benchmark_files import TOFU, write_tables
-from unilogit_kernels.cli.evaluate import evaluate
-from unilogit_kernels.cli.finetune import finetune
-from unilogit_kernels.cli.unlearn import unlearn
+from unilogit_kernels.cli.evaluate import app
 from unilogit_kernels.unlearning.benchmarks import Generation, tofu
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -37,25 +34,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(line: str) -> Result:
-    app = Typer()
-    for command in (finetune, unlearn, evaluate):
-        app.command()(command)
     return CliRunner().invoke(app, line.split())
 
 
-def test_a_benchmark_from_fine_tuning_to_results(folder: Path) -> None:
-    taught = "--epochs 40 --lr 5e-3 --batch-size 6 --warmup-steps 0"
-    for line in (
-        f"finetune --model model --output golden {taught} {NAMED}",
-        f"finetune --model model --output start --with-forget {taught} {NAMED}",
-        f"unlearn --model start --output out {NAMED} --epochs 4 --lr 1e-3 --batch-size 3",
-    ):
-        done = run(line)
-        assert done.exit_code == 0, done.output
-    compared = "--golden golden --starting start --output results"
-    done = run(f"evaluate --model out {compared} {NAMED}")
+def test_all_metrics_of_a_benchmark_by_their_names(folder: Path) -> None:
+    save_model(folder / "golden", seed=1)
+    done = run(f"evaluate --model model --golden golden {NAMED} --output results")
     assert done.exit_code == 0, done.output
     assert "results and what they were computed from are in results" in done.output
+    assert "not computed" not in done.stderr
     logs = json.loads((folder / "results/TOFU_EVAL.json").read_text())
     named = {
         *("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio", "forget_quality"),
@@ -67,15 +54,8 @@ def test_a_benchmark_from_fine_tuning_to_results(folder: Path) -> None:
     assert named <= set(logs)
     for entry in logs.values():
         assert isinstance(entry["agg_value"], float)
-    assert list(logs["forget_truth_ratio"]["value_by_index"]) == ["0", "1", "2"]
-    summary = json.loads((folder / "results/TOFU_SUMMARY.json").read_text())
-    assert summary == {name: entry["agg_value"] for name, entry in logs.items()}
     golden = json.loads((folder / "results/golden/TOFU_SUMMARY.json").read_text())
-    start = json.loads((folder / "results/starting/TOFU_SUMMARY.json").read_text())
     assert (golden["forget_quality"], golden["privleak"]) == (1.0, 0.0)
-    assert start["forget_Q_A_Prob"] > 2 * golden["forget_Q_A_Prob"]
-    assert summary["forget_Q_A_Prob"] < start["forget_Q_A_Prob"]
-    assert start["forget_Q_A_ROUGE"] > golden["forget_Q_A_ROUGE"]
 
 
 def test_rows_of_one_s_own_and_what_they_lack(folder: Path) -> None:

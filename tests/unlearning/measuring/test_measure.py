@@ -305,24 +305,25 @@ def test_few_shot_examples_stand_before_prompts(models: Path, tmp_path: Path) ->
 
 
 def test_all_of_a_long_text_counts(models: Path, tmp_path: Path) -> None:
-    """In blocks, each token once, where no membership is inferred; else the first block alone."""
+    """In blocks, each token once; by OpenUnlearning's convention a text is cut."""
     text = "one two three four five six seven eight nine ten"
-    rows = {"book": [Row("", text, None, "")], "forget": [Row("", text, None, "")]}
-    asked = request(models, tmp_path / "out", sets=sets_of_rows(rows), max_length=16)
+    sets = sets_of_rows({"book": [Row("", text, None, "")]})
+    asked = request(models, tmp_path / "out", sets=sets, max_length=16)
     watcher = Silent()
     found = measure(asked, watcher).columns["model"]
-    records = [
-        load_records(tmp_path / f"out/tokens/{name}.safetensors")["0", "answer"]
-        for name in ("00-book", "01-forget")
-    ]
+    other = dataclasses.replace(asked, output=tmp_path / "cut", convention="openunlearning")
+    measure(other, watcher)
+    whole, cut = (
+        load_records(tmp_path / folder / "tokens/00-book.safetensors")["0", "answer"]
+        for folder in ("out", "cut")
+    )
     # A byte is a token; the end of sequence is one more, and the first token has no prediction.
-    assert [len(record) for record in records] == [len(text), 15]
-    np.testing.assert_allclose(records[0].log_prob[:15], records[1].log_prob, rtol=1e-4)
-    perplexity = np.exp(-records[0].log_prob.mean(dtype=np.float64))
+    assert (len(whole), len(cut)) == (len(text), 15)
+    np.testing.assert_allclose(whole.log_prob[:15], cut.log_prob, rtol=1e-4)
+    perplexity = np.exp(-whole.log_prob.mean(dtype=np.float64))
     assert found["book_perplexity"]["value"] == pytest.approx(perplexity)
     assert found["book_kl_golden_to_model"]["value"] > 0
-    assert "1 of 1 texts of forget are cut to 16 tokens" in watcher.notes
-    assert not any("book" in message for message in watcher.notes)
+    assert watcher.notes == ["1 of 1 texts of book are cut to 16 tokens"] * 2  # Of both models.
 
 
 @pytest.mark.parametrize(

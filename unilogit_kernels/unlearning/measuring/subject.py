@@ -17,6 +17,7 @@ from unilogit_kernels.unlearning.data import Encoding, Example, padding_id
 from unilogit_kernels.unlearning.errors import reading
 from unilogit_kernels.unlearning.loading import check_fits, load_encoding, load_model
 from unilogit_kernels.unlearning.measuring.request import Request
+from unilogit_kernels.unlearning.measuring.set_metrics import OURS
 from unilogit_kernels.unlearning.measuring.variants import Key, encode_variants
 from unilogit_kernels.unlearning.record import printing_date
 
@@ -73,7 +74,10 @@ class Subject:
             source, request.max_length, request.chat_template, dict(request.template_arguments)
         )
         with printing_date(date, encoding):
-            examples = {each.name: encode_variants(encoding, each) for each in request.sets}
+            examples = {
+                each.name: encode_variants(encoding, each, in_blocks=request.convention == OURS)
+                for each in request.sets
+            }
         model = load_model(
             source, request.dtype, allow_missing=request.allow_missing_weights, note=note
         )

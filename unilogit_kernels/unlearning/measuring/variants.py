@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
 from unilogit_kernels.unlearning.data import Encoding, Example, Row
 from unilogit_kernels.unlearning.errors import reading
-from unilogit_kernels.unlearning.loading import encode
 
 ANSWER, PARAPHRASE, WRONG, CHOICE = "answer", "paraphrase", "wrong", "choice"
 """Names of variants; the last two are followed by `/` and a number."""
@@ -70,23 +69,25 @@ def _numbered(name: str, row: Row, kind: str, texts: Sequence[str]) -> dict[Key,
     }
 
 
-def encode_variants(encoding: Encoding, each: EvaluationSet) -> dict[Key, tuple[Example, ...]]:
+def encode_variants(
+    encoding: Encoding, each: EvaluationSet, *, in_blocks: bool
+) -> dict[Key, tuple[Example, ...]]:
     """The variants of a set as examples: with their end, but for choices.
 
-    A text is shown in blocks where it is too long for one example, so that all of it counts, but
-    for sets that membership is inferred of: attacks look at one example, as in OpenUnlearning.
+    Args:
+        encoding: of the model's tokenizer.
+        each: the set.
+        in_blocks: show a text that is too long for one example in several, so that all of it
+            counts. Otherwise it is cut.
 
     Raises:
-        RunError, DataError: see `loading.encode`.
+        RunError, DataError: a row cannot be encoded; the message names it.
     """
     endless = dataclasses.replace(encoding, append_eos=False)
-    in_blocks = "membership" not in each.measures
     found: dict[Key, tuple[Example, ...]] = {}
     for key, row in variants(each).items():
-        if in_blocks and not row.prompt:
-            with reading(f"{row.source}: the tokenizer fails on this row"):
-                found[key] = tuple(encoding.blocks(row))
-        else:
-            of_choice = key[1].startswith(f"{CHOICE}/")
-            found[key] = tuple(encode(endless if of_choice else encoding, [row]))
+        used = endless if key[1].startswith(f"{CHOICE}/") else encoding
+        with reading(f"{row.source}: the tokenizer or its chat template fails on this row"):
+            whole = in_blocks and not row.prompt
+            found[key] = tuple(used.blocks(row)) if whole else (used.example(row),)
     return found
