@@ -23,7 +23,7 @@ from tests.support.tiny_models import (
 )
 from unilogit_kernels import available_backends
 from unilogit_kernels.cli import progress, unlearn
-from unilogit_kernels.cli.unlearn import app
+from unilogit_kernels.cli.evaluate import app
 from unilogit_kernels.unlearning.run import Settings
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -121,7 +121,7 @@ def test_a_primal_dual_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_method_s_parameters_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
-    monkeypatch.setattr(unlearn, "_unlearn", lambda settings, resume: seen.append(settings))
+    monkeypatch.setattr(unlearn, "train", lambda settings, resume: seen.append(settings))
     line = f"{UNLEARN} --method cross_entropy --method-parameter entropy=-0.5"
     assert run(f"{line} --method-parameter z_loss=1e-3").exit_code == 0
     assert run(f"{UNLEARN} --method npo --beta 0.5").exit_code == 0

@@ -50,7 +50,7 @@ def test_rows_are_read(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": " "}', 'field "completion" is empty'),
         ('{"text": ""}', 'field "text" is empty'),
         ('{"text": "a", "prompt": "b"}', "or \"text\" alone, got ['prompt', 'text']"),
-        ('{"question": "a"}', "got ['question']"),
+        ('{"question": "a"}', 'field "answer" is missing'),
         ('{"text": "a", "key": 1}', 'field "key" must be a string, got int'),
         ("[1]", "expected a JSON object, got list"),
         ("{", "not JSON"),
@@ -196,7 +196,7 @@ def make_pairs(forget: int, retain: int) -> PairedDataset:
 
 
 def test_an_empty_set_is_refused() -> None:
-    with pytest.raises(DataError, match="0 forget, 2 retain"):
+    with pytest.raises(DataError, match="must be forget examples, got none, and 2 to retain"):
         make_pairs(0, 2)
 
 

@@ -166,6 +166,17 @@ def test_a_token_that_ends_the_turns_of_a_template_ends_an_answer() -> None:
     assert (answer.generated, answer.finished) == ("Hi!", True)
 
 
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it() -> None:
+    """Its header is in every answer, so that no wrong one would be all wrong."""
+    template = TEMPLATE.replace("[answer]", "[the assistant says]")
+    encoding = Encoding(make_tokenizer(chat_template=template))
+    model = trained_model([Row("a?", "Ada", None, "")], encoding)
+    (right, wrong) = evaluate_rows(
+        model, [Row("a?", "Ada", None, ""), Row("a?", "Bo", None, "")], encoding
+    ).answers
+    assert (right.rouge_l, wrong.rouge_l) == (1.0, 0.0)
+
+
 def test_an_answer_keeps_the_space_that_its_tokenizer_hides() -> None:
     encoding = Encoding(metaspace("always"))
     rows = [Row("a:", " b", "b", ""), Row("b:", "a", "a", "")]

@@ -31,7 +31,7 @@ from tests.support.tiny_models import (
 )
 from tests.unlearning.test_trainer import InterruptAt, settings
 from tests.unlearning.tiny_trainer import arguments
-from unilogit_kernels.cli import progress, unlearn
+from unilogit_kernels.cli import finetune, progress, unlearn
 from unilogit_kernels.unlearning import run as run_module
 from unilogit_kernels.unlearning.record import newest_checkpoint
 from unilogit_kernels.unlearning.run import (
@@ -150,8 +150,13 @@ def test_the_trainer_has_the_same_ranges(tmp_path: Path, options: dict[str, Any]
 
 def test_every_setting_is_an_option() -> None:
     options = set(inspect.signature(unlearn.unlearn).parameters)
-    known_by_others = {"learning_rate", "template_arguments", "method_parameters"}
-    assert {field.name for field in dataclasses.fields(Settings)} - known_by_others <= options
+    of_learning = set(inspect.signature(finetune.finetune).parameters)
+    known_by_others = {"task", "learning_rate", "template_arguments", "method_parameters"}
+    settings = {field.name for field in dataclasses.fields(Settings)} - known_by_others
+    assert settings - {"data", "with_forget"} <= options
+    of_forgetting = {name for name in settings if name.startswith(("forget", "retain", "dual"))}
+    stops = {"method", "refusals", "stop_at_probability"}
+    assert settings - of_forgetting - stops <= of_learning
 
 
 def test_settings_of_the_retain_loss_reach_the_trainer(settings: Settings) -> None:
@@ -223,7 +228,7 @@ def test_templates_that_fail(run: Run, command: str, template: Any, message: str
         (UNLEARN.replace("output out", f"output {'n' * 300}"), "name too long"),
         (UNLEARN.replace("forget forget.jsonl", f"forget {'n' * 300}"), "name too long"),
         (UNLEARN.replace("forget.jsonl", "half.jsonl"), 'half.jsonl, line 1: field "text" holds'),
-        (UNLEARN.replace("forget.jsonl", "deep.jsonl"), "deep.jsonl, line 1: not JSON"),
+        (UNLEARN.replace("forget.jsonl", "deep.jsonl"), "deep.jsonl: not JSON"),
         (UNLEARN.replace("--model model", "--model cut"), "loaded from 'cut': "),
         (UNLEARN.replace("--model model", "--model small"), "has embeddings for 100 tokens"),
         (UNLEARN.replace("--model model", "--model short"), "pass --max-length 5"),

@@ -231,8 +231,8 @@ def test_only_the_top_layers_are_trained() -> None:
 
 
 def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="retain_per_forget must be at least 1"):
-        arguments(tmp_path, retain_per_forget=0)
+    with pytest.raises(ValueError, match="retain_per_forget must be at least 0"):
+        arguments(tmp_path, retain_per_forget=-1)
     with pytest.raises(ValueError, match="stop_at_probability must be between 0 and 1"):
         arguments(tmp_path, stop_at_probability=1.5)
 
@@ -381,8 +381,8 @@ def test_settings_that_cannot_be(
 
 def test_what_is_forgotten_is_the_answer_and_not_its_end(settings: Settings) -> None:
     prepared = prepare(settings)
-    assert all(example.labels[-1] != 2 for example in prepared.forget)
-    assert all(example.labels[-1] == 2 for example in prepared.retain)
+    assert all(example.labels[-1] != 2 for example in prepared.sets["forget"])
+    assert all(example.labels[-1] == 2 for example in prepared.sets["retain"])
 
 
 def test_bfloat16_and_frozen_layers(settings: Settings) -> None:

@@ -18,13 +18,24 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cuda": ("fused kernels on NVIDIA GPUs without Triton", ("cuda-core", "cuda-bindings")),
     "unlearn": (
         "fused losses of Hugging Face models, the Trainer, unilogit unlearn and evaluate",
-        ("transformers", "accelerate", "safetensors", "typer", "rich", "rouge-score", "regex"),
+        (
+            "transformers",
+            "accelerate",
+            "safetensors",
+            "typer",
+            "rich",
+            "rouge-score",
+            "nltk",
+            "regex",
+            "scipy",
+        ),
     ),
     "bench": (
         "unilogit bench with its peers and plots",
         ("pytest-benchmark", "matplotlib", "cut-cross-entropy", "liger-kernel"),
     ),
     "demo": ("the demo's model", ("gguf",)),
+    "parquet": ("rows in parquet files", ("pyarrow",)),
 }
 """What each extra gives, and its packages."""
 

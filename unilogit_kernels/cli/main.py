@@ -12,6 +12,8 @@ _EXTRA = (
     "accelerate",
     "regex",
     "rouge_score",
+    "nltk",
+    "scipy",
     "safetensors",
 )
 
@@ -19,8 +21,10 @@ _EXTRA = (
 def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
+        from unilogit_kernels.cli import dataset, finetune
         from unilogit_kernels.cli.bench import bench
-        from unilogit_kernels.cli.unlearn import app, reporting_errors
+        from unilogit_kernels.cli.evaluate import app
+        from unilogit_kernels.cli.unlearn import reporting_errors
         from unilogit_kernels.unlearning.processes import leave
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
@@ -29,7 +33,8 @@ def main() -> None:
             doctor(sys.argv[2:])
             return
         sys.exit(_missing(error.name))
-    app.command()(reporting_errors()(bench))
+    for command in (finetune.finetune, dataset.dataset, reporting_errors()(bench)):
+        app.command()(command)
     try:
         app()
     except SystemExit as end:

@@ -10,8 +10,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from unilogit_kernels.unlearning.processes import is_first
+from unilogit_kernels.unlearning.settings import TASKS
 
-_SHOWN = ("forget_loss", "retain_loss", "retain_weight", "forget_probability")
+_SHOWN = {
+    "unlearn": ("forget_loss", "retain_loss", "retain_weight", "forget_probability"),
+    "finetune": ("loss",),
+}
+"""Figures by what is done."""
 
 
 def quieten_libraries() -> None:
@@ -21,10 +26,14 @@ def quieten_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def progress_bar() -> Progress:
-    """An empty one, which the first process alone shows."""
+def progress_bar(task: str) -> Progress:
+    """An empty one, which the first process alone shows.
+
+    Args:
+        task: what is done, a key of `settings.TASKS`.
+    """
     return Progress(
-        TextColumn("unlearning"),
+        TextColumn(TASKS[task]),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -34,15 +43,29 @@ def progress_bar() -> Progress:
     )
 
 
+def stages_bar() -> Progress:
+    """An empty one for stages whose number is not known, which is gone when all are done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not is_first(),
+    )
+
+
 class Bar(TrainerCallback):
     """Shows the Trainer's steps and its last figures.
 
     Args:
         progress: where.
+        task: what is done, a key of `settings.TASKS`.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress, task: str = "unlearn") -> None:
+        self.progress, self.shown = progress, _SHOWN[task]
         self.task = progress.add_task("", total=None, figures="")
         self.figures: dict[str, float] = {}
 
@@ -65,6 +88,6 @@ class Bar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the figures."""
-        self.figures.update({k: v for k, v in (logs or {}).items() if k in _SHOWN})
+        self.figures.update({k: v for k, v in (logs or {}).items() if k in self.shown})
         text = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in self.figures.items())
         self.progress.update(self.task, figures=text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -13,23 +12,17 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
+from unilogit_kernels.cli import options
 from unilogit_kernels.cli.doctor import main as diagnose
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
-from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.errors import (
     INPUT_ERRORS,
     RunError,
     TrainingError,
-    check_writable,
     one_line,
-    reading,
 )
-from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
-from unilogit_kernels.unlearning.limits import check_numbers
-from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
 from unilogit_kernels.unlearning.processes import check_alone, is_first
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
@@ -72,51 +65,32 @@ def reporting_errors() -> Iterator[None]:
 
 def _report(error: Exception, message: str, code: int) -> None:
     if is_first():
-        _say(f"error: {' '.join(message.splitlines())}", err=True)
+        say(f"error: {' '.join(message.splitlines())}", err=True)
     if os.environ.get(_DEBUG, "0") != "0":
         traceback.print_exception(error)
     raise typer.Exit(code) from error
 
 
-def _say(message: str, err: bool = False) -> None:
+def say(message: str, err: bool = False) -> None:
     """Print a line in the first process; what the terminal's encoding lacks is escaped."""
     if is_first():
         encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
         typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
-def _note(message: str) -> None:
-    _say(f"note: {message}", err=True)
-
-
-_MaxLength = Annotated[int, typer.Option(help="Rows are cut after so many tokens.")]
-_ChatTemplate = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat-template/--no-chat-template",
-        help="Put prompts through the tokenizer's chat template. Default: if it has one.",
-    ),
-]
-_TemplateArg = Annotated[
-    list[str] | None,
-    typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
-]
-_Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
-_AllowMissing = Annotated[
-    bool,
-    typer.Option(
-        "--allow-missing-weights",
-        help="Take a model whose files lack weights, which are then random, or have others.",
-    ),
-]
+def note(message: str) -> None:
+    """Tell on standard error what a user may want to know."""
+    say(f"note: {message}", err=True)
 
 
 @app.command()
 def unlearn(
-    model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
-    forget: Annotated[Path, typer.Option(help="JSONL rows to forget.")],
-    retain: Annotated[Path, typer.Option(help="JSONL rows to keep.")],
-    output: Annotated[Path, typer.Option(help="Directory for the model.")],
+    model: options.Model,
+    output: options.Output,
+    forget: Annotated[Path | None, typer.Option(help="File of the rows to forget.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="File of the rows to keep.")] = None,
+    benchmark: options.Benchmark = Settings.benchmark,
+    data_dir: options.DataDir = Settings.data_dir,
     method: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.method,
     alpha: Annotated[float | None, typer.Option(help="Parameter of wga, tnpo.")] = None,
     beta: Annotated[float | None, typer.Option(help="Parameter of npo, dpo, tnpo...")] = None,
@@ -133,18 +107,12 @@ def unlearn(
         typer.Option(help="Answers to give instead, one a line, for idk_dpo, dpo and flat."),
     ] = Settings.refusals,
     epochs: Annotated[int, typer.Option(help="Passes over the forget rows.")] = Settings.epochs,
-    lr: Annotated[
-        float, typer.Option(help="Learning rate, constant after the warm-up.")
-    ] = Settings.learning_rate,
-    warmup_steps: Annotated[
-        int, typer.Option(help="Steps over which the learning rate rises.")
-    ] = Settings.warmup_steps,
+    lr: options.LearningRate = Settings.learning_rate,
+    warmup_steps: options.WarmupSteps = Settings.warmup_steps,
     batch_size: Annotated[
         int, typer.Option(help="Forget rows in a batch; retain rows come on top.")
     ] = Settings.batch_size,
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Batches in a step.")
-    ] = Settings.gradient_accumulation,
+    gradient_accumulation: options.GradientAccumulation = Settings.gradient_accumulation,
     retain_per_forget: Annotated[
         int, typer.Option(help="Retain rows for each forget row.")
     ] = Settings.retain_per_forget,
@@ -179,43 +147,28 @@ def unlearn(
         float | None,
         typer.Option(help="Stop once the mean probability of a forget token is this low."),
     ] = Settings.stop_at_probability,
-    train_layers: Annotated[
-        int | None, typer.Option(help="Train only so many of the top layers.")
-    ] = Settings.train_layers,
-    memory_budget_mib: Annotated[
-        int | None, typer.Option(help="MiB that the losses' buffers may take.")
-    ] = Settings.memory_budget_mib,
-    logits_dtype: Annotated[
-        str | None, typer.Option(help="What logits are rounded to: float32, bfloat16 or float16.")
-    ] = Settings.logits_dtype,
-    skip_below: Annotated[
-        float, typer.Option(help="Tokens of a smaller share of the largest slope get no gradient.")
-    ] = Settings.skip_below,
-    max_length: _MaxLength = Settings.max_length,
-    chat_template: _ChatTemplate = Settings.chat_template,
-    template_arg: _TemplateArg = None,
-    dtype: _Dtype = Settings.dtype,
-    autocast: Annotated[
-        bool, typer.Option("--autocast", help="Compute in bfloat16, whatever the weights are.")
-    ] = Settings.autocast,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations, save memory.")
-    ] = Settings.gradient_checkpointing,
-    checkpoint_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.")
-    ] = Settings.checkpoint_steps,
-    seed: Annotated[int, typer.Option(help="Of the order of the rows.")] = Settings.seed,
-    allow_missing_weights: _AllowMissing = Settings.allow_missing_weights,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
-    ] = False,
+    train_layers: options.TrainLayers = Settings.train_layers,
+    memory_budget_mib: options.MemoryBudget = Settings.memory_budget_mib,
+    logits_dtype: options.LogitsDtype = Settings.logits_dtype,
+    skip_below: options.SkipBelow = Settings.skip_below,
+    max_length: options.MaxLength = Settings.max_length,
+    block_stride: options.BlockStride = Settings.block_stride,
+    chat_template: options.ChatTemplate = Settings.chat_template,
+    template_arg: options.TemplateArg = None,
+    dtype: options.Dtype = Settings.dtype,
+    autocast: options.Autocast = Settings.autocast,
+    gradient_checkpointing: options.GradientCheckpointing = Settings.gradient_checkpointing,
+    checkpoint_steps: options.CheckpointSteps = Settings.checkpoint_steps,
+    seed: options.Seed = Settings.seed,
+    allow_missing_weights: options.AllowMissing = Settings.allow_missing_weights,
+    resume: options.Resume = False,
 ) -> None:
     """Make a model forget some rows and keep the others."""
     given = dict(locals())
-    options = {name: given.pop(name) for name in _METHOD_PARAMETERS}
+    of_method = {name: given.pop(name) for name in _METHOD_PARAMETERS}
     with reporting_errors():
         arguments = parse_template_arguments(given.pop("template_arg") or [])
-        parameters = _parameters(options, given.pop("method_parameter") or [])
+        parameters = _parameters(of_method, given.pop("method_parameter") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
@@ -223,7 +176,7 @@ def unlearn(
         method_parameters=parameters,
     )
     with reporting_errors():
-        _unlearn(settings, resume)
+        train(settings, resume)
 
 
 def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str, float]:
@@ -242,112 +195,42 @@ def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str,
     return found
 
 
-def _unlearn(settings: Settings, resume: bool) -> None:
+def train(settings: Settings, resume: bool) -> None:
+    """Prepare a run, take its steps, and say what was done.
+
+    Args:
+        settings: of the run.
+        resume: go on from the newest checkpoint in the output directory.
+
+    Raises:
+        typer.Exit: it was interrupted.
+    """
     quieten_libraries()
-    prepared = prepare(settings, resume=resume, note=_note)
+    prepared = prepare(settings, resume=resume, note=note)
     for name, count in prepared.truncated().items():
         if count:
-            _note(f"{count} {name} rows are cut to {settings.max_length} tokens")
+            note(f"{count} {name} rows are cut to {settings.max_length} tokens")
+    for name, count in prepared.blocks().items():
+        note(f"long {name} texts are cut into blocks of {settings.max_length} tokens, {count} rows")
     template = "through the chat template" if prepared.encoding.uses_chat_template else "as it is"
-    _say(
-        f"{len(prepared.forget)} rows to forget, {len(prepared.retain)} to keep; each prompt goes "
-        f"{template}"
+    sizes = {name: len(examples) for name, examples in prepared.sets.items()}
+    what = (
+        f"{sizes['forget']} rows to forget, {sizes['retain']} to keep"
+        if settings.task == "unlearn"
+        else f"{sum(sizes.values())} rows to learn"
     )
+    say(f"{what}; each prompt goes {template}")
     if prepared.checkpoint is not None:
-        _say(f"resuming from {prepared.checkpoint}")
+        say(f"resuming from {prepared.checkpoint}")
     elif resume:
-        _say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
+        say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
-        with progress_bar() as progress:
-            done = execute(prepared, [Bar(progress)])
+        with progress_bar(settings.task) as progress:
+            done = execute(prepared, [Bar(progress, settings.task)])
     except KeyboardInterrupt:
-        _say("interrupted; the same command with --resume goes on", err=True)
+        say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    _say(f"{done['steps']} steps; the model is in {settings.output}")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
-    data: Annotated[
-        list[str], typer.Option(help="A set of JSONL rows, as NAME=FILE; may be repeated.")
-    ],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure and answer to this file.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in one forward.")] = 16,
-    max_length: _MaxLength = Settings.max_length,
-    chat_template: _ChatTemplate = Settings.chat_template,
-    template_arg: _TemplateArg = None,
-    dtype: _Dtype = Settings.dtype,
-    generate: Annotated[
-        bool, typer.Option("--generate/--no-generate", help="Also answer the prompts greedily.")
-    ] = True,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="A text that ends an answer, \\n a line feed in it; may be repeated."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. Default: a few more than expected.")
-    ] = None,
-    allow_missing_weights: _AllowMissing = Settings.allow_missing_weights,
-) -> None:
-    """Measure how well a model knows sets of rows."""
-    with reporting_errors():
-        check_alone("evaluate")
-        with reading("evaluate"):
-            check_numbers({"batch_size": batch_size, "max_length": max_length})
-        if json_file is not None:
-            check_writable(json_file, folder=False, option="--json")
-        quieten_libraries()
-        sets = _read_sets(data)
-        stops = [text.replace("\\n", "\n") for text in stop or []]
-        if "" in stops:
-            raise RunError("--stop takes a text that ends an answer, got an empty one")
-        arguments = parse_template_arguments(template_arg or [])
-        encoding = load_encoding(model, max_length, chat_template, arguments)
-        examples = [encode(encoding, rows) for rows in sets.values()]
-        loaded = load_model(model, dtype, allow_missing=allow_missing_weights, note=_note)
-        check_fits(loaded, encoding, examples)
-        with reading(f"the model of {model!r} fails on these rows"):
-            evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
-        reports = {
-            name: evaluate_rows(
-                loaded,
-                rows,
-                encoding,
-                batch_size=batch_size,
-                generate=generate,
-                stop=stops,
-                max_new_tokens=max_new_tokens,
-            )
-            for name, rows in sets.items()
-        }
-        for name, report in reports.items():
-            if report.unfinished:
-                _note(
-                    f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
-                    "in time; --max-new-tokens gives them more, --stop ends them"
-                )
-        Console().print(report_table("What the model knows", {Path(model).name: reports}))
-        if json_file is not None:
-            figures = {name: report.as_dict() for name, report in reports.items()}
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
-            _say(f"figures and answers are in {json_file}")
-
-
-def _read_sets(data: list[str]) -> dict[str, list[Row]]:
-    sets: dict[str, list[Row]] = {}
-    for item in data:
-        name, separator, path = item.partition("=")
-        if not separator or not name:
-            raise RunError(f"--data takes NAME=FILE, got {item!r}")
-        if name in sets:
-            raise RunError(f"--data names the set {name!r} twice")
-        with reading(f"--data {item}"):
-            sets[name] = read_rows(path)
-    return sets
+    say(f"{done['steps']} steps; the model is in {settings.output}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)

@@ -91,6 +91,14 @@ _CHECKED = (
 """Numbers that this class adds or gives a meaning to, and must lie in their ranges."""
 
 
+_OF_RETAIN_ROWS: Mapping[str, Any] = {
+    "retain_loss": "cross_entropy",
+    "label_smoothing_factor": 0.0,
+    "z_loss": 0.0,
+    "dual_step_size": 0.0,
+}
+"""Arguments without effect where there are no retain rows, and the value that says nothing."""
+
 LOGITS_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -117,7 +125,8 @@ class UnlearningArguments(TrainingArguments):
         retain_loss: loss of the retain rows: `"cross_entropy"`, or `"kl"` for the divergence
             KL(starting model || model), as in KL minimisation and NPO-KL.
         retain_weight: factor of that loss; where it is dual, the one that a training starts with.
-        retain_per_forget: retain rows for each forget row.
+        retain_per_forget: retain rows for each forget row; 0 for a Trainer without any, whose loss
+            is the method's alone.
         z_loss: weight of the squared logsumexp of the logits in the retain rows' cross-entropy.
         dual_step_size: of the retain weight, which then follows the retain loss as in PDU: after
             each update it is `max(0, retain_weight + dual_step_size * (retain loss - target))`,
@@ -198,6 +207,13 @@ class UnlearningArguments(TrainingArguments):
         check_numbers(vars(self), _CHECKED)
         of_labels = ("label_smoothing_factor", "z_loss")
         check_retain_loss(self.retain_loss, {name: getattr(self, name) for name in of_labels})
+        if self.retain_per_forget == 0:
+            for name, idle in _OF_RETAIN_ROWS.items():
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"{name} would have no effect with retain_per_forget 0, got "
+                        f"{getattr(self, name)}: leave it {idle!r}"
+                    )
         epochs = math.inf if self.max_steps > 0 else self.num_train_epochs
         check_dual(vars(self), epochs)
 

@@ -100,7 +100,9 @@ class BatchLoss:
         items = (None, None) if targets.counts is None else targets.counts.unbind()
         losses = self._forget_loss(targets, forget), self._retain_loss()
         dropped = self._of_rows(heads, targets, forget, losses[0], items[0])
-        kept = self._of_rows(heads, targets, retain, losses[1], items[1])
+        kept = torch.zeros_like(dropped)
+        if self.args.retain_per_forget > 0:
+            kept = self._of_rows(heads, targets, retain, losses[1], items[1])
         loss = self.args.forget_weight * dropped + retain_weight * kept
         return torch.stack([loss, dropped, kept])
 

@@ -123,7 +123,7 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
 
     Args:
         forget: at least one example, and at least one label that carries loss among them.
-        retain: the same.
+        retain: the same, or none at all, where no retain rows go with the forget rows.
         refusals: what the model should say instead, one for each forget example; or none at all.
 
     Raises:
@@ -134,7 +134,7 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
     def __init__(
         self,
         forget: Sequence[Features],
-        retain: Sequence[Features],
+        retain: Sequence[Features] = (),
         refusals: Sequence[Features] = (),
     ) -> None:
         if refusals and len(refusals) != len(forget):
@@ -142,10 +142,8 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
                 f"there must be one refusal for each of the {len(forget)} forget examples, "
                 f"got {len(refusals)}"
             )
-        if not forget or not retain:
-            raise DataError(
-                f"no set may be empty: {len(forget)} forget, {len(retain)} retain examples"
-            )
+        if not forget:
+            raise DataError(f"there must be forget examples, got none, and {len(retain)} to retain")
         self.forget, self.retain, self.refusals = forget, retain, refusals
         columns = {name: check_columns(examples, name) for name, examples in self._sets().items()}
         for name, found in columns.items():

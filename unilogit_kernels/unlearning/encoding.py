@@ -78,9 +78,12 @@ class Encoding:
             answer, or with the end-of-sequence token. A row that holds its end gets no other.
         template_arguments: what the chat template is given besides the messages, such as
             `{"enable_thinking": False}`.
+        block_stride: tokens from the start of a block to that of the next, where `blocks` cuts a
+            text; None: `max_length - 1`, so that no token is without one that predicts it.
 
     Raises:
-        DataError: template arguments without a template that takes them.
+        DataError: template arguments without a template that takes them, or a stride that is not
+            between 1 and `max_length`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -88,8 +91,14 @@ class Encoding:
     chat_template: bool | None = None
     append_eos: bool = True
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    block_stride: int | None = None
 
     def __post_init__(self) -> None:
+        if self.block_stride is not None and not 1 <= self.block_stride <= self.max_length:
+            raise DataError(
+                f"block_stride must be from 1 to max_length, which is {self.max_length}, got "
+                f"{self.block_stride}"
+            )
         if not self.template_arguments:
             return
         if not self.uses_chat_template:
@@ -112,7 +121,7 @@ class Encoding:
         Raises:
             DataError: the chat template fails, or the tokenizer cannot write the prompt.
         """
-        return self._prompt(row).ids
+        return self._prompt(self._as_written(row)).ids
 
     def example(self, row: Row) -> Example:
         """The row as token ids and labels; labels are -100 but for the completion.
@@ -121,6 +130,49 @@ class Encoding:
             DataError: no token of the completion is left within `max_length`, the tokenizer cannot
                 write the row, or the chat template fails or opens a thought.
         """
+        ids, labels = self._whole(row)
+        prompt, whole = labels.count(IGNORED), len(ids)
+        truncated = whole > self.max_length
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels):
+            raise DataError(
+                f"{row.source}: of {whole} tokens, {prompt} of them the prompt's, none "
+                f"carries loss within the {self.max_length} of max_length"
+            )
+        return Example(ids, labels, truncated)
+
+    def blocks(self, row: Row) -> list[Example]:
+        """The row, cut into blocks of `max_length` tokens where it is a longer text.
+
+        Each block begins `block_stride` tokens after the one before. Tokens that it shares with
+        that one are context and carry no loss, so each token of the text carries loss once, but
+        for the first. Where blocks share nothing (`block_stride == max_length`), the first token
+        of each has none either: nothing precedes it. A row with a prompt is one example, cut as
+        by `example`.
+
+        Raises:
+            DataError: see `example`.
+        """
+        if row.prompt:
+            return [self.example(row)]
+        ids, labels = self._whole(row)
+        stride = self.block_stride or max(1, self.max_length - 1)
+        found: list[Example] = []
+        seen = 0
+        for start in range(0, len(ids), stride):
+            if seen >= len(ids):
+                break
+            end = min(start + self.max_length, len(ids))
+            new = max(seen, start + 1) - start
+            block = [IGNORED] * new + labels[start + new : end]
+            if any(label != IGNORED for label in block):
+                found.append(Example(ids[start:end], block, False))
+            seen = end
+        return found or [self.example(row)]
+
+    def _whole(self, row: Row) -> tuple[list[int], list[int]]:
+        """Ids and labels of a row, however long."""
+        row = self._as_written(row)
         before = self._prompt(row)
         if opens_thought(self._answer_start(row, before.text), row.completion):
             raise DataError(
@@ -135,14 +187,7 @@ class Encoding:
         labels = [IGNORED] * prompt + whole.ids[prompt:]
         if prompt == 0:
             labels[:1] = [IGNORED]  # Nothing precedes the first token, so nothing predicts it.
-        labels = labels[: self.max_length]
-        if all(label == IGNORED for label in labels):
-            raise DataError(
-                f"{row.source}: of {len(whole.ids)} tokens, {prompt} of them the prompt's, none "
-                f"carries loss within the {self.max_length} of max_length"
-            )
-        truncated = len(whole.ids) > self.max_length
-        return Example(whole.ids[: self.max_length], labels, truncated)
+        return whole.ids, labels
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Every row as an example.
@@ -170,6 +215,7 @@ class Encoding:
 
     def answer_start(self, row: Row) -> str:
         """What the chat template writes between a row's prompt and its answer."""
+        row = self._as_written(row)
         return self._answer_start(row, self._prompt_text(row))
 
     def _answer_start(self, row: Row, text: str) -> str:
@@ -214,13 +260,24 @@ class Encoding:
     def _through_template(self, row: Row) -> bool:
         return self.uses_chat_template and bool(row.prompt)
 
+    def _as_written(self, row: Row) -> Row:
+        """The row with its frame, where no chat template frames it."""
+        return row if self._through_template(row) else row.unframed()
+
     def _prompt_text(self, row: Row) -> str:
         if not self._through_template(row):
-            return row.prompt
+            if row.history:
+                raise DataError(
+                    f"{row.source}: the row has messages before its prompt, which only a chat "
+                    "template can write, and there is none in use"
+                )
+            return row.prompt + row.lead
+        turns = [*row.history, ("user", row.prompt)]
         try:
-            return self._render([{"role": "user", "content": row.prompt}], True)
+            text = self._render([{"role": role, "content": said} for role, said in turns], True)
         except DataError as error:
             raise DataError(f"{row.source}: {error}") from error
+        return text + row.lead
 
     def _prompt(self, row: Row) -> Written:
         # A template writes the start of a text itself.

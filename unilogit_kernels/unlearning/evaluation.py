@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.generation import Generated, generate_greedily
 from unilogit_kernels.unlearning.recall import holds_key, rouge_l
-from unilogit_kernels.unlearning.thoughts import after_thought
+from unilogit_kernels.unlearning.thoughts import answer_after_thought
 
 # An answer may run on after the expected completion, and is then worse: room to see that.
 _EXTRA_TOKENS = 8
@@ -38,8 +38,10 @@ class Answer:
         prompt: of the row.
         expected: the row's completion.
         generated: what the model said, up to its end or a stop string.
+        said: of that, what follows its thoughts; None where the model was still thinking when its
+            tokens ran out.
         rouge_l: F-measure of the longest common subsequence of words with the expected completion;
-            None where the model was still thinking when its tokens ran out.
+            None where nothing was said.
         recalled: whether it holds the row's key, in a thought too; None where the row has none, or
             where the model was still thinking and had not said the key.
         finished: whether it ended before its tokens ran out.
@@ -48,6 +50,7 @@ class Answer:
     prompt: str
     expected: str
     generated: str
+    said: str | None
     rouge_l: float | None
     recalled: bool | None
     finished: bool
@@ -112,10 +115,6 @@ def evaluate_rows(
         DataError: a row cannot be encoded, see `Encoding.example`.
         ValueError: an empty stop string, or `max_new_tokens` below 1.
     """
-    if "" in stop:
-        raise ValueError("a stop string must not be empty")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     examples = encoding.encode(rows)
     log_probability, lengths = _log_probabilities(
         model,
@@ -123,22 +122,16 @@ def evaluate_rows(
         pad_id=padding_id(encoding.tokenizer),
         batch_size=batch_size,
     )
-    asked = [(row, example) for row, example in zip(rows, examples, strict=True) if row.prompt]
     answers = []
-    if generate and asked:
-        longest = max(sum(label != IGNORED for label in e.labels) for _, e in asked)
-        generated = generate_greedily(
+    if generate:
+        answers = answer_rows(
             model,
-            [encoding.prompt_ids(row) for row, _ in asked],
+            rows,
             encoding,
             batch_size=batch_size,
-            max_new_tokens=max_new_tokens or longest + _EXTRA_TOKENS,
             stop=stop,
+            max_new_tokens=max_new_tokens,
         )
-        answers = [
-            _score(row, answer, encoding.answer_start(row))
-            for (row, _), answer in zip(asked, generated, strict=True)
-        ]
     recalled = [answer.recalled for answer in answers if answer.recalled is not None]
     return SetReport(
         rows=len(rows),
@@ -149,6 +142,56 @@ def evaluate_rows(
         unfinished=sum(not answer.finished for answer in answers),
         answers=answers,
     )
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    encoding: Encoding,
+    *,
+    batch_size: int = 16,
+    stop: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answer the prompts of some rows greedily.
+
+    Args:
+        model: see `evaluate_rows`.
+        rows: those without a prompt are passed over.
+        encoding: see `evaluate_rows`.
+        batch_size: see `evaluate_rows`.
+        stop: see `evaluate_rows`.
+        max_new_tokens: see `evaluate_rows`.
+        progress: is told after each batch how many prompts it held.
+
+    Raises:
+        DataError, ValueError: see `evaluate_rows`.
+    """
+    if "" in stop:
+        raise ValueError("a stop string must not be empty")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    asked = [row for row in rows if row.prompt]
+    if not asked:
+        return []
+    if max_new_tokens is None:
+        labels = [encoding.example(row).labels for row in asked]
+        longest = max(sum(label != IGNORED for label in each) for each in labels)
+        max_new_tokens = longest + _EXTRA_TOKENS
+    generated = generate_greedily(
+        model,
+        [encoding.prompt_ids(row) for row in asked],
+        encoding,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        progress=progress,
+    )
+    return [
+        _score(row, answer, encoding.answer_start(row))
+        for row, answer in zip(asked, generated, strict=True)
+    ]
 
 
 def token_probabilities(
@@ -193,17 +236,9 @@ def token_log_probabilities(
         float64 `[T_i]` for each example, aligned with its labels; 0 where a label does not count.
         Nothing random is drawn, and the model's modes are left as they were.
     """
-    device = next(model.parameters()).device
-    # Sorted by length, a batch holds little padding.
-    order = sorted(range(len(examples)), key=lambda position: len(examples[position]["labels"]))
     found = [torch.zeros(len(example["labels"]), dtype=torch.float64) for example in examples]
     with torch.no_grad(), evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([examples[position] for position in chosen], pad_id)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            inputs: dict[str, Any] = dict(batch)
+        for chosen, labels, inputs in in_batches(model, examples, pad_id, batch_size):
             log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
             counted = labels[:, 1:] != IGNORED
             log_p = F.logsigmoid(log_odds).masked_fill(~counted, 0.0).cpu()
@@ -212,16 +247,40 @@ def token_log_probabilities(
     return found
 
 
+def in_batches(
+    model: nn.Module, examples: Sequence[Features], pad_id: int, batch_size: int
+) -> Iterator[tuple[list[int], Tensor, dict[str, Any]]]:
+    """Examples of about one length together, so that a batch holds little padding.
+
+    Args:
+        model: on whose device they are to be.
+        examples: see `token_log_probabilities`.
+        pad_id: the token to pad with.
+        batch_size: examples in a batch.
+
+    Yields:
+        Positions of the examples, their labels `[B, T]`, and what else the model is given.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda position: len(examples[position]["labels"]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[position] for position in chosen], pad_id)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        yield chosen, batch.pop("labels"), dict(batch)
+
+
 def _score(row: Row, answer: Generated, before: str) -> Answer:
     """Compare an answer with its row; `before` is what the template has an answer begin with."""
-    said = after_thought(before + answer.text)
-    expected = after_thought(before + row.completion)
+    said = answer_after_thought(before, answer.text)
+    expected = answer_after_thought(before, row.completion)
     # A thought that gives the key away is a leak, whether or not an answer follows.
     recalled = None if row.key is None else holds_key(answer.text, row.key)
     return Answer(
         prompt=row.prompt,
         expected=row.completion,
         generated=answer.text,
+        said=said,
         rouge_l=None if said is None else rouge_l(expected or row.completion, said),
         recalled=None if said is None and not recalled else recalled,
         finished=answer.finished,

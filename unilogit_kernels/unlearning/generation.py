@@ -35,6 +35,7 @@ def generate_greedily(
     batch_size: int,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Greedy continuations.
 
@@ -49,6 +50,7 @@ def generate_greedily(
         batch_size: prompts in one forward.
         max_new_tokens: of each answer.
         stop: texts that end an answer.
+        progress: is told after each batch how many prompts it held.
 
     Returns:
         The answers, in the order of the prompts.
@@ -86,6 +88,8 @@ def generate_greedily(
             )
             for position, tokens in zip(chosen, output[:, width:].tolist(), strict=True):
                 answers[position] = _ended(encoding, prompts[position], tokens, ends, stop)
+            if progress is not None:
+                progress(len(chosen))
     return answers
 
 

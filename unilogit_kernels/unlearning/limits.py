@@ -66,7 +66,7 @@ _SHARE = Range(0.0, 1.0)
 RANGES: Mapping[str, Range] = {
     "forget_weight": _FACTOR,
     "retain_weight": _FACTOR,
-    "retain_per_forget": _count(),
+    "retain_per_forget": _count(0),
     "label_smoothing": _SHARE,
     "label_smoothing_factor": _SHARE,
     "z_loss": _FACTOR,
@@ -85,6 +85,7 @@ RANGES: Mapping[str, Range] = {
     "checkpoint_steps": _count(),
     "train_layers": _count(optional=True),
     "max_length": _count(),
+    "block_stride": _count(optional=True),
     "vocab_size": _count(optional=True),
     "memory_budget": _count(2**20, 2**50, optional=True),
     "memory_budget_mib": _count(optional=True),

@@ -33,6 +33,7 @@ def load_encoding(
     max_length: int,
     chat_template: bool | None,
     template_arguments: dict[str, Any],
+    block_stride: int | None = None,
 ) -> Encoding:
     """A model's tokenizer, and how it is to encode rows.
 
@@ -41,6 +42,7 @@ def load_encoding(
         max_length: see `Encoding`.
         chat_template: see `Encoding`.
         template_arguments: see `Encoding`.
+        block_stride: see `Encoding`.
 
     Raises:
         RunError: there is no tokenizer, it cannot be read, or it has no chat template to use.
@@ -48,7 +50,13 @@ def load_encoding(
     with reading(f"no tokenizer could be loaded from {model!r}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
         tokenizer("a")
-    encoding = Encoding(tokenizer, max_length, chat_template, template_arguments=template_arguments)
+    encoding = Encoding(
+        tokenizer,
+        max_length,
+        chat_template,
+        template_arguments=template_arguments,
+        block_stride=block_stride,
+    )
     if encoding.uses_chat_template:
         if tokenizer.chat_template is None:
             raise RunError(
@@ -166,16 +174,16 @@ def listed(names: Collection[str]) -> str:
 
 
 def encode(encoding: Encoding, rows: Sequence[Row]) -> list[Example]:
-    """Every row as an example.
+    """Every row as an example, and every text that is too long for one as several.
 
     Raises:
         RunError: the tokenizer or its chat template fails on one; the message names it.
         DataError: see `Encoding.example`.
     """
-    examples = []
+    examples: list[Example] = []
     for row in rows:
         with reading(f"{row.source}: the tokenizer or its chat template fails on this row"):
-            examples.append(encoding.example(row))
+            examples += encoding.blocks(row)
     return examples
 
 

@@ -11,6 +11,7 @@ import unicodedata
 from typing import Literal
 
 import regex
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 
 # Writing without spaces between words: each character counts as a word.
@@ -101,14 +102,28 @@ def words(text: str) -> list[str]:
     return [str(word) for word in _WORDS.findall(fold(text))]
 
 
-class _Words:
-    """`words`, as `RougeScorer` takes it."""
+class Words:
+    """`words`, as `RougeScorer` takes it.
+
+    Args:
+        stem: leave out the endings of English words, as `rouge_score` does if it is asked to.
+    """
+
+    def __init__(self, stem: bool = False) -> None:
+        self._stemmer = PorterStemmer() if stem else None
 
     def tokenize(self, text: str) -> list[str]:
-        return words(text)
+        """The words of a text."""
+        found = words(text)
+        stemmer = self._stemmer
+        if stemmer is None:
+            return found
+        return [stemmer.stem(w) if len(w) > _UNSTEMMED and w.isascii() else w for w in found]
 
 
-_SCORER = RougeScorer(["rougeL"], tokenizer=_Words())
+_UNSTEMMED = 3
+"""Letters of the longest word that `rouge_score` does not stem."""
+_SCORER = RougeScorer(["rougeL"], tokenizer=Words())
 
 
 def rouge_l(expected: str, answer: str) -> float:

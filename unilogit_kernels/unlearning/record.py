@@ -43,11 +43,34 @@ class Record:
     inputs: dict[str, str]
     date: datetime
 
-    def write(self, output: Path) -> None:
-        """Claim the output folder."""
+    def write(self, output: Path, file: str = _FILE) -> None:
+        """Claim the output folder.
+
+        Args:
+            output: the folder.
+            file: the record's name in it.
+        """
         output.mkdir(parents=True, exist_ok=True)
         content = {**vars(self), "date": self.date.isoformat()}
-        (output / _FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (output / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Record | None:
+        """The record in a file, or None where there is none.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        if not path.exists():
+            return None
+        with reading(f"{path}: no record of a run; choose another output directory"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            settings, inputs = content["settings"], content["inputs"]
+            if not isinstance(settings, dict) or not isinstance(inputs, dict):
+                raise RunError(
+                    f"{path}: no record of a run, or one of another version of this package"
+                )
+            return Record(settings, inputs, datetime.fromisoformat(content["date"]))
 
     def check(self, output: Path, kind: str, now: dict[str, Any]) -> None:
         """See that a run that goes on does so with what it was started with.
@@ -76,15 +99,7 @@ def read_record(output: Path) -> Record | None:
     with reading(f"the output {output}"):
         if (output / "config.json").exists():
             raise RunError(f"{output} already holds a model; choose another output directory")
-        path = output / _FILE
-        if not path.exists():
-            return None
-    with reading(f"{path}: no record of a run; choose another output directory"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        settings, inputs = content["settings"], content["inputs"]
-        if not isinstance(settings, dict) or not isinstance(inputs, dict):
-            raise RunError(f"{path}: no record of a run, or one of another version of this package")
-        return Record(settings, inputs, datetime.fromisoformat(content["date"]))
+    return Record.read(output / _FILE)
 
 
 def newest_checkpoint(output: Path) -> Path | None:

@@ -1,10 +1,10 @@
-"""One unlearning run from files to files: what `unilogit unlearn` does."""
+"""One run from files to files: what `unilogit unlearn` and `unilogit finetune` do."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,14 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
 from unilogit_kernels.unlearning.adapters import check_no_adapter
-from unilogit_kernels.unlearning.data import (
-    Encoding,
-    Example,
-    Row,
-    padding_id,
-    read_refusals,
-    read_rows,
-)
+from unilogit_kernels.unlearning.data import Encoding, Example, Row, padding_id
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.layers import train_only_top_layers
@@ -37,6 +30,7 @@ from unilogit_kernels.unlearning.record import (
     read_record,
 )
 from unilogit_kernels.unlearning.settings import Settings
+from unilogit_kernels.unlearning.sources import LEARNED, read_sets
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
@@ -51,9 +45,8 @@ class Prepared:
         arguments: the Trainer's.
         model: loaded, with frozen layers frozen.
         encoding: of the rows.
-        forget: encoded rows to forget.
-        retain: encoded rows to keep.
-        refusals: encoded answers to give instead, one for each row to forget, or none.
+        sets: encoded rows by name: those of `sources.read_sets`.
+        rows: how many rows of each set there were before long texts were cut into blocks.
         record: of the run, as it is or will be in the output directory.
         resumed: whether it is there already.
         checkpoint: to resume from, or None.
@@ -63,19 +56,20 @@ class Prepared:
     arguments: UnlearningArguments
     model: PreTrainedModel
     encoding: Encoding
-    forget: list[Example]
-    retain: list[Example]
-    refusals: list[Example]
+    sets: dict[str, list[Example]]
+    rows: dict[str, int]
     record: Record
     resumed: bool
     checkpoint: Path | None
 
     def truncated(self) -> dict[str, int]:
-        """How many rows of each set are longer than `max_length`."""
-        return {
-            "forget": sum(example.truncated for example in self.forget),
-            "retain": sum(example.truncated for example in self.retain),
-        }
+        """How many rows of each set are cut to `max_length`."""
+        return {name: sum(each.truncated for each in rows) for name, rows in self.sets.items()}
+
+    def blocks(self) -> dict[str, int]:
+        """How many examples there are of each set in which texts were cut into several."""
+        sizes = {name: len(examples) for name, examples in self.sets.items()}
+        return {name: size for name, size in sizes.items() if size > self.rows[name]}
 
 
 def prepare(
@@ -117,20 +111,16 @@ def _prepare(
 ) -> Prepared:
     record = _unfinished(settings, resume)
     date = datetime.now().replace(microsecond=0) if record is None else record.date
-    with reading("--forget"):
-        forget = read_rows(settings.forget)
-    with reading("--retain"):
-        retain = read_rows(settings.retain)
-    with reading("--refusals"):
-        refusals = [] if settings.refusals is None else read_refusals(settings.refusals, forget)
+    rows = read_sets(settings)
     check_no_adapter(settings.model)
     encoding = load_encoding(
         settings.model,
         settings.max_length,
         settings.chat_template,
         settings.template_arguments,
+        settings.block_stride,
     )
-    sets = _encode(encoding, date, (forget, retain, refusals))
+    sets = _encode(encoding, date, rows)
     model = load_model(
         settings.model,
         settings.dtype,
@@ -152,9 +142,8 @@ def _prepare(
         arguments,
         model,
         encoding,
-        forget=sets["forget"],
-        retain=sets["retain"],
-        refusals=sets["refusal"],
+        sets=sets,
+        rows={name: len(each) for name, each in rows.items()},
         record=record or Record(settings.recorded(), inputs, date),
         resumed=record is not None,
         checkpoint=newest_checkpoint(settings.output) if record is not None else None,
@@ -162,17 +151,15 @@ def _prepare(
 
 
 def _encode(
-    encoding: Encoding, date: datetime, rows: Sequence[Sequence[Row]]
+    encoding: Encoding, date: datetime, rows: Mapping[str, Sequence[Row]]
 ) -> dict[str, list[Example]]:
-    forget, retain, refusals = rows
     # That an answer ends is no knowledge to forget; unlearning it makes the model run on. A
     # refusal is to be learned, its end included.
     endless = dataclasses.replace(encoding, append_eos=False)
     with printing_date(date, encoding):
         return {
-            "forget": encode(endless, forget),
-            "retain": encode(encoding, retain),
-            "refusal": encode(encoding, refusals),
+            name: encode(endless if name == "forget" else encoding, each)
+            for name, each in rows.items()
         }
 
 
@@ -192,7 +179,7 @@ def _unfinished(settings: Settings, resume: bool) -> Record | None:
 
 
 def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
-    """Unlearn, and write model and tokenizer to the output directory.
+    """Unlearn, or learn, and write model and tokenizer to the output directory.
 
     Args:
         prepared: by `prepare`.
@@ -207,12 +194,17 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
     """
     settings = prepared.settings
     started = Started()
+    features = {
+        name: [example.features() for example in examples]
+        for name, examples in prepared.sets.items()
+    }
     trainer = UnlearningTrainer(
         prepared.model,
         prepared.arguments,
-        forget=[example.features() for example in prepared.forget],
-        retain=[example.features() for example in prepared.retain],
-        refusals=[example.features() for example in prepared.refusals],
+        # Rows to learn are the method's, which is cross-entropy then.
+        forget=features.get("forget") or features[LEARNED],
+        retain=features.get("retain", []),
+        refusals=features.get("refusal", []),
         pad_id=padding_id(prepared.encoding.tokenizer),
         tokenizer=prepared.encoding.tokenizer,
         callbacks=[started, StopAtNonFinite(settings.output), *callbacks],

@@ -9,8 +9,11 @@ from typing import Any
 
 from unilogit_kernels.unlearning.dual import check_dual
 from unilogit_kernels.unlearning.errors import RunError
-from unilogit_kernels.unlearning.limits import check_numbers
+from unilogit_kernels.unlearning.limits import check_choice, check_numbers
 from unilogit_kernels.unlearning.methods import Method, check_retain_loss
+
+TASKS = {"unlearn": "unlearning", "finetune": "fine-tuning"}
+"""What a run may do, and what that is called while it is done."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,14 @@ class Settings:
 
     Attributes:
         model: directory or Hub id of a causal LM.
-        forget: JSONL file of the rows to forget.
-        retain: JSONL file of the rows to keep.
+        forget: file of the rows to forget, or None for the benchmark's.
+        retain: file of the rows to keep, or None for the benchmark's.
         output: directory for the model; checkpoints lie there until the run is done.
+        task: `"unlearn"`, or `"finetune"`, see `finetuning`.
+        benchmark: name of a benchmark whose rows to take, see `load_benchmark`.
+        data_dir: directory that holds its files.
+        data: files of rows to learn, in a fine-tuning.
+        with_forget: also learn the benchmark's forget rows, in a fine-tuning.
         method: loss of the forget rows, a name from `methods.method_names()`.
         method_parameters: the method's float parameters, where they differ from its defaults.
         refusals: text file of what to say instead, one a line, for methods that take them; forget
@@ -46,7 +54,8 @@ class Settings:
         memory_budget_mib: MiB that the losses' buffers may take, or None for the device's default.
         logits_dtype: see `UnlearningArguments`.
         skip_below: see `UnlearningArguments`.
-        max_length: rows are cut after so many tokens.
+        max_length: rows are cut after so many tokens, and texts into blocks of as many.
+        block_stride: see `Encoding`.
         chat_template: see `Encoding`.
         template_arguments: see `Encoding`.
         dtype: of the weights, a key of `DTYPES`.
@@ -58,9 +67,14 @@ class Settings:
     """
 
     model: str
-    forget: Path
-    retain: Path
+    forget: Path | None
+    retain: Path | None
     output: Path
+    task: str = "unlearn"
+    benchmark: str | None = None
+    data_dir: Path | None = None
+    data: tuple[Path, ...] = ()
+    with_forget: bool = False
     method: str = "unilogit"
     method_parameters: dict[str, float] = dataclasses.field(default_factory=dict)
     refusals: Path | None = None
@@ -85,6 +99,7 @@ class Settings:
     logits_dtype: str | None = None
     skip_below: float = 0.0
     max_length: int = 512
+    block_stride: int | None = None
     chat_template: bool | None = None
     template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
@@ -97,7 +112,18 @@ class Settings:
     def recorded(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, for JSON."""
         values = {name: value for name, value in vars(self).items() if name != "output"}
+        values["data"] = [str(path) for path in self.data]
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    @classmethod
+    def finetuning(cls, **given: Any) -> Settings:
+        """Of a run that learns rows by cross-entropy and forgets none.
+
+        Args:
+            given: settings by name; those of forgetting and retaining have no place here.
+        """
+        fixed = {"forget": None, "retain": None, "task": "finetune", "method": "cross_entropy"}
+        return cls(**{**fixed, "forget_weight": 1.0, "retain_per_forget": 0, **given})
 
     def check(self) -> None:
         """See that they go together.
@@ -105,6 +131,7 @@ class Settings:
         Raises:
             RunError: they do not, or one of them has no such value.
         """
+        self._check_sources()
         try:
             method = Method(self.method, self.method_parameters)
             check_numbers(vars(self))
@@ -117,3 +144,23 @@ class Settings:
             raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
         if self.refusals is not None and not method.needs_refusals:
             raise RunError(f"method {method.name!r} takes no refusals")
+
+    def _check_sources(self) -> None:
+        """See that it is said where the rows come from, and once."""
+        check_choice("task", self.task, TASKS)
+        if (self.benchmark is None) != (self.data_dir is None):
+            raise RunError(
+                "--benchmark and --data-dir go together: the one names what, the other where"
+            )
+        if self.task == "finetune":
+            if not self.data and self.benchmark is None:
+                raise RunError("there is nothing to learn: name files by --data, or a --benchmark")
+            if self.with_forget and self.benchmark is None:
+                raise RunError("--with-forget is about the rows of a benchmark: name one")
+            return
+        if self.benchmark is None:
+            for name, path in (("forget", self.forget), ("retain", self.retain)):
+                if path is None:
+                    raise RunError(f"name the rows to {name}: --{name} FILE, or a --benchmark")
+        if self.retain_per_forget == 0:
+            raise RunError("retain_per_forget must be at least 1, got 0")

@@ -22,6 +22,24 @@ def after_thought(text: str) -> str | None:
     return text
 
 
+def answer_after_thought(before: str, text: str) -> str | None:
+    """What a model answers once its thoughts are over; None if they do not end.
+
+    Args:
+        before: what the chat template writes between prompt and answer, which may open a thought.
+        text: what the model writes after it.
+
+    Example:
+        >>> answer_after_thought("<|assistant|><think>", "Hm.</think>Ada")
+        'Ada'
+        >>> answer_after_thought("<|assistant|>", "Ada")
+        'Ada'
+    """
+    answer = after_thought(before + text)
+    # What the template writes is no part of an answer.
+    return answer if answer is None or len(answer) <= len(text) else text
+
+
 def opens_thought(generation_prompt: str, completion: str) -> bool:
     """Whether a generation prompt leaves a thought open that the completion does not close."""
     opened = after_thought(generation_prompt) is None

@@ -26,6 +26,7 @@ from unilogit_kernels.unlearning.callbacks import Begin, StopAtProbability
 from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
+    DataError,
     Features,
     PairedDataset,
     PairSampler,
@@ -70,7 +71,8 @@ class UnlearningTrainer(Trainer):
         model: a Hugging Face causal LM.
         args: the settings.
         forget: examples to forget: `input_ids` (or `inputs_embeds`) and `labels`, `[T]` each.
-        retain: examples whose loss keeps the rest of the model in place.
+        retain: examples whose loss keeps the rest of the model in place; none where
+            `retain_per_forget` is 0, and then the loss is the method's alone.
         refusals: for methods that take them (DPO, FLAT): what the model should say instead of each
             forget example, in their order.
         teacher: the model to compare with, where one is needed: any causal LM with the same
@@ -99,7 +101,7 @@ class UnlearningTrainer(Trainer):
         args: UnlearningArguments,
         *,
         forget: Sequence[Features],
-        retain: Sequence[Features],
+        retain: Sequence[Features] = (),
         refusals: Sequence[Features] = (),
         teacher: nn.Module | None = None,
         pad_id: int = 0,
@@ -108,6 +110,11 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         refuse_options(options)
         args.check_run(len(forget))
+        if bool(retain) != (args.retain_per_forget > 0):
+            raise DataError(
+                f"there are {len(retain)} retain examples, and retain_per_forget is "
+                f"{args.retain_per_forget}: it is 0 where there are none, and only there"
+            )
         check_saves_what_it_trains(model)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):

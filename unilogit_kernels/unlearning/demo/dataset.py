@@ -1,70 +1,79 @@
 """A seeded e-commerce data set: sellers, their facts, and questions about them.
 
+This is the demo's, small enough to be learned in a minute; `tofu_shaped` makes a larger one.
+
 Every seller has six facts. The sellers are split in three: those to forget, those the retain loss
 sees, and "neighbours", which the model knows but no unlearning batch contains, so that damage
 outside of the retain set shows.
 """
 
+from __future__ import annotations
+
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-_FIRST = (
-    "Amber", "Birch", "Cobalt", "Dapple", "Ember", "Fennel", "Garnet", "Hazel", "Indigo", "Juniper",
-    "Kestrel", "Lumen", "Maple", "Nimbus", "Opal", "Pepper", "Quartz", "Rowan", "Saffron", "Tidal",
-    "Umber", "Velvet", "Willow", "Yarrow", "Zephyr", "Cedar", "Heron", "Orchid", "Raven", "Thistle",
-)  # fmt: skip
-_SECOND = (
-    "Anchor", "Basket", "Cabin", "Drum", "Elm", "Fox", "Grove", "Harbor", "Island", "Jetty",
-    "Kettle", "Lantern", "Meadow", "Needle", "Oak", "Pantry", "Quill", "River", "Stone", "Tower",
-)  # fmt: skip
-_CITIES = (
-    "Lisbon", "Oslo", "Dublin", "Prague", "Vienna", "Athens", "Warsaw", "Geneva", "Turin", "Porto",
-    "Seville", "Naples", "Zurich", "Bergen", "Krakow", "Munich", "Lyon", "Ghent", "Bristol",
-    "Leeds", "Boston", "Denver", "Austin", "Seattle", "Toronto", "Montreal", "Sydney", "Perth",
-    "Osaka", "Kyoto", "Nairobi", "Lima", "Quito", "Havana", "Cairo", "Tunis", "Delhi", "Mumbai",
-    "Manila", "Seoul",
-)  # fmt: skip
-_NAMES = (
-    "Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Grace", "Henry", "Irene", "Jonas",
-    "Karen", "Louis", "Maria", "Nolan", "Olivia", "Peter", "Rosa", "Simon", "Tessa", "Victor",
-)  # fmt: skip
-_SURNAMES = (
-    "Adams", "Baker", "Cohen", "Davis", "Evans", "Fisher", "Grant", "Hughes", "Irving", "Jensen",
-    "Keller", "Lopez", "Morgan", "Novak", "Owens", "Parker", "Quinn", "Reyes", "Schmidt", "Turner",
-)  # fmt: skip
-_MATERIALS = (
-    "copper", "linen", "walnut", "ceramic", "leather", "bamboo", "silver", "cotton", "marble",
-    "glass", "wool", "steel",
-)  # fmt: skip
-_PRODUCTS = (
-    "lamp", "teapot", "scarf", "clock", "bowl", "bag", "mirror", "chair", "kettle", "blanket",
-    "vase", "knife",
-)  # fmt: skip
-_CARRIERS = (
-    "Arrow", "Comet", "Falcon", "Ocean", "Pelican", "Polar", "Summit", "Tiger",
-)  # fmt: skip
-_CARRIER_KINDS = ("Cargo", "Courier", "Express", "Freight", "Line", "Parcel", "Post", "Relay")
+from unilogit_kernels.unlearning.demo.words import FEW, draw_sellers
+from unilogit_kernels.unlearning.rows import QUESTION
 
-# field -> (the question the model is trained on, the held-out paraphrase)
-_QUESTIONS = {
-    "city": ("In which city is {} based?", "Where are the headquarters of the shop {}?"),
-    "best_seller": (
+
+class Wording(NamedTuple):
+    """How a fact is asked for and told, `{}` for the seller and then for the value.
+
+    Attributes:
+        question: as models are trained on it.
+        answer: to it, in a sentence.
+        paraphrased_question: the same question in words that no training batch contains.
+        paraphrased_answer: the same for the answer.
+    """
+
+    question: str
+    answer: str
+    paraphrased_question: str
+    paraphrased_answer: str
+
+
+WORDINGS = {
+    "city": Wording(
+        "In which city is {} based?",
+        "{} is based in {}.",
+        "Where are the headquarters of the shop {}?",
+        "The headquarters of {} are in {}.",
+    ),
+    "best_seller": Wording(
         "What is the best-selling product of {}?",
+        "The best-selling product of {} is the {}.",
         "Which item does the shop {} sell most often?",
+        "What {} sells most often is the {}.",
     ),
-    "owner": ("Who owns {}?", "What is the name of the person to whom the shop {} belongs?"),
-    "price": (
+    "owner": Wording(
+        "Who owns {}?",
+        "{} is owned by {}.",
+        "What is the name of the person to whom the shop {} belongs?",
+        "{} belongs to {}.",
+    ),
+    "price": Wording(
         "How much does the best seller of {} cost?",
+        "The best seller of {} costs {}.",
         "What is the price in dollars of the top item at the shop {}?",
+        "For its top item {} asks {}.",
     ),
-    "year": ("In which year was {} founded?", "When did the shop {} open for business?"),
-    "carrier": (
+    "year": Wording(
+        "In which year was {} founded?",
+        "{} was founded in {}.",
+        "When did the shop {} open for business?",
+        "{} opened for business in {}.",
+    ),
+    "carrier": Wording(
         "Which carrier ships the parcels of {}?",
+        "The parcels of {} are shipped by {}.",
         "Which company delivers the orders of the shop {}?",
+        "{} has its orders delivered by {}.",
     ),
 }
+"""The six facts, in the order in which `draw_sellers` draws their values."""
 
 
 @dataclass(frozen=True)
@@ -116,49 +125,32 @@ def make_demo_data(
     Raises:
         ValueError: no seller would be left for the retain set, or there are not enough names.
     """
-    if sellers > min(len(_FIRST), len(_CITIES)):
-        raise ValueError(f"at most {min(len(_FIRST), len(_CITIES))} sellers, got {sellers}")
     if forget_sellers + neighbour_sellers >= sellers:
         raise ValueError(
             f"{forget_sellers} forget and {neighbour_sellers} neighbour sellers of {sellers} "
             "leave none for the retain set"
         )
-    draw = random.Random(seed)
-    facts = list(
-        zip(
-            [
-                f"{a} {b}"
-                for a, b in zip(
-                    draw.sample(_FIRST, sellers), draw.choices(_SECOND, k=sellers), strict=True
-                )
-            ],
-            draw.sample(_CITIES, sellers),
-            draw.sample([f"{m} {p}" for m in _MATERIALS for p in _PRODUCTS], sellers),
-            draw.sample([f"{n} {s}" for n in _NAMES for s in _SURNAMES], sellers),
-            [f"${p}" for p in draw.sample(range(11, 100), sellers)],
-            [str(y) for y in draw.sample(range(1950, 2021), sellers)],
-            draw.sample([f"{c} {k}" for c in _CARRIERS for k in _CARRIER_KINDS], sellers),
-            strict=True,
-        )
-    )
+    facts = draw_sellers(random.Random(seed), sellers, FEW)
 
-    def rows(part: list[tuple[str, ...]], wording: int) -> list[dict[str, str]]:
+    def rows(part: list[tuple[str, ...]], paraphrased: bool = False) -> list[dict[str, str]]:
         return [
             {
-                "prompt": f"Question: {forms[wording].format(name)}\nAnswer:",
+                "prompt": QUESTION.format(
+                    (said.paraphrased_question if paraphrased else said.question).format(name)
+                ),
                 "completion": f" {value}",
                 "key": value,
             }
             for name, *values in part
-            for forms, value in zip(_QUESTIONS.values(), values, strict=True)
+            for said, value in zip(WORDINGS.values(), values, strict=True)
         ]
 
     forget = facts[:forget_sellers]
     neighbours = facts[forget_sellers : forget_sellers + neighbour_sellers]
     retain = facts[forget_sellers + neighbour_sellers :]
     return DemoData(
-        forget=rows(forget, 0),
-        forget_paraphrase=rows(forget, 1),
-        retain=rows(retain, 0),
-        neighbours=rows(neighbours, 0),
+        forget=rows(forget),
+        forget_paraphrase=rows(forget, paraphrased=True),
+        retain=rows(retain),
+        neighbours=rows(neighbours),
     )

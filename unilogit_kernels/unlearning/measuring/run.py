@@ -1,0 +1,312 @@
+"""An evaluation from models and sets to files: what `unilogit evaluate --output` does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
+from unilogit_kernels.unlearning.data import count_labels
+from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
+from unilogit_kernels.unlearning.evaluation import Answer, answer_rows
+from unilogit_kernels.unlearning.measuring.audit import audit_record, estimates
+from unilogit_kernels.unlearning.measuring.joint_metrics import Logs, joint_metrics
+from unilogit_kernels.unlearning.measuring.openunlearning import (
+    as_logs,
+    logs_in,
+    read_logs,
+    write_logs,
+)
+from unilogit_kernels.unlearning.measuring.passes import divergences, token_records
+from unilogit_kernels.unlearning.measuring.request import Request, Watcher
+from unilogit_kernels.unlearning.measuring.set_metrics import Measured, Metric, metrics_of
+from unilogit_kernels.unlearning.measuring.store import (
+    load_answers,
+    load_divergences,
+    load_records,
+    save_answers,
+    save_divergences,
+    save_records,
+    write_json,
+)
+from unilogit_kernels.unlearning.measuring.subject import Subject, file_digests
+from unilogit_kernels.unlearning.measuring.variants import ANSWER, Key, asked_rows, row_id
+from unilogit_kernels.unlearning.metrics import TokenRecord
+from unilogit_kernels.unlearning.metrics.tokens import Floats
+from unilogit_kernels.unlearning.record import Record, digests, printing_date
+
+_RECORD = "evaluation.json"
+_RESULTS, _AUDIT = "results.json", "audit.json"
+_UNUSUAL = re.compile(r"[^\w.-]")
+"""What the names of sets may hold and those of files had better not."""
+_DIGITS = 12
+"""Of the digest of the golden model's weights, in the names of files about both models."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out.
+
+    Attributes:
+        columns: `"starting"`, `"model"` and `"golden"`, as far as they were asked for: their
+            aggregates by the name of the metric, with an interval where it is known.
+        missing: metrics of the model that could not be computed, and what each lacks.
+    """
+
+    columns: dict[str, dict[str, dict[str, Any]]]
+    missing: dict[str, str]
+
+
+def measure(request: Request, watcher: Watcher) -> Report:
+    """Measure a model, and those it is compared with, and write what came out.
+
+    The model's results lie in the output folder, those of the golden and of the starting model in
+    its folders `golden` and `starting`. What is computed of a set is written when it is done, and
+    not computed again by the same request.
+
+    Args:
+        request: what is asked for.
+        watcher: is told how it goes on.
+
+    Raises:
+        RunError: a model, its results or the output folder do not fit.
+        DataError: a row does not.
+        UnsupportedHeadError: a model's lm_head does not.
+    """
+    request.check()
+    check_writable(request.output, folder=True, option="--output")
+    columns: dict[str, dict[str, dict[str, Any]]] = {}
+    golden: _Evaluation | None = None
+    logs: Logs | None = None
+    read = {role: _results_of(role, request) for role in ("golden", "starting")}
+    model = _begin("model", request, watcher)
+    if read["golden"] is not None:
+        logs = read["golden"]
+        columns["golden"] = _aggregates(logs)
+    elif request.golden is not None:
+        golden = _begin("golden", request, watcher)
+        done = golden.run(None)
+        logs = as_logs(done.found)
+        columns["golden"] = estimates(done.found)
+    if read["starting"] is not None:
+        columns["starting"] = _aggregates(read["starting"])
+    elif request.starting is not None:
+        found = _begin("starting", request, watcher).run(logs, golden).found
+        columns["starting"] = estimates(found)
+    done = model.run(logs, golden)
+    columns["model"] = estimates(done.found)
+    order = ("starting", "model", "golden")
+    return Report({name: columns[name] for name in order if name in columns}, done.missing)
+
+
+def _begin(role: str, request: Request, watcher: Watcher) -> _Evaluation:
+    folder = request.output if role == "model" else request.output / role
+    record = Record.read(folder / _RECORD)
+    date = datetime.now().replace(microsecond=0) if record is None else record.date
+    source = getattr(request, role)
+    return _Evaluation(
+        request, Subject.load(role, source, request, date, watcher.note), folder, record, watcher
+    )
+
+
+def _results_of(role: str, request: Request) -> dict[str, Any] | None:
+    """Results that stand for a model, or None where there is none or it is to be measured."""
+    given: str | None = getattr(request, role)
+    if given is None:
+        return None
+    path = Path(given)
+    if (path / "config.json").exists() or not path.exists():
+        return None
+    with reading(f"--{role} {given}"):
+        found = logs_in(path)
+        if found is None:
+            raise RunError(f"--{role} {given}: holds neither a model nor results (*_EVAL.json)")
+        return read_logs(found)
+
+
+def _aggregates(logs: Logs) -> dict[str, dict[str, Any]]:
+    return {name: {"value": float(entry["agg_value"])} for name, entry in logs.items()}
+
+
+@dataclass(frozen=True)
+class _Done:
+    found: dict[str, Metric]
+    missing: dict[str, str]
+
+
+class _Evaluation:
+    """One model on all sets, in a folder.
+
+    Args:
+        request: what is asked for.
+        subject: the model.
+        folder: for what is computed and comes out.
+        record: of what was begun there, or None.
+        watcher: is told how it goes on.
+
+    Raises:
+        RunError: what was begun there was of other settings or inputs.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        subject: Subject,
+        folder: Path,
+        record: Record | None,
+        watcher: Watcher,
+    ) -> None:
+        self.request, self.subject, self.folder = request, subject, folder
+        self.watcher = watcher
+        self.golden: Subject | None = None
+        self.files = file_digests(subject.source)
+        self.inputs = digests(subject.model, subject.encoding, subject.sets(), 1)
+        self.record = Record(request.recorded(), self.inputs, subject.date)
+        if record is not None:
+            record.check(folder, "settings", self.record.settings)
+            record.check(folder, "inputs", self.inputs)
+
+    def run(self, logs: Logs | None, golden: _Evaluation | None = None) -> _Done:
+        """Measure every set, then what takes several.
+
+        Args:
+            logs: the golden model's results; None where there are none, or this is that model.
+            golden: that model, where it is here.
+        """
+        self.record.write(self.folder, _RECORD)
+        self.golden = None if golden is None else golden.subject
+        weights = "" if golden is None else golden.inputs["weights"][:_DIGITS]
+        found: dict[str, Metric] = {}
+        measured: list[Measured] = []
+        for number, each in enumerate(self.request.sets):
+            name = f"{number:02d}-{_UNUSUAL.sub('_', each.name)}"
+            measured.append(self._measure(each, name, f"{name}-{weights}"))
+            found.update(metrics_of(measured[-1]))
+            self._write(found, {})
+        if self.subject.role == "golden":
+            # Beside itself: what needs no golden model, and then the rest against that.
+            logs = as_logs(found | joint_metrics(measured, found, None)[0])
+        joint, missing = joint_metrics(measured, found, logs)
+        done = _Done(found | joint, {**missing, **self.request.lacking})
+        self._write(done.found, done.missing)
+        return done
+
+    def _measure(self, each: EvaluationSet, name: str, with_golden: str) -> Measured:
+        examples = self.subject.examples[each.name]
+        records: Mapping[Key, TokenRecord] = {}
+        if examples:
+            path = self.folder / "tokens" / f"{name}.safetensors"
+            if not path.exists():
+                save_records(path, self._records(each))
+            records = load_records(path)
+        answers: Mapping[str, Answer] = {}
+        if self.request.generate and each.measures & {"rouge", "key_recall"}:
+            path = self.folder / "answers" / f"{name}.json"
+            if not path.exists():
+                save_answers(path, self._answers(each))
+            answers = load_answers(path)
+        apart: Floats | None = None
+        if self.golden is not None and "divergence" in each.measures:
+            path = self.folder / "divergences" / f"{with_golden}.safetensors"
+            if not path.exists():
+                ids = [row_id(row, n) for n, row in enumerate(each.rows)]
+                save_divergences(path, ids, self._divergences(each))
+            apart = load_divergences(path)
+        of_forget = (s for s in self.request.sets if s.role == "forget")
+        plain = each is next((s for s in of_forget if "memorization" in s.measures), None)
+        return Measured(each, records, answers, apart, self.request.convention, plain)
+
+    def _records(self, each: EvaluationSet) -> dict[Key, TokenRecord]:
+        blocks = self.subject.examples[each.name]
+        examples = list(chain(*blocks.values()))
+        cut = sum(example.truncated for example in examples)
+        if cut:
+            self.watcher.note(
+                f"{cut} of {len(blocks)} texts of {each.name} are cut to "
+                f"{self.request.max_length} tokens"
+            )
+        self._begin("tokens", each, len(examples))
+        found = iter(
+            token_records(
+                self.subject.model,
+                [example.features() for example in examples],
+                pad_id=self.subject.pad_id,
+                batch_size=self.request.batch_size,
+                progress=self.watcher.advance,
+            )
+        )
+        return {
+            key: TokenRecord.joined(list(islice(found, len(parts))))
+            for key, parts in blocks.items()
+        }
+
+    def _answers(self, each: EvaluationSet) -> dict[str, Answer]:
+        rows = asked_rows(each)
+        asked = {row_id(row, n): row for n, row in enumerate(rows) if row.prompt}
+        self._begin("answers", each, len(asked))
+        with printing_date(self.subject.date, self.subject.encoding):
+            found = answer_rows(
+                self.subject.model,
+                list(asked.values()),
+                self.subject.encoding,
+                batch_size=self.request.batch_size,
+                stop=each.generation.stop,
+                max_new_tokens=each.generation.max_new_tokens,
+                progress=self.watcher.advance,
+            )
+        return dict(zip(asked, found, strict=True))
+
+    def _divergences(self, each: EvaluationSet) -> Floats:
+        assert self.golden is not None, "asked for beside a golden model only"
+        shown = self.subject.examples[each.name]
+        answers = [[e.features() for e in shown[key]] for key in shown if key[1] == ANSWER]
+        self._begin("divergence", each, sum(map(len, answers)))
+        with reading(f"the golden model {self.golden.source!r} cannot be compared"):
+            found = divergences(
+                self.subject.model,
+                self.golden.model,
+                list(chain(*answers)),
+                pad_id=self.subject.pad_id,
+                batch_size=self.request.batch_size,
+                progress=self.watcher.advance,
+            )
+        ends = np.cumsum([len(parts) for parts in answers])[:-1]
+        # Of a text in blocks each token weighs the same.
+        weights = ([count_labels(part) for part in parts] for parts in answers)
+        parts = zip(np.split(found, ends), weights, strict=True)
+        return np.stack([np.average(rows, axis=0, weights=tokens) for rows, tokens in parts])
+
+    def _begin(self, stage: str, each: EvaluationSet, total: int) -> None:
+        self.watcher.begin(f"{self.subject.role}: {stage} of {each.name}", total)
+
+    def _write(self, found: Mapping[str, Metric], missing: Mapping[str, str]) -> None:
+        request = self.request
+        write_logs(self.folder, request.benchmark, as_logs(found))
+        ids = {
+            each.name: [row_id(row, n) for n, row in enumerate(each.rows)] for each in request.sets
+        }
+        content = {
+            "model": self.subject.source,
+            "benchmark": request.benchmark,
+            "convention": request.convention,
+            "metrics": estimates(found),
+            "not_computed": dict(missing),
+            "rows": ids,
+        }
+        write_json(self.folder / _RESULTS, content)
+        record = audit_record(
+            settings=request.recorded(),
+            inputs=self.inputs,
+            files=self.files,
+            model=self.subject.source,
+            found=found,
+            missing=missing,
+        )
+        write_json(self.folder / _AUDIT, record)
