@@ -16,9 +16,6 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 import pytest
 
-MARKS = {1: pytest.mark.pairs, 2: pytest.mark.prove, 3: pytest.mark.every}
-"""How many values of a test's parameters meet, whichever they are, in tests without the mark."""
-
 Combination = Mapping[str, Hashable]
 """Of one test: what tells a value from others, by the name of its parameter."""
 
@@ -68,9 +65,14 @@ def mark_selection(items: Iterable[pytest.Item]) -> None:
             functions[item.nodeid.partition("[")[0]].append(item)
     for tests in functions.values():
         combinations = [_combination(test) for test in tests]
-        chosen: set[int] = set()
-        for strength, mark in MARKS.items():
-            chosen = covering(combinations, strength, chosen)
-            for index, test in enumerate(tests):
-                if index not in chosen:
-                    test.add_marker(mark)
+        with_pairs = sorted(covering(combinations, 2))
+        with_triples = covering(combinations, 3, with_pairs)
+        found = covering([combinations[index] for index in with_pairs], 1)
+        with_values = {with_pairs[each] for each in found}
+        for index, test in enumerate(tests):
+            if index not in with_values:
+                test.add_marker(pytest.mark.pairs)
+            if index not in with_pairs:
+                test.add_marker(pytest.mark.prove)
+            if index not in with_triples:
+                test.add_marker(pytest.mark.every)
