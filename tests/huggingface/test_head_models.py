@@ -196,15 +196,14 @@ def test_what_belongs_to_tokens_stays_with_them_behind_virtual_tokens() -> None:
         each = reference.unilogit_loss(logits, targets, reduction="none")
         log_p = nn.functional.logsigmoid(d).masked_fill(~counted, 0).sum(-1)
         kl = reference.kl_divergence(logits[counted], base_logits[counted])
+        own = nn.functional.cross_entropy(base_logits[counted], targets[counted])
         return {
             "log-odds": d,
             "losses": each,
             "weighted": each * weights[:, 1:].to(dtype),
             "npo": (-2 * nn.functional.logsigmoid(-log_p)).mean()[None],
             "divergence": kl.mean()[None],
-            "of the base": nn.functional.cross_entropy(base_logits[counted], targets[counted])[
-                None
-            ],
+            "of the base": own[None],
         }
 
     with torch.no_grad():
