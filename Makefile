@@ -28,7 +28,7 @@ prove: $(INSTALLED)
 	$(MAKE) --jobs 2 --output-sync=line sanitize test-rest
 
 test-rest: $(INSTALLED)
-	$(PYTEST) -m prove
+	$(PYTEST) -m "prove and not every"
 	$(PYTEST) -m prove $(PTXSIM)
 	$(MAKE) test-triton-newest
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.backends.cuda import devices
 from tests.backends.triton.small_problems import SHARES, small_problems
-from tests.support.selection import beyond_pairs
+from tests.support.selection import mark_selection
 from unilogit_kernels import available_backends
 from unilogit_kernels.backends.cpu import library
 from unilogit_kernels.fused_linear import gemm
@@ -32,6 +32,9 @@ if INTERPRETED:
 
     interpreter.install()
 
+
+IMITATES_A_PROCESSOR = library.INSTRUCTION_SET_VARIABLE in os.environ
+"""Whether test_instruction_sets.py has begun this run."""
 
 TESTS = Path(__file__).parent
 INSTRUCTION_SETS: list[str] = []
@@ -58,44 +61,47 @@ def _variants() -> list[Any]:
     return names
 
 
+SPLIT_ROWS_AND_OLDER_PROCESSORS = ("cuda-split rows", "cpu-")
 ABOVE_THE_KERNELS = {
-    "calls/test_calls.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "calls/test_calls.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
     "fused_linear/test_chunking.py": ("cuda-split rows",),
-    "test_systems.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "functional/test_kl.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "ops/test_divergence.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
-    "functional/test_kl_extremes.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "fused_linear/test_divergence.py": ("cuda-", "cpu-avx2", "cpu-baseline"),
-    "functional/test_kl_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "fused_linear/test_options.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
-    "functional/test_methods.py": ("cuda-split rows", "cpu-avx2", "cpu-baseline"),
+    "test_systems.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
+    "functional/test_kl.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
+    "ops/test_divergence.py": ("cuda-", "cpu-"),
+    "functional/test_kl_extremes.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
+    "fused_linear/test_divergence.py": ("cuda-", "cpu-"),
+    "functional/test_kl_methods.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
+    "fused_linear/test_options.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
+    "functional/test_methods.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
+    "functional/test_token_statistics.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
 }
-"""Tests of what lies above the kernels, and the variants of a backend that are nothing to them: the
-kernels have every variant in backends, and in functional/test_accuracy.py, test_tensors.py and
-test_runner_up.py."""
+"""Tests of what lies above the kernels, and how variants of a backend begin that are nothing to
+them, but for the best instruction set: the kernels have every variant in backends, and in
+functional/test_accuracy.py, test_tensors.py and test_runner_up.py."""
 
-
-def _has_cast_bfloat16(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and callspec.params.get("dtype") == CAST_BFLOAT16
+LONGEST = ("test_instruction_sets.py", "test_compilers.py", "test_seeded_bugs.py")
+"""Files with tests that take a minute; they begin at once, so that no worker waits in the end."""
 
 
 def _is_spared(item: pytest.Item) -> bool:
-    if _has_cast_bfloat16(item) and "linear" not in item.nodeid:
+    callspec = getattr(item, "callspec", None)
+    parameters = callspec.params if callspec else {}
+    if parameters.get("dtype") == CAST_BFLOAT16 and "linear" not in item.nodeid:
         return True
-    best = f"cpu-{INSTRUCTION_SETS[0]}" if INSTRUCTION_SETS else None
+    # Kernels for GPUs, which are executed, round alike on every processor.
+    if IMITATES_A_PROCESSOR and "cuda" in item.name:
+        return True
+    variant, best = str(parameters.get("backend")), f"cpu-{(*INSTRUCTION_SETS, '')[0]}"
     spared = ABOVE_THE_KERNELS.get(item.path.relative_to(TESTS).as_posix(), ())
-    return any(variant in item.name for variant in spared if variant != best)
+    return variant != best and variant.startswith(spared)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spare tests what they cannot tell apart, and a plain run all but the pairs of parameters."""
+    """Spare tests what they cannot tell apart, and mark what a run may leave out."""
     items[:] = [item for item in items if not _is_spared(item)]
-    for item in beyond_pairs(items):
-        item.add_marker(pytest.mark.prove)
-    # What takes minutes begins at once, so that no worker waits for it in the end.
-    items.sort(key=lambda item: item.path.name != "test_instruction_sets.py")
+    mark_selection(items)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

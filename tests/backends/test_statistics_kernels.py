@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.roundings import assert_rounded
 from tests.support.row_statistics import found_statistics, literal_statistics, transformed
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
@@ -222,7 +223,8 @@ def test_hard_rows(kernels: RowKernels, at: tuple[int, ...]) -> None:
                 assert_within_budget(value[i], exact[name][i], plain[name][i], name)
     for i in (2, 6):
         assert found["entropy"][i] == found["variance"][i] == 0
-    assert found["logsumexp"][[2, 6]].tolist() == pytest.approx([0.7, 3.0])
+    largest = logits[[2, 6]].amax(1)
+    assert_rounded(found["logsumexp"][[2, 6]], largest.double(), "logsumexp")
     assert found["log_odds"][3].isnan()
 
 

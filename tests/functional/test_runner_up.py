@@ -184,17 +184,23 @@ def test_merge_is_a_commutative_monoid() -> None:
     a, b, c = (fold(eager, logits, labels, [chunk]) for chunk in cut(90, 30, 60))
     whole = fold(eager, logits, labels, [slice(0, 90)])
 
-    def same(x: Tensor, y: Tensor) -> bool:
-        columns = torch.equal(row_state.runner_up(x, labels), row_state.runner_up(y, labels))
-        return columns and torch.allclose(x[:3], y[:3], rtol=1e-6, equal_nan=True)
+    exact = fold(eager, logits.double(), labels, [slice(0, 90)])
+
+    def assert_same(x: Tensor) -> None:
+        assert torch.equal(row_state.runner_up(x, labels), row_state.runner_up(whole, labels))
+        assert torch.equal(x[0].nan_to_num(), whole[0].nan_to_num())
+        assert torch.equal(x[2], whole[2])
+        known = ~exact[1].isnan()
+        assert torch.equal(known, ~x[1].isnan())
+        assert_within_budget(x[1, known], exact[1, known], whole[1, known], "sum")
 
     merge = row_state.merge
-    assert same(merge(merge(a, b), c), whole)
-    assert same(merge(a, merge(b, c)), whole)
-    assert same(merge(c, merge(b, a)), whole)
+    assert_same(merge(merge(a, b), c))
+    assert_same(merge(a, merge(b, c)))
+    assert_same(merge(c, merge(b, a)))
     empty = row_state.empty_state(40, logits.device, needs=RUNNER_UP)
-    assert same(merge(empty, whole), whole)
-    assert same(merge(whole, empty), whole)
+    assert_same(merge(empty, whole))
+    assert_same(merge(whole, empty))
 
 
 # ---- gradient rows -----------------------------------------------------------------------------
@@ -406,9 +412,9 @@ def test_compiles_into_one_graph() -> None:
     hidden = torch.randn(3, 8, requires_grad=True)
     expected = loss(hidden)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden)
-    assert torch.allclose(compiled, expected)
+    assert torch.equal(compiled, expected)
     one, two = (torch.autograd.grad(x, hidden)[0] for x in (compiled, expected))
-    assert torch.allclose(one, two)
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "both"])

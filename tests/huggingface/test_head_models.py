@@ -9,7 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.huggingface.model_errors import assert_same_gradients, assert_same_loss
+from tests.huggingface.model_errors import (
+    assert_same_gradients,
+    assert_same_loss,
+    assert_same_losses,
+)
 from tests.huggingface.test_head import SMALL, gradients, make_batch, make_model
 from tests.support.tiny_models import FORGET, RETAIN, encoded, one_thread
 from unilogit_kernels import reference
@@ -60,7 +64,7 @@ def own_loss(model: nn.Module, batch: dict[str, Any], first: int, coefficient: f
     loss: Tensor = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     if coefficient:
         loss = loss + coefficient * output.aux_loss
-    torch.testing.assert_close(loss.float(), output.loss.float())
+    assert_same_loss(output.loss.float(), loss.double(), loss.float())
     return loss
 
 
@@ -91,8 +95,9 @@ def test_a_routers_loss_apart_and_left_out() -> None:
     loss, auxiliary = run_head_with_auxiliary_loss(model, compute, **routed)
     assert auxiliary is not None
     own = model(**batch, output_router_logits=True)
-    torch.testing.assert_close(auxiliary, 0.5 * own.aux_loss)
-    torch.testing.assert_close(loss + auxiliary, own.loss)
+    assert torch.equal(auxiliary, 0.5 * own.aux_loss)
+    exact = own_loss(copy.deepcopy(model).double(), {**batch, "output_router_logits": True}, 0, 0.5)
+    assert_same_loss(loss + auxiliary, exact, own.loss)
     without = fused_loss(model, objective="cross_entropy", **batch)
     assert torch.equal(without, loss)
     options = {"labels": batch["labels"], "objective": "cross_entropy", **routed}
@@ -110,7 +115,7 @@ def test_a_routers_loss_beside_a_teacher() -> None:
     model, batch = make_moe("mixtral", output_router_logits=True), make_batch()
     own = model(**batch).aux_loss
     teacher = frozen_copy(model)
-    torch.testing.assert_close(fused_kl_loss(model, teacher, **batch), 0.5 * own)
+    assert torch.equal(fused_kl_loss(model, teacher, **batch), 0.5 * own)
     assert fused_kl_loss(model, teacher, auxiliary_loss=False, **batch) == 0
 
 
@@ -178,37 +183,45 @@ def test_virtual_tokens_are_aligned(kind: str, first: bool) -> None:
 def test_what_belongs_to_tokens_stays_with_them_behind_virtual_tokens() -> None:
     model, batch = with_prompt("prompt tuning"), make_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    labels = batch["input_ids"]
+    labels, counted = batch["input_ids"], batch["labels"][:, 1:] != -100
+    weights = torch.rand(3, 9)
+
+    def by_torch(dtype: torch.dtype) -> dict[str, Tensor]:
+        ours = copy.deepcopy(model).to(dtype)
+        base = ours.get_base_model()
+        logits, targets = ours(**inputs).logits[:, 4:-1], labels[:, 1:]
+        with ours.disable_adapter():
+            base_logits = base(**inputs).logits[:, :-1]
+        d = reference.target_log_odds(logits.flatten(0, 1), targets.flatten()).view(3, 8)
+        each = reference.unilogit_loss(logits, targets, reduction="none")
+        log_p = nn.functional.logsigmoid(d).masked_fill(~counted, 0).sum(-1)
+        kl = reference.kl_divergence(logits[counted], base_logits[counted])
+        own = nn.functional.cross_entropy(base_logits[counted], targets[counted])
+        return {
+            "log-odds": d,
+            "losses": each,
+            "weighted": each * weights[:, 1:].to(dtype),
+            "npo": (-2 * nn.functional.logsigmoid(-log_p)).mean()[None],
+            "divergence": kl.mean()[None],
+            "of the base": own[None],
+        }
+
     with torch.no_grad():
-        logits = model(**inputs).logits[:, 4:-1]
-        plain = reference.target_log_odds(logits.flatten(0, 1), labels[:, 1:].flatten())
-        plain = plain.view(3, 8)
-        found = fused_log_odds(model, labels=labels, **inputs)
-        torch.testing.assert_close(found[:, :-1], plain)
-        weights = torch.rand(3, 9)
-        each = fused_loss(model, labels=labels, reduction="none", **inputs)
-        weighted = fused_loss(
-            model, labels=labels, reduction="none", token_weights=weights, **inputs
-        )
-        torch.testing.assert_close(weighted[:, :-1], each[:, :-1] * weights[:, 1:])
-        npo = fused_loss(
-            model, labels=batch["labels"], objective=NPO(torch.zeros(3), beta=1.0), **inputs
-        )
-        counted = batch["labels"][:, 1:] != -100
-        log_p = nn.functional.logsigmoid(plain).masked_fill(~counted, 0).sum(-1)
-        torch.testing.assert_close(npo, (-2 * nn.functional.logsigmoid(-log_p)).mean())
+        options = {"labels": labels, "reduction": "none", **inputs}
+        npo = {"labels": batch["labels"], "objective": NPO(torch.zeros(3), beta=1.0), **inputs}
         base = frozen_copy(model.get_base_model())
-        divergence = fused_kl_loss(model, base, labels=batch["labels"], **inputs)
-        expected = nn.functional.kl_div(
-            logits.log_softmax(-1),
-            base(**inputs).logits[:, :-1].log_softmax(-1),
-            reduction="none",
-            log_target=True,
-        )
-        torch.testing.assert_close(divergence, expected.sum(-1)[counted].mean())
+        found = {
+            "log-odds": fused_log_odds(model, labels=labels, **inputs)[:, :-1],
+            "losses": fused_loss(model, **options)[:, :-1],
+            "weighted": fused_loss(model, token_weights=weights, **options)[:, :-1],
+            "npo": fused_loss(model, **npo)[None],
+            "divergence": fused_kl_loss(model, base, labels=batch["labels"], **inputs)[None],
+        }
         with model.disable_adapter():
-            plain = base(**batch).loss
-            torch.testing.assert_close(fused_loss(model, objective="cross_entropy", **batch), plain)
+            found["of the base"] = fused_loss(model, objective="cross_entropy", **batch)[None]
+        exact, plain = by_torch(torch.float64), by_torch(torch.float32)
+    for name, value in found.items():
+        assert_same_losses(value.flatten(), exact[name].flatten(), plain[name].flatten())
 
 
 def test_labels_of_other_positions_are_an_error() -> None:

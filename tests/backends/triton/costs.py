@@ -7,7 +7,7 @@ own kernels to their budgets.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -110,13 +110,17 @@ USES: dict[str, Use] = {
 
 
 def compile_ours(
-    target: str, v: int, dtype: torch.dtype, softcap: float | None = None
+    target: str,
+    v: int,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    uses: Iterable[str] = tuple(USES),
 ) -> list[Compiled]:
-    """Every kernel of the project's that a call on such logits launches, each once."""
+    """Every kernel of the project's that such uses of such logits launch, each once."""
     found: list[Compiled] = []
-    for use, call in USES.items():
+    for use in uses:
         with compiling_for(target) as launches, force_backend("triton"):
-            call(v, dtype, softcap)
+            USES[use](v, dtype, softcap)
         found += _distinct("ours", use, launches)
     return found
 

@@ -42,8 +42,12 @@ MOST_PAIR = {torch.bfloat16: (22.5, 22.7), torch.float32: (21.2, 21.7)}
 was counted."""
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("v", [50_257, 128_256])
+@pytest.mark.parametrize(
+    ("v", "dtype"),
+    # Rows that begin at every alignment are harder for the narrower dtype.
+    [(50_257, torch.bfloat16), (128_256, torch.bfloat16), (128_256, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("ours", "peer", "floor"),
     [(our_forward, liger_forward, 1), (our_step, liger_step, 3)],
