@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+
 CACHED_SHARE = 0.7
 """What was written, or moved since, up to this share of the last cache is read from there."""
 
@@ -32,6 +34,24 @@ class Read(NamedTuple):
     distance: float
 
 
+class RowCall(NamedTuple):
+    """A call of a row kernel, as far as its launches follow from it.
+
+    Attributes:
+        name: Of the method of `RowKernels`.
+        n: Rows.
+        v: Columns.
+        dtypes: Of the logits, and of the gradient rows if there are any.
+        needs: What is asked of a row; what a state or slopes hold.
+    """
+
+    name: str
+    n: int
+    v: int
+    dtypes: tuple[torch.dtype, ...]
+    needs: RowNeeds = PLAIN
+
+
 class Launch(NamedTuple):
     """One kernel.
 
@@ -40,12 +60,14 @@ class Launch(NamedTuple):
         flops: Of a matrix product, else 0.
         written: Bytes.
         reads: What is read.
+        rows: The call of a row kernel, which may take several launches.
     """
 
     name: str
     flops: int
     written: int
     reads: tuple[Read, ...]
+    rows: RowCall | None = None
 
     def moved(self, cache_bytes: int = 0) -> int:
         """Bytes to and from memory; what a cache of that size still holds is read from there.
@@ -140,12 +162,18 @@ class Recorder(TorchDispatchMode):
         return result
 
     def add(
-        self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], *, flops: int = 0
+        self,
+        name: str,
+        reads: Sequence[Tensor],
+        writes: Sequence[Tensor],
+        *,
+        flops: int = 0,
+        rows: RowCall | None = None,
     ) -> None:
         """Record one launch."""
         found = tuple(Read(tensor.nbytes, self._distance(tensor)) for tensor in reads)
         start = self._moved
-        self.launches.append(Launch(name, flops, sum(t.nbytes for t in writes), found))
+        self.launches.append(Launch(name, flops, sum(t.nbytes for t in writes), found, rows))
         self._moved += self.launches[-1].moved()
         for tensor in writes:
             self._written_at[id(tensor.untyped_storage())] = start + sum(r.bytes for r in found)
