@@ -24,9 +24,9 @@ from unilogit_kernels import LinearOptions, explain_plan
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.cuda.driver import launching_through
 from unilogit_kernels.backends.cuda.launch import CudaKernels
+from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.backends.triton.prepared import TritonLaunches
-from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.calls import validation
 from unilogit_kernels.functional.explain import ACCELERATORS, COUNTED_ON, PlanReport
 from unilogit_kernels.fused_linear import cost

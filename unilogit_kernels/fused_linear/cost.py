@@ -163,11 +163,11 @@ class _RecordingKernels(RowKernels):
         self._recorder = recorder
 
     def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
-        call = RowCall("log_odds_update", *tile.logits.shape, (tile.logits.dtype,), needs)
+        call = RowCall.of("log_odds_update", tile.logits, (tile.logits.dtype,), needs)
         self._add(call, [tile.logits, tile.labels, state], [state])
 
     def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
-        call = RowCall("log_odds_gradient", *out.shape, (tile.logits.dtype, out.dtype))
+        call = RowCall.of("log_odds_gradient", out, (tile.logits.dtype, out.dtype))
         self._add(call, [tile.logits, tile.labels, state, slope], [out])
 
     def log_odds_sweep(
@@ -182,12 +182,12 @@ class _RecordingKernels(RowKernels):
         values = row_weight.new_empty(tile.logits.shape[0])
         written = [values] if out is None else [values, out]
         dtypes = (tile.logits.dtype, *([] if out is None else [out.dtype]))
-        call = RowCall("log_odds_sweep", *tile.logits.shape, dtypes)
+        call = RowCall.of("log_odds_sweep", tile.logits, dtypes)
         self._add(call, [tile.logits, tile.labels, row_weight], written)
         return values
 
     def divergence_update(self, pair: TilePair, state: Tensor) -> None:
-        call = RowCall("divergence_update", *pair.a.shape, (pair.a.dtype, pair.b.dtype))
+        call = RowCall.of("divergence_update", pair.a, (pair.a.dtype, pair.b.dtype))
         self._add(call, [*pair[:3], state], [state])
 
     def divergence_gradient(
@@ -199,7 +199,7 @@ class _RecordingKernels(RowKernels):
         out: Tensor,
     ) -> None:
         dtypes = (pair.a.dtype, pair.b.dtype, out.dtype)
-        call = RowCall("divergence_gradient", *out.shape, dtypes)
+        call = RowCall.of("divergence_gradient", out, dtypes)
         self._add(call, [*pair[:3], state, coefficients], [out])
 
     def _add(self, call: RowCall, reads: list[Tensor], writes: list[Tensor]) -> None:

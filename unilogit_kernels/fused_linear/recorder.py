@@ -51,6 +51,14 @@ class RowCall(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     needs: RowNeeds = PLAIN
 
+    @staticmethod
+    def of(
+        name: str, rows: Tensor, dtypes: tuple[torch.dtype, ...], needs: RowNeeds = PLAIN
+    ) -> RowCall:
+        """The call on rows `[n, v]`."""
+        n, v = rows.shape
+        return RowCall(name, n, v, dtypes, needs)
+
 
 class Launch(NamedTuple):
     """One kernel.
