@@ -45,6 +45,8 @@ from unilogit_kernels.objectives import UnilogitReverse
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 
 META = torch.device("meta")
+SHORT = 50
+"""Repeats of a few calls for each of a fused step: on a busy machine the least of many is its own."""
 SHAPES = ((2048, 4096, 128_256), (8192, 4096, 128_256), (65_536, 4096, 128_256))
 
 
@@ -148,7 +150,9 @@ def measured(repeats: int) -> Figures:
         nonlocal gemms
         gemms += 1
 
-    def figures(step: Callable[[], object], calls: int) -> tuple[int, int, float]:
+    def figures(
+        step: Callable[[], object], calls: int, repeats: int = repeats
+    ) -> tuple[int, int, float]:
         step()
         before = gemms, silent.count + h100.count
         step()
@@ -161,7 +165,7 @@ def measured(repeats: int) -> Figures:
         for language, each in (("Triton", kernels), ("CUDA C++", CudaKernels())):
             for n in (8192, 8):
                 for name, call in calls(each, n, 128_256).items():
-                    found[f"{language} {name} | {n:,}"] = figures(call, 20)
+                    found[f"{language} {name} | {n:,}"] = figures(call, 5, SHORT * repeats)
     GemmDtypes.multiply = count_gemm  # type: ignore[method-assign]
     for shape in SHAPES:
         for train_weight in (True, False):

@@ -143,10 +143,13 @@ def _name(launch: Any) -> str:
 
 SCALING = ("SCALE", "scale_kernel")
 
-BACKENDS = [
-    "triton",
-    pytest.param("cuda", marks=pytest.mark.skipif(not devices.NVCC, reason=devices.WITHOUT_NVCC)),
-]
+WITHOUT_NVCC = pytest.mark.skipif(not devices.NVCC, reason=devices.WITHOUT_NVCC)
+LIGHT = ("rows wait inside and beside the gradient", "two models")
+"""What a plain run has of Triton, which takes long to compile, and other architectures have."""
+
+
+def _is_light(backend: str, name: str) -> bool:
+    return backend == "cuda" or name in LIGHT
 
 
 @pytest.fixture(autouse=True)
@@ -154,23 +157,40 @@ def _small_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "MIN_MEMORY_BUDGET", 1)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def gpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Either backend for GPUs, whose launches `explain_plan` then counts."""
-    monkeypatch.setattr(
-        cost, "imagine", {"triton": TritonKernels, "cuda": CudaKernels}[request.param]
-    )
+    kernels = {"triton": TritonKernels, "cuda": CudaKernels}[request.param]
+    monkeypatch.setattr(cost, "imagine", kernels)
     monkeypatch.setattr(cost, "_steps", cost._steps.__wrapped__)
     return str(request.param)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("gpu_backend", "name"),
+    [
+        pytest.param(
+            backend,
+            name,
+            marks=[
+                *([WITHOUT_NVCC] if backend == "cuda" else []),
+                *([] if _is_light(backend, name) else [pytest.mark.prove]),
+            ],
+        )
+        for backend in ("triton", "cuda")
+        for name in CASES
+    ],
+    indirect=["gpu_backend"],
+)
 def test_loops_on_compiled_kernels(gpu_backend: str, name: str) -> None:
     check(CASES[name], gpu_backend, 90)
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize("arch", [80, 100, 120])
+@pytest.mark.parametrize(
+    "gpu_backend", ["triton", pytest.param("cuda", marks=WITHOUT_NVCC)], indirect=True
+)
 def test_on_every_architecture(gpu_backend: str, arch: int) -> None:
-    for name in ("rows wait inside and beside the gradient", "two models"):
+    for name in LIGHT:
         check(CASES[name], gpu_backend, arch)
