@@ -46,7 +46,7 @@ from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 
 META = torch.device("meta")
 SHORT = 50
-"""Repeats of a few calls for each of a fused step: on a busy machine the least of many is its own."""
+"""Repeats of a few calls for each of a fused step: the least of many is less of the machine's."""
 SHAPES = ((2048, 4096, 128_256), (8192, 4096, 128_256), (65_536, 4096, 128_256))
 
 

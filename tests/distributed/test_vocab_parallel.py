@@ -22,6 +22,7 @@ from tests.distributed.vocabularies import (
     literal_function,
     of_functions,
     of_problems,
+    recorded,
 )
 from tests.support.divergence_pairs import DIVERGENCES, Pair
 from tests.support.literal import TOKEN
@@ -32,7 +33,7 @@ from tests.support.problems import (
     logits_problem,
 )
 from tests.support.processes import run_ranks
-from unilogit_kernels import reference
+from unilogit_kernels import VocabParallel, explain_plan, linear_unilogit_loss, reference
 from unilogit_kernels.testing import assert_sum_within_budget, assert_within_budget
 
 N, H = 12, 24
@@ -58,9 +59,9 @@ def together(results: Sequence[Result]) -> Result:
     gradients = [x.gradients for x in results]
     if len(gradients[0]) == 1:
         return first._replace(gradients=[torch.cat([x[0] for x in gradients], 1)])
-    for other in gradients[1:]:
-        assert torch.equal(other[0], gradients[0][0])
-    parts = [torch.cat(each) for each in zip(*(x[1:] for x in gradients), strict=True)]
+    for each in gradients[1:]:
+        assert torch.equal(each[0], gradients[0][0])
+    parts = [torch.cat(own) for own in zip(*(x[1:] for x in gradients), strict=True)]
     return first._replace(gradients=[gradients[0][0], *parts])
 
 
@@ -154,8 +155,8 @@ def test_functions(size: int, cut: str, dtype: torch.dtype, entry: str) -> None:
         exact, plain = (literally(name, operands, labels, d) for d in (torch.float64, dtype))
         whole = DIFFERENTIABLE.get(name)
         assert_within_budget(result.loss[:whole], exact[0][:whole], plain[0][:whole], name)
-        for ours, *others in zip(result.gradients, exact[1], plain[1], strict=True):
-            assert_within_budget(ours, *others, name)
+        for ours, wanted, by_torch in zip(result.gradients, exact[1], plain[1], strict=True):
+            assert_within_budget(ours, wanted, by_torch, name)
         # One gather for the statistics, and one sum where hidden states have a gradient.
         kinds = ["gather"] if entry == "logits" else ["gather", "sum"]
         assert [sent.what for sent in result.sent[-len(kinds) :]] == kinds
@@ -172,3 +173,45 @@ def literally(
     )
     values = literal_function(name, z, labels)
     return values.detach(), gradients_of(name, values, inputs)
+
+
+def counted(shape: tuple[int, int, int], trains: bool, reduction: str) -> list[Sent]:
+    n, h, v = shape
+    hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v // 2, h)
+    with recorded() as sent:
+        loss = linear_unilogit_loss(
+            hidden,
+            weight.requires_grad_(trains),
+            torch.arange(n),
+            reduction=reduction,
+            vocab_parallel=VocabParallel(),
+        )
+        loss.sum().backward()
+    return sent
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_explained_collectives_are_those_of_a_call(trains: bool, reduction: str) -> None:
+    shape = (N, H, 1002)
+    report = explain_plan(
+        *shape,
+        dtype=torch.float32,
+        device="cpu",
+        train_weight=trains,
+        reduction=reduction,
+        vocab_parallel=2,
+    )
+    sizes, *sent = run_ranks(counted, shape, trains, reduction)[0]
+    assert sizes == Sent("gather", 3 * 8), "each rank's columns and rows, asked once"
+    assert sent == [Sent(each.what, each.bytes) for each in report.collectives]
+    assert [each.ranks for each in report.collectives] == [2, 2]
+    if reduction == "mean":
+        assert report.gemms == 2 + trains, "in units of this rank's columns"
+    assert "12 tokens x 24 x 501" in str(report)
+
+
+def test_a_frozen_shard_takes_two_gemms_on_gpus() -> None:
+    report = explain_plan(8192, 4096, 128_256, train_weight=False, vocab_parallel=8)
+    assert report.gemms == 2
+    assert report.plan.order == "online"

@@ -93,7 +93,7 @@ def out_of_memory_in_the_gradient() -> str:
         def fail(*_: Any) -> Any:
             raise torch.OutOfMemoryError("no memory for the sum")
 
-        ranks._ProcessGroup.start_sum = fail  # type: ignore[method-assign]
+        ranks._ProcessGroup.start_sum = fail  # type: ignore[method-assign, assignment]
     try:
         call()
     except RuntimeError as error:
@@ -203,6 +203,29 @@ def test_ranks_with_other_rows_are_told() -> None:
     assert "6 tokens whose labels sum to 15, 5 tokens whose labels sum to 10" in found[0]
 
 
+def compiled() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    shared = VocabParallel(dist.group.WORLD, 50 * dist.get_rank(), 100)
+    given = torch.arange(6) * 16
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear_unilogit_loss(hidden, weight, given, vocab_parallel=shared)
+
+    losses = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        losses.append(function(hidden, weight))
+        losses[-1].backward()
+    return losses[0].detach(), losses[1].detach()
+
+
+def test_a_compiled_call_is_one_graph() -> None:
+    first, second = run_ranks(compiled, seconds=120)
+    for eager, graph in (first, second):
+        assert torch.equal(eager, graph)
+        assert torch.equal(eager, first[0])
+
+
 def twice_differentiated() -> str:
     hidden = torch.randn(4, 8, requires_grad=True)
     loss = linear_objective_loss(
@@ -227,7 +250,11 @@ def test_a_double_backward_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("given", "error"),
-    [("world", TypeError), (VocabParallel(), RuntimeError), (VocabParallel("tp"), TypeError)],
+    [
+        ("world", TypeError),
+        (VocabParallel(), RuntimeError),
+        (VocabParallel("tp"), TypeError),  # type: ignore[arg-type]
+    ],
 )
 def test_without_a_group(given: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"vocab_parallel|VocabParallel"):

@@ -44,7 +44,7 @@ def recorded() -> Iterator[list[Sent]]:
         found.append(Sent(what, part.nbytes))
         return start(group, what, part, out)
 
-    ranks._start = recording  # type: ignore[assignment]
+    ranks._start = recording
     try:
         yield found
     finally:
@@ -105,7 +105,8 @@ def _entry(name: str) -> Callable[[tuple[Tensor, ...]], Callable[..., Any]]:
 
 
 def _log_odds(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> Tensor:
-    return _entry("target_log_odds")(operands)(*operands, labels, **options)[None]
+    found: Tensor = _entry("target_log_odds")(operands)(*operands, labels, **options)
+    return found[None]
 
 
 def _runner_up(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> Tensor:
@@ -123,7 +124,8 @@ def _sequences(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> 
     rows, *others = operands
     batch = labels.reshape(2, -1)
     rows = rows.reshape(*batch.shape, -1)
-    return _entry("sequence_log_probs")(operands)(rows, *others, batch, **options)[None]
+    found: Tensor = _entry("sequence_log_probs")(operands)(rows, *others, batch, **options)
+    return found[None]
 
 
 def _mixture(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> Tensor:
@@ -132,7 +134,8 @@ def _mixture(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> Te
     found = _entry("mixed_loss")(operands)(
         *operands, labels, parts=parts, segments=segments, weights=[0.3, 1.0], **options
     )
-    return found.loss[None, None]
+    loss: Tensor = found.loss
+    return loss[None, None]
 
 
 def _cross_entropy(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> Tensor:
@@ -147,7 +150,8 @@ def _npo(operands: tuple[Tensor, ...], labels: Tensor, **options: Any) -> Tensor
     batch = labels.reshape(2, -1)
     npo = objectives.NPO(reference=torch.tensor([-200.0, -150.0]), beta=0.01)
     entry = _entry("objective_loss")(operands)
-    return entry(rows.reshape(*batch.shape, -1), *others, batch, npo, **options)[None, None]
+    loss: Tensor = entry(rows.reshape(*batch.shape, -1), *others, batch, npo, **options)
+    return loss[None, None]
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -178,8 +182,8 @@ def literal_function(name: str, z: Tensor, labels: Tensor) -> Tensor:
     if name == "sequences":
         return sums[None]
     if name == "mixture":
-        losses = literal.TOKEN["unilogit"](z, labels), literal.cross_entropy(0.1)(z, labels)
-        return (0.3 * losses[0][::2].mean() + losses[1][1::2].mean())[None, None]
+        forget, retain = literal.TOKEN["unilogit"](z, labels), literal.cross_entropy(0.1)(z, labels)
+        return (0.3 * forget[::2].mean() + retain[1::2].mean())[None, None]
     if name == "cross-entropy":
         both = literal.cross_entropy(0.1, 1e-2)(z, labels).mean(), 1e-2 * z.logsumexp(-1).square()
         return torch.stack((both[0], both[1].mean()))[:, None]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.backends.triton.aot import compiling_for
 from unilogit_kernels.backends.contract import Tile
+from unilogit_kernels.backends.triton.kernels.scale import scale_kernel
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.maths import row_state
 
@@ -26,13 +29,14 @@ def scaled_by(target: str, *tensors: Tensor) -> list[object]:
 def test_a_launch_goes_straight_to_its_kernel_from_the_second_time_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from unilogit_kernels.backends.triton import launch
-
     values, through_triton = torch.zeros(5000), []
-    run = launch.scale_kernel.run
-    monkeypatch.setattr(
-        launch.scale_kernel, "run", lambda *a, **k: through_triton.append(1) or run(*a, **k)
-    )
+    run = scale_kernel.run
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        through_triton.append(args)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(scale_kernel, "run", counted)
     first, *others = scaled_by("cuda:90", values, values, torch.zeros(5000))
     assert len(through_triton) == 1
     assert all(kernel is first for kernel in others)
