@@ -12,8 +12,10 @@ PTXSIM := tools/ptxsim/tests
 TRITON_TESTS := tests/backends/triton
 NEWEST_TRITON := 3.9.0
 NEWEST_TRITON_HOME := .venv/triton-$(NEWEST_TRITON)
+OLDEST_TRITON := 3.6.0
+OLDEST_TRITON_HOME := .venv/triton-$(OLDEST_TRITON)
 
-.PHONY: demo test prove test-rest test-triton test-triton-newest check sanitize bench bench-report gpu docs-check clean
+.PHONY: demo test prove test-rest test-triton test-triton-newest test-triton-oldest check sanitize bench bench-report gpu docs-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
@@ -42,8 +44,15 @@ test-triton-newest: $(INSTALLED) $(NEWEST_TRITON_HOME)/triton/__init__.py
 	$(PYTEST) -m "not pinned_triton" $(TRITON_TESTS)
 	$(PYTEST) -m "not pinned_triton" $(PTXSIM)/test_triton_ops.py
 
+# Compiled and executed on the oldest triton; its interpreter takes no numpy from 2.4 on. Some minutes:
+# to be run before a release, and by whoever changes what launches kernels.
+test-triton-oldest: export PYTHONPATH := $(abspath $(OLDEST_TRITON_HOME))
+test-triton-oldest: $(INSTALLED) $(OLDEST_TRITON_HOME)/triton/__init__.py
+	$(PYTEST) -m "not prove and not pinned_triton" $(TRITON_TESTS)/test_aot.py $(TRITON_TESTS)/test_executed.py
+	$(PYTEST) -m "not pinned_triton" -k "triton and compiled" tests/fused_linear/test_gpu_loops.py
+
 # Threads that wait for work give their core to the other worker.
-test test-rest test-triton test-triton-newest: export OMP_WAIT_POLICY := passive
+test test-rest test-triton test-triton-newest test-triton-oldest: export OMP_WAIT_POLICY := passive
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -92,5 +101,5 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*)
 	touch $@
 
 # Beside the pinned triton, not in its place.
-$(NEWEST_TRITON_HOME)/triton/__init__.py: | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST_TRITON_HOME) triton==$(NEWEST_TRITON)
+.venv/triton-%/triton/__init__.py: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-$* triton==$*

@@ -1,18 +1,27 @@
 """Host time of GPU calls, without a GPU: `python -m benchmarks.gpu_host_cost`.
 
-Triton's launches go through the project's own code to a driver that does nothing, so what is left
-is what the host does: Python, triton's launcher, torch's allocations. By themselves the row
-kernels' calls; then one fused step of the default plan, on tensors without data, whose GEMMs are
-counted and not called (a call of cuBLAS costs the host some 10 us), and whose elementwise
-operators run in Python, so that it is a bound from above. Microseconds of the process's own CPU
-time on one thread, the least of many repeats. Prints Markdown.
+Launches go through the project's own code to a driver that does nothing, so what is left is what
+the host does: Python, triton's launcher, torch's allocations; for the kernels in CUDA C++ all but
+`cuda.core`. By themselves the row kernels' calls; then one fused step of the default plan, on
+tensors without data, whose GEMMs are counted and not called (a call of cuBLAS costs the host some
+10 us), and whose elementwise operators run in Python, so that it is a bound from above.
+Microseconds of the process's own CPU time on one thread, the least of many repeats. Prints
+Markdown.
+
+With `--before PATH`, a checkout of another commit, both are measured in turns, by processes of
+their own, so that what else the machine does is no difference between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +31,8 @@ from triton.backends.compiler import GPUTarget
 
 from tests.backends.triton.aot import Driver
 from unilogit_kernels.backends.contract import RowKernels, Tile
+from unilogit_kernels.backends.cuda.driver import launching_through
+from unilogit_kernels.backends.cuda.launch import CudaKernels
 from unilogit_kernels.backends.triton.launch import TritonKernels
 from unilogit_kernels.fused_linear.budget import LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
@@ -34,6 +45,8 @@ from unilogit_kernels.objectives import UnilogitReverse
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 
 META = torch.device("meta")
+SHORT = 50
+"""Repeats of a few calls for each of a fused step: the least of many is less of the machine's."""
 SHAPES = ((2048, 4096, 128_256), (8192, 4096, 128_256), (65_536, 4096, 128_256))
 
 
@@ -103,49 +116,117 @@ def fused_step(
     return step
 
 
-def main() -> None:
-    """Print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20)
-    repeats = parser.parse_args().repeats
-    torch.set_num_threads(1)
-    driver, config = Silent(GPUTarget("cuda", 90, 32)), triton.runtime.driver
-    config.set_active(driver)
-    kernels = TritonKernels()
+class H100:
+    """A launcher of the kernels in CUDA C++ that launches nothing."""
 
+    def __init__(self) -> None:
+        self.count = 0
+
+    def multiprocessors(self, tensor: Tensor) -> int:
+        """How many there are."""
+        return 132
+
+    def cache_bytes(self, tensor: Tensor) -> int:
+        """Of the last cache."""
+        return 50 << 20
+
+    def launch(self, *_: Any) -> None:
+        """Counts itself."""
+        self.count += 1
+
+
+Figures = dict[str, tuple[int, int, float]]
+"""By what was measured: GEMMs, launches of row kernels, and microseconds."""
+
+
+def measured(repeats: int) -> Figures:
+    """Calls of both backends' row kernels, and fused steps of Triton's."""
+    torch.set_num_threads(1)
+    silent, h100 = Silent(GPUTarget("cuda", 90, 32)), H100()
+    triton.runtime.driver.set_active(silent)
     gemms = 0
 
     def count_gemm(*_: Any, **__: Any) -> None:
         nonlocal gemms
         gemms += 1
 
-    def gemms_of(step: Callable[[], object]) -> int:
-        before = gemms
+    def figures(
+        step: Callable[[], object], calls: int, repeats: int = repeats
+    ) -> tuple[int, int, float]:
         step()
-        return gemms - before
+        before = gemms, silent.count + h100.count
+        step()
+        counts = gemms - before[0], silent.count + h100.count - before[1]
+        return *counts, microseconds(step, calls, repeats)
 
-    def launches_of(step: Callable[[], object]) -> int:
-        step()
-        before = driver.count
-        step()
-        return driver.count - before
-
-    print("| call of Triton's row kernels | rows | launches | host, us |\n|---|---|---|---|")
-    for n in (8192, 8):
-        for name, call in calls(kernels, n, 128_256).items():
-            took = microseconds(call, 20, repeats)
-            print(f"| {name} | {n:,} | {launches_of(call)} | {took:.1f} |")
+    found: Figures = {}
+    kernels = TritonKernels()
+    with launching_through(h100):
+        for language, each in (("Triton", kernels), ("CUDA C++", CudaKernels())):
+            for n in (8192, 8):
+                for name, call in calls(each, n, 128_256).items():
+                    found[f"{language} {name} | {n:,}"] = figures(call, 5, SHORT * repeats)
     GemmDtypes.multiply = count_gemm  # type: ignore[method-assign]
-    print("\n| fused step, bfloat16 | lm_head | GEMMs | Triton's launches | host, ms |")
-    print("|---|---|---|---|---|")
     for shape in SHAPES:
         for train_weight in (True, False):
             step = fused_step(kernels, *shape, train_weight=train_weight)
-            took = microseconds(step, 1, repeats) / 1e3
             size = " x ".join(f"{k:,}" for k in shape)
             head = "trained" if train_weight else "frozen"
-            counts = f"{gemms_of(step)} | {launches_of(step)}"
-            print(f"| {size} | {head} | {counts} | {took:.2f} |")
+            found[f"{size} | {head}"] = figures(step, 1)
+    return found
+
+
+def in_turns(checkouts: list[Path], rounds: int, repeats: int) -> list[Figures]:
+    """The least of several rounds of each."""
+    best: list[Figures] = [{} for _ in checkouts]
+    for _ in range(rounds):
+        for checkout, least in zip(checkouts, best, strict=True):
+            command = [sys.executable, str(Path(__file__).resolve()), "--json"]
+            result = subprocess.run(
+                [*command, f"--repeats={repeats}"],
+                cwd=checkout,
+                env={**os.environ, "PYTHONPATH": str(checkout)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            for name, (gemms, launches, took) in json.loads(result.stdout).items():
+                least[name] = (gemms, launches, min(took, least.get(name, (0, 0, took))[2]))
+    return best
+
+
+def table(figures: list[Figures], *, steps: bool) -> str:
+    """Markdown: of calls, or of fused steps."""
+    unit, scale, digits = ("ms", 1e3, 2) if steps else ("us", 1, 1)
+    what = "fused step, bfloat16 | lm_head | GEMMs" if steps else "call | rows"
+    columns = [f"host, {unit}"] if len(figures) == 1 else [f"before, {unit}", f"now, {unit}"]
+    head = f"| {what} | launches | {' | '.join(columns)} |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for name, (gemms, launches, _) in figures[-1].items():
+        if name[0].isdigit() == steps:
+            times = " | ".join(f"{each[name][2] / scale:.{digits}f}" for each in figures)
+            lines.append(f"| {name} |{f' {gemms} |' if steps else ''} {launches} | {times} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print two tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--before", type=Path, help="a checkout of another commit")
+    parser.add_argument("--rounds", type=int, default=3, help="of each, with --before")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.before is None:
+        figures = [measured(arguments.repeats)]
+    else:
+        here = Path(__file__).resolve().parents[1]
+        checkouts = [arguments.before.resolve(), here]
+        figures = in_turns(checkouts, arguments.rounds, arguments.repeats)
+    if arguments.json:
+        print(json.dumps(figures[0]))
+    else:
+        print(table(figures, steps=False), table(figures, steps=True), sep="\n\n")
 
 
 if __name__ == "__main__":

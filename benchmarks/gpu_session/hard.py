@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.gpu_session.cases import Case, Missing, Report, name_of
 from benchmarks.gpu_session.judge import Judge
-from benchmarks.gpu_session.layouts import place
 from benchmarks.gpu_session.rows import Problem
 from benchmarks.gpu_session.target import SHARES, Target
+from tests.support.layouts import place
 from unilogit_kernels import linear_unilogit_loss, unilogit_loss
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import Tile

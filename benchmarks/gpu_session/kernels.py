@@ -17,8 +17,8 @@ from benchmarks.gpu_session.cases import (
     name_of,
 )
 from benchmarks.gpu_session.judge import Judge
-from benchmarks.gpu_session.layouts import LAYOUTS
 from benchmarks.gpu_session.target import SHARES, Target
+from tests.support.layouts import FEW_LAYOUTS
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.ids import GPU_OBJECTIVES
 from unilogit_kernels.bench.problems import DTYPES
@@ -41,7 +41,7 @@ KERNELS = {
             "dtype": _DTYPES,
             "transform": _TRANSFORMS,
             "objective": tuple(sorted(GPU_OBJECTIVES)),
-            "layout": LAYOUTS,
+            "layout": FEW_LAYOUTS,
             "out": (*_OUT, "none"),
             "data": rows.DATA,
         },
@@ -52,7 +52,7 @@ KERNELS = {
             "dtype": _DTYPES,
             "transform": _TRANSFORMS,
             "needs": tuple(rows.NEEDS),
-            "layout": LAYOUTS,
+            "layout": FEW_LAYOUTS,
             "chunks": _CHUNKS,
             "data": rows.DATA,
         },
@@ -63,7 +63,7 @@ KERNELS = {
             "dtype": _DTYPES,
             "transform": _TRANSFORMS,
             "state": ("plain", "runner-up", "logsumexp", "everything"),
-            "layout": LAYOUTS,
+            "layout": FEW_LAYOUTS,
             "out": _OUT,
             "chunks": _CHUNKS,
         },
@@ -76,7 +76,7 @@ KERNELS = {
             "transform": _TRANSFORMS,
             "other_transform": _TRANSFORMS,
             "labelled": (True, False),
-            "layout": LAYOUTS,
+            "layout": FEW_LAYOUTS,
             "chunks": _CHUNKS,
         },
     ),
@@ -89,7 +89,7 @@ KERNELS = {
             "other_transform": _TRANSFORMS,
             "student": ("a", "b"),
             "out": _OUT,
-            "layout": LAYOUTS,
+            "layout": FEW_LAYOUTS,
             "chunks": _CHUNKS,
         },
     ),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_session.judge import Judge
-from benchmarks.gpu_session.layouts import assert_only_written, place
 from benchmarks.gpu_session.rows import EAGER, TRANSFORMS, chunks_of
+from tests.support.layouts import assert_only_written, place
 from unilogit_kernels.backends.contract import RowKernels, TilePair
 from unilogit_kernels.bench.problems import DTYPES
 from unilogit_kernels.maths import pair_state

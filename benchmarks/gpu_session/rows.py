@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_session.judge import Judge
-from benchmarks.gpu_session.layouts import assert_only_written, place
+from tests.support.layouts import assert_only_written, place
 from tests.support.row_statistics import found_statistics, literal_statistics, transformed
 from unilogit_kernels import objectives
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile

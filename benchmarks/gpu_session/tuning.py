@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from benchmarks.gpu_session.cases import Case, Missing, Report, name_of
 from benchmarks.gpu_session.search import Settings, search, singles
 from benchmarks.gpu_session.target import Target
+from tests.support.caches import forget_layouts
 from unilogit_kernels import LinearOptions, explain_plan, linear_unilogit_loss
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import RowKernels, Tile
@@ -48,10 +48,6 @@ PLAN_KNOBS: dict[str, Sequence[Any]] = {
     "CHUNK_BYTES": tuple(MIB * size for size in (128, 512, 1024)),
 }
 """An option of a call, and constants of `fused_linear.plan`, of which some are by device."""
-TUNED = tuple(
-    f"unilogit_kernels.{name}" for name in ("backends.triton", "backends.gpu", "fused_linear")
-)
-"""Whose functions may remember what followed from them."""
 
 
 class Launch(NamedTuple):
@@ -199,13 +195,13 @@ def _constants(module: ModuleType, values: Settings) -> Iterator[None]:
         raise Missing(f"{module.__name__} has no {', '.join(unknown)} any more")
     for name, value in values.items():
         setattr(module, name, value)
-    forget()
+    forget_layouts()
     try:
         yield
     finally:
         for name, value in before.items():
             setattr(module, name, value)
-        forget()
+        forget_layouts()
 
 
 @contextmanager
@@ -217,16 +213,6 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
-
-
-def forget() -> None:
-    """Empty the caches of functions whose results may follow from other settings."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(TUNED):
-            for value in vars(module).values():
-                clear = getattr(value, "cache_clear", None)
-                if callable(clear):
-                    clear()
 
 
 # ---- the plan ----------------------------------------------------------------------------------

@@ -13,23 +13,13 @@ from unilogit_kernels.backends.cuda.geometry import (
     SPLIT_THREADS,
     Shares,
 )
+from unilogit_kernels.backends.cuda.launch import CudaKernels
+from unilogit_kernels.backends.imagined import Gpu, ImaginedGpu
 from unilogit_kernels.backends.registry import load
+from unilogit_kernels.backends.triton.launch import TritonKernels
 
 H100_MULTIPROCESSORS = 132
 H100_CACHE = 50 << 20
-
-
-class H100:
-    """A launcher that launches nothing."""
-
-    def multiprocessors(self, tensor: torch.Tensor) -> int:
-        return H100_MULTIPROCESSORS
-
-    def cache_bytes(self, tensor: torch.Tensor) -> int:
-        return H100_CACHE
-
-    def launch(self, *_: object) -> None:
-        raise NotImplementedError
 
 
 THREAD_COLUMNS = 32
@@ -39,8 +29,7 @@ def test_rows_in_few_waves_are_split() -> None:
     """Blocks fill the waves that keep a device busy, or there is nothing left to split."""
     most_parts = 128_256 // (THREAD_COLUMNS * SPLIT_THREADS)
     for n in (*range(1, 1000, 7), 4223, 4224, 50_000):
-        logits = torch.empty(1, dtype=torch.bfloat16).expand(n, 128_256)
-        shares = Shares.of(logits, THREAD_COLUMNS, H100())
+        shares = Shares.of(n, 128_256, THREAD_COLUMNS, H100_MULTIPROCESSORS)
         waves = gpu.WAVES * H100_MULTIPROCESSORS * RESIDENT_THREADS // shares.threads
         busy = n * shares.parts >= waves
         assert busy or shares == (most_parts, SPLIT_THREADS)
@@ -91,8 +80,10 @@ def test_a_cap_goes_into_the_scale() -> None:
 def test_too_many_columns_are_refused(name: str) -> None:
     logits = torch.zeros(1, 1).expand(1, gpu.MOST_COLUMNS + 1)
     labels, state = torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1)
+    gpu_there = ImaginedGpu(Gpu("cuda:90", H100_MULTIPROCESSORS, H100_CACHE))
+    kernels = {"triton": TritonKernels, "cuda": CudaKernels}[name](gpu_there)
     with pytest.raises(ValueError, match=r"kernels take at most 1073741824 columns"):
-        load(name).log_odds_update(Tile(logits, labels), state)
+        kernels.log_odds_update(Tile(logits, labels), state)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

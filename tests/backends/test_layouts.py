@@ -17,6 +17,7 @@ from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.testing import assert_within_budget
 
 PLAIN = LogitTransform()
@@ -71,6 +72,40 @@ def test_logits_and_output(
             assert_within_budget(values, exact[0], plain[0], what + "values", smallest_scale=1.0)
             assert_within_budget(out, exact[1], plain[1], what + "gradient")
             assert_only_written(out, memory)
+
+
+SLOPES = {3: RowNeeds(runner_up=True), 5: RowNeeds(*[True] * len(RowNeeds._fields))}
+"""By the number of slopes, what a state holds whose gradient rows take them."""
+
+
+def row_of_slopes(
+    kernels: RowKernels, logits: Tensor, labels: Tensor, out: Tensor, slope: Tensor
+) -> Tensor:
+    """Gradient rows of as many slopes, from a state in their dtype."""
+    needs = SLOPES[slope.shape[0]]
+    state = row_state.empty_state(logits.shape[0], logits.device, slope.dtype, needs)
+    kernels.log_odds_update(Tile(logits, labels), state, needs)
+    kernels.log_odds_gradient(Tile(logits, labels), state, slope, out)
+    return out
+
+
+@pytest.mark.parametrize("slopes", SLOPES)
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_several_slopes_and_output(
+    backend: str, layout: str, dtype: torch.dtype, out_dtype: torch.dtype, slopes: int
+) -> None:
+    kernels, eager = registry.load(backend), EagerKernels()
+    logits = (3 * torch.randn(SHAPE)).to(dtype)
+    labels, slope = torch.randint(0, SHAPE[1], SHAPE[:1]), torch.randn(slopes, SHAPE[0])
+    exact = row_of_slopes(eager, logits, labels, torch.empty(SHAPE).double(), slope.double())
+    plain = row_of_slopes(eager, logits, labels, torch.empty(SHAPE, dtype=out_dtype), slope)
+    for out_layout in LAYOUTS:
+        view, _ = place(logits, layout)
+        out, memory = place(torch.zeros(SHAPE, dtype=out_dtype), out_layout)
+        row_of_slopes(kernels, view, labels, out, slope)
+        assert_within_budget(out, exact, plain, f"{layout} logits, {out_layout} output")
+        assert_only_written(out, memory)
 
 
 @pytest.mark.parametrize(("a_dtype", "b_dtype"), DTYPES)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu_session import pairs, rows
 from benchmarks.gpu_session.judge import Judge
-from benchmarks.gpu_session.layouts import LAYOUTS, assert_only_written, place
+from tests.support.layouts import FEW_LAYOUTS, assert_only_written, place
 from unilogit_kernels.backends.contract import Tile, TilePair
 from unilogit_kernels.backends.eager import EagerKernels
 from unilogit_kernels.maths import pair_state, row_state
@@ -85,7 +85,7 @@ def test_judges_see_faults(name: str, fault: str) -> None:
         assert check(Wrong(fault), (5, 301), "cpu", **flags).worst < 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FEW_LAYOUTS)
 def test_layouts(layout: str) -> None:
     values = torch.arange(1.0, 22.0).view(3, 7)
     view, memory = place(values, layout)

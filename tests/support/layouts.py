@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.utils.dlpack
 from torch import Tensor
@@ -18,32 +20,39 @@ LAYOUTS = (
 are apart. Storage that is unaligned itself, as from DLPack, has no boundary before its first row.
 """
 
+FEW_LAYOUTS = ("contiguous", "odd", "unaligned storage", "inner stride", "transposed")
+"""The same in fewer: `odd` are padded rows of an unaligned matrix."""
+
 CANARY = 1234.0
-"""Fills what lies around a tensor; exact in every dtype."""
+"""To be overwritten; exact in every dtype."""
+
+_PADDING = 3
 
 
 def place(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """A copy of `values` in a layout, and the memory around it, filled with canaries."""
+    """A copy of `values` `[n, v]` in a layout, and the memory that it lies in, else NaN."""
     n, v = values.shape
-    shape = {"padded rows": (n, v + 3), "inner stride": (n, 2 * v), "transposed": (v, n)}.get(
-        layout, (n, v)
-    )
-    offset = 1 if layout.startswith("unaligned") else 32
-    memory = torch.full((shape[0] * shape[1] + 64,), CANARY, dtype=values.dtype)
-    inside = memory[offset : offset + shape[0] * shape[1]]
+    row, column, start = {
+        "contiguous": (v, 1, 32),
+        "unaligned": (v, 1, 1),
+        "unaligned storage": (v, 1, 1),
+        "padded rows": (v + _PADDING, 1, 32),
+        "odd": (v + _PADDING, 1, 1),
+        "inner stride": (2 * v, 2, 32),
+        "transposed": (1, n, 32),
+    }[layout]
+    room = start + max(n * v, n * row) + 32
+    memory = torch.full((room,), math.nan, dtype=values.dtype, device=values.device)
+    inside = memory
     if layout == "unaligned storage":
-        inside = torch.utils.dlpack.from_dlpack(inside)  # whose storage begins where the view does
-    inside = inside.view(shape)
-    view = {
-        "padded rows": inside[:, :v],
-        "inner stride": inside[:, ::2],
-        "transposed": inside.t(),
-    }.get(layout, inside)
-    view.copy_(values)
-    return view, memory
+        inside, start = torch.utils.dlpack.from_dlpack(memory[start:]), 0
+    # Counted from where the storage begins, which for one from DLPack is where the view does.
+    view = inside.as_strided((n, v), (row, column), inside.storage_offset() + start)
+    return view.copy_(values), memory
 
 
 def assert_only_written(view: Tensor, memory: Tensor) -> None:
-    """Everything of `memory` outside of `view` is still a canary."""
-    view.fill_(CANARY)
-    assert bool((memory == CANARY).all()), "written outside of the tensor"
+    """What lies around a matrix is still NaN. Overwrites the matrix."""
+    view.fill_(0.0)
+    written = memory.numel() - int(memory.isnan().sum())
+    assert written == view.numel(), f"{written - view.numel()} elements outside were written"

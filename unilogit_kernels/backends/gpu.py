@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile
@@ -66,7 +67,7 @@ def vocabulary_terms(vocab_size: int) -> tuple[float, float, float]:
 
 
 class GpuKernels(RowKernels):
-    """Checks of what kernels are launched on, and a sweep where one launch of whole rows is slower.
+    """What both backends for GPUs do: a sweep where one launch of whole rows is slower.
 
     Attributes:
         language: What the kernels are written in, as messages name it.
@@ -90,47 +91,42 @@ class GpuKernels(RowKernels):
             self.log_odds_gradient(tile, state, finish.slopes, out)
         return finish.values
 
-    def are_empty(self, *matrices: Tensor | None) -> bool:
-        """Whether there is nothing to launch for.
 
-        Args:
-            matrices: Logits and gradients, all of one shape `[n, v]`, or None.
+def check_matrices(language: str, v: int, *dtypes: torch.dtype) -> None:
+    """Whether kernels take such logits and gradients, of `v` columns each.
 
-        Raises:
-            TypeError: A dtype is not one of `DTYPE_IDS`.
-            ValueError: There are more than `MOST_COLUMNS` columns.
-        """
-        first, *others = (matrix for matrix in matrices if matrix is not None)
-        self._check_dtypes(first, *others)
-        if first.shape[1] > MOST_COLUMNS:
-            raise ValueError(
-                f"the {self.language} kernels take at most {MOST_COLUMNS} columns, "
-                f"got {first.shape[1]}"
+    Args:
+        language: What the kernels are written in.
+        v: Columns.
+        dtypes: Of all of them.
+
+    Raises:
+        TypeError: A dtype is not one of `DTYPE_IDS`.
+        ValueError: There are more than `MOST_COLUMNS` columns.
+    """
+    for dtype in dtypes:
+        if dtype not in DTYPE_IDS:
+            raise TypeError(
+                f"the {language} kernels take {', '.join(map(str, DTYPE_IDS))}, "
+                f"got {dtype} (float64 belongs to the eager backend)"
             )
-        return first.numel() == 0
+    if v > MOST_COLUMNS:
+        raise ValueError(f"the {language} kernels take at most {MOST_COLUMNS} columns, got {v}")
 
-    def is_empty(self, values: Tensor) -> bool:
-        """Whether there is nothing to scale in place.
 
-        Raises:
-            TypeError: The dtype is not one of `DTYPE_IDS`.
-            ValueError: The tensor is not contiguous.
-        """
-        self._check_dtypes(values)
-        if not values.is_contiguous():
-            raise ValueError(
-                f"the {self.language} kernels scale contiguous tensors, got shape "
-                f"{list(values.shape)} with strides {list(values.stride())}"
-            )
-        return values.numel() == 0
+def check_scaled(language: str, values: Tensor) -> None:
+    """Whether kernels scale a tensor in place.
 
-    def _check_dtypes(self, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            if tensor.dtype not in DTYPE_IDS:
-                raise TypeError(
-                    f"the {self.language} kernels take {', '.join(map(str, DTYPE_IDS))}, "
-                    f"got {tensor.dtype} (float64 belongs to the eager backend)"
-                )
+    Raises:
+        TypeError: The dtype is not one of `DTYPE_IDS`.
+        ValueError: The tensor is not contiguous.
+    """
+    check_matrices(language, 1, values.dtype)
+    if not values.is_contiguous():
+        raise ValueError(
+            f"the {language} kernels scale contiguous tensors, got shape "
+            f"{list(values.shape)} with strides {list(values.stride())}"
+        )
 
 
 # ---- how rows are shared among programs --------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 
 from unilogit_kernels.backends.contract import RowKernels
 from unilogit_kernels.backends.ids import DTYPE_IDS
+from unilogit_kernels.backends.imagined import ImaginedGpu
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -47,6 +48,20 @@ def load(name: str) -> RowKernels:
     from unilogit_kernels.backends.eager import EagerKernels
 
     return EagerKernels()
+
+
+def imagine(gpu: ImaginedGpu) -> RowKernels:
+    """The row kernels that a GPU gets by default, whose launches are noted and not made.
+
+    Those in CUDA C++ stand for Triton's where triton is not installed.
+    """
+    try:
+        from unilogit_kernels.backends.triton.launch import TritonKernels
+    except ImportError:
+        from unilogit_kernels.backends.cuda.launch import CudaKernels
+
+        return CudaKernels(gpu)
+    return TritonKernels(gpu)
 
 
 def unavailable_reason(name: str) -> str | None:

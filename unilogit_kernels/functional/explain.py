@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from unilogit_kernels.backends.imagined import Gpu
 from unilogit_kernels.calls import validation
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape, budget_of, saved_capacity
 from unilogit_kernels.fused_linear.cost import (
     Collective,
     Costs,
     Shares,
+    launched,
     loss_costs,
     recomputing_costs,
 )
@@ -35,7 +37,7 @@ class Accelerator:
         half_flops: bfloat16 and float16 matrix products, operations per second.
         float32_flops: float32 ones (TF32 off), operations per second.
         bandwidth: Memory, bytes per second.
-        cache_bytes: The last cache.
+        gpu: What decides how row kernels are launched.
         source: Where the 16-bit rate and the bandwidth are from.
         launch_seconds: Host time of a launch: below it, launches set the pace.
     """
@@ -43,7 +45,7 @@ class Accelerator:
     half_flops: float
     float32_flops: float
     bandwidth: float
-    cache_bytes: int
+    gpu: Gpu
     source: str = "data sheet"
     launch_seconds: float = 5e-6
 
@@ -57,18 +59,21 @@ class Accelerator:
     def seconds(self, launch: Launch, dtype: torch.dtype) -> float:
         """Roofline time: whichever takes longer, operations or bytes."""
         rate = self.half_flops if dtype.itemsize == 2 else self.float32_flops
-        return max(launch.flops / rate, launch.moved(self.cache_bytes) / self.bandwidth)
+        return max(launch.flops / rate, launch.moved(self.gpu.cache_bytes) / self.bandwidth)
 
 
 ACCELERATORS = {
-    "A100": Accelerator(312e12, 19.5e12, 2.039e12, 40 << 20),
-    "H100": Accelerator(798e12, 66.9e12, 3.0e12, 50 << 20, "seen"),
-    "H200": Accelerator(989.4e12, 66.9e12, 4.8e12, 50 << 20),
-    "B200": Accelerator(2250e12, 75e12, 8.0e12, 126 << 20),
-    "MI300X": Accelerator(1307.4e12, 163.4e12, 5.3e12, 256 << 20),
+    "A100": Accelerator(312e12, 19.5e12, 2.039e12, Gpu("cuda:80", 108, 40 << 20)),
+    "H100": Accelerator(798e12, 66.9e12, 3.0e12, Gpu("cuda:90", 132, 50 << 20), "seen"),
+    "H200": Accelerator(989.4e12, 66.9e12, 4.8e12, Gpu("cuda:90", 132, 50 << 20)),
+    "B200": Accelerator(2250e12, 75e12, 8.0e12, Gpu("cuda:100", 148, 126 << 20)),
+    "MI300X": Accelerator(1307.4e12, 163.4e12, 5.3e12, Gpu("hip:gfx942", 304, 256 << 20)),
 }
 """NVIDIA A100 80GB SXM, H100 SXM, H200 and B200, AMD MI300X, from their makers' data sheets; the
 H100's rates are those of an 8192^3 bfloat16 product and of a copy, which others have measured."""
+
+COUNTED_ON = "H100"
+"""The one whose launches and bytes a report names; those of the others are in its predictions."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,9 @@ class PlanReport:
             4 against a reference model of the same hidden size.
         gemm_flops: Floating-point operations of the matrix products.
         moved_bytes: Bytes that the launches read and write, caches apart.
-        launches: Kernels on the device.
+        launches: Kernels on the device: of torch, of matrix products and of rows; on GPUs, those on
+            an H100. How many a call of a row kernel takes depends on the GPU and its rows.
+        launches_on: The same by GPU.
         peak_bytes: Most bytes alive at a time beside operands and gradients.
         memory_budget: Bytes that buffers may take, as given or by default.
         saved_share: Share of the logits, or of their gradient rows, that is not projected again.
@@ -98,6 +105,7 @@ class PlanReport:
     gemm_flops: int
     moved_bytes: int
     launches: int
+    launches_on: dict[str, int]
     peak_bytes: int
     memory_budget: int
     saved_share: float
@@ -133,7 +141,8 @@ class PlanReport:
             bare = self.bare_gemm_seconds[name]
             lines.append(
                 f"  {name:<17}{1e3 * seconds:.2f} ms predicted, {seconds / bare:.2f} x the bare "
-                f"GEMMs' {1e3 * bare:.2f} ms (roofline at {ACCELERATORS[name].rates}; not measured)"
+                f"GEMMs' {1e3 * bare:.2f} ms, {self.launches_on[name]:,} launches (roofline at "
+                f"{ACCELERATORS[name].rates}; not measured)"
             )
         return "\n".join(lines)
 
@@ -261,20 +270,24 @@ def _report(shape: LinearShape, calls: list[Costs], memory_budget: int) -> PlanR
     passes = 2 if shape.needs.any() and plan.order == "vocabulary_chunks" else 1
     whole = [_whole_gemm(shape, head) for head in shape.heads]
     whole += (shape.needs.hidden + shape.needs.weight) * whole[:1]
-    launches = [launch for call in calls for launch in call.launches]
-    predicted, bare = {}, {}
+    recorded = launches = [launch for call in calls for launch in call.launches]
+    predicted, bare, launches_on = {}, {}, {}
     if shape.device_type == "cuda":
         for name, gpu in ACCELERATORS.items():
-            on_device = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in launches)
-            predicted[name] = max(on_device, len(launches) * gpu.launch_seconds)
+            given = launched(recorded, gpu.gpu)
+            on_device = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in given)
+            predicted[name] = max(on_device, len(given) * gpu.launch_seconds)
             bare[name] = sum(gpu.seconds(launch, shape.dtypes.operands) for launch in whole)
+            launches_on[name] = len(given)
+        launches = launched(recorded, ACCELERATORS[COUNTED_ON].gpu)
     return PlanReport(
         title=_title(shape),
         plan=plan,
         gemms=flops / unit,
         gemm_flops=flops,
-        moved_bytes=sum(call.moved() for call in calls),
+        moved_bytes=sum(launch.moved() for launch in launches),
         launches=len(launches),
+        launches_on=launches_on,
         peak_bytes=max(call.peak_bytes for call in calls),
         memory_budget=memory_budget,
         saved_share=passes - projected / once,

@@ -5,7 +5,8 @@ So launches, operations, bytes and the peak of memory are those of the loops by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,15 +16,18 @@ from torch import Tensor
 
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, Tile, TilePair
 from unilogit_kernels.backends.ids import OBJECTIVE_IDS
+from unilogit_kernels.backends.imagined import Gpu, ImaginedGpu
+from unilogit_kernels.backends.registry import imagine
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
 from unilogit_kernels.fused_linear.gemm import LinearHead
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import Plan
-from unilogit_kernels.fused_linear.recorder import Launch, Recorder
+from unilogit_kernels.fused_linear.recorder import Launch, Read, Recorder, RowCall
 from unilogit_kernels.fused_linear.saved import SavedBeside
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
+from unilogit_kernels.maths import pair_state
 from unilogit_kernels.maths.divergence import Divergence
 from unilogit_kernels.maths.rewrites import Rewrite
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
@@ -34,6 +38,8 @@ from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 from unilogit_kernels.rows.ranks import Shard, recording
 
 _META = torch.device("meta")
+_SWEPT = "unilogit"
+"""Of the objectives that a sweep on a GPU knows, all of which it launches alike."""
 _GROUP = "recording"
 
 
@@ -91,10 +97,6 @@ class Costs:
     def flops(self) -> int:
         """Of the matrix products."""
         return sum(launch.flops for launch in self.launches)
-
-    def moved(self, cache_bytes: int = 0) -> int:
-        """See `Launch.moved`."""
-        return sum(launch.moved(cache_bytes) for launch in self.launches)
 
 
 def loss_costs(shape: LinearShape, plan: Plan, shares: Shares | None = None) -> Costs:
@@ -238,10 +240,12 @@ class _RecordingKernels(RowKernels):
         self._recorder = recorder
 
     def log_odds_update(self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN) -> None:
-        self._recorder.add("log_odds_update", [tile.logits, tile.labels, state], [state])
+        call = RowCall.of("log_odds_update", tile.logits, (tile.logits.dtype,), needs)
+        self._add(call, [tile.logits, tile.labels, state], [state])
 
     def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
-        self._recorder.add("log_odds_gradient", [tile.logits, tile.labels, state, slope], [out])
+        call = RowCall.of("log_odds_gradient", out, (tile.logits.dtype, out.dtype))
+        self._add(call, [tile.logits, tile.labels, state, slope], [out])
 
     def log_odds_sweep(
         self,
@@ -254,11 +258,14 @@ class _RecordingKernels(RowKernels):
     ) -> Tensor:
         values = row_weight.new_empty(tile.logits.shape[0])
         written = [values] if out is None else [values, out]
-        self._recorder.add("log_odds_sweep", [tile.logits, tile.labels, row_weight], written)
+        dtypes = (tile.logits.dtype, *([] if out is None else [out.dtype]))
+        call = RowCall.of("log_odds_sweep", tile.logits, dtypes)
+        self._add(call, [tile.logits, tile.labels, row_weight], written)
         return values
 
     def divergence_update(self, pair: TilePair, state: Tensor) -> None:
-        self._recorder.add("divergence_update", [*pair[:3], state], [state])
+        call = RowCall.of("divergence_update", pair.a, (pair.a.dtype, pair.b.dtype))
+        self._add(call, [*pair[:3], state], [state])
 
     def divergence_gradient(
         self,
@@ -268,4 +275,70 @@ class _RecordingKernels(RowKernels):
         student: Literal["a", "b"],
         out: Tensor,
     ) -> None:
-        self._recorder.add("divergence_gradient", [*pair[:3], state, coefficients], [out])
+        dtypes = (pair.a.dtype, pair.b.dtype, out.dtype)
+        call = RowCall.of("divergence_gradient", out, dtypes)
+        self._add(call, [*pair[:3], state, coefficients], [out])
+
+    def _add(self, call: RowCall, reads: list[Tensor], writes: list[Tensor]) -> None:
+        self._recorder.add(call.name, reads, writes, rows=call)
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+def launched(launches: Iterable[Launch], gpu: Gpu) -> list[Launch]:
+    """What a GPU is given for recorded launches: some calls of row kernels take several.
+
+    How many follows from the launch functions of its backend, on tensors without data. Models whose
+    logits pass a softcap may share small rows otherwise.
+    """
+    result = []
+    for launch in launches:
+        if launch.rows is None:
+            result.append(launch)
+        else:
+            result += _in_steps(launch, *_steps(launch.rows, gpu))
+    return result
+
+
+def _in_steps(launch: Launch, names: tuple[str, ...], others: tuple[Launch, ...]) -> list[Launch]:
+    """A call's launches; each that passes the rows reads them, and the last one writes them."""
+    steps, reads = list(others), launch.reads
+    last = [name for name in names if not name.startswith("merge")][-1:]
+    for name in names:
+        if name.startswith("merge"):
+            steps.append(Launch(name, 0, 0, ()))
+            continue
+        written = launch.written if [name] == last else 0
+        steps.append(Launch(name, launch.flops, written, reads))
+        reads = tuple(Read(read.bytes, read.bytes) for read in reads)
+    return steps
+
+
+@functools.lru_cache(4096)
+def _steps(call: RowCall, gpu: Gpu) -> tuple[tuple[str, ...], tuple[Launch, ...]]:
+    """Names of the row kernels that a call launches, and what else it launches."""
+    there, recorder = ImaginedGpu(gpu), Recorder()
+    kernels = imagine(there)
+    logits, *more = (torch.empty(call.n, call.v, dtype=d, device=_META) for d in call.dtypes)
+    labels = torch.empty(call.n, dtype=torch.int64, device=_META)
+    vector = torch.empty(call.n, device=_META)
+    with recorder:
+        if call.name == "log_odds_update":
+            state = torch.empty(call.needs.state_rows, call.n, device=_META)
+            kernels.log_odds_update(Tile(logits, labels), state, call.needs)
+        elif call.name == "log_odds_gradient":
+            state = torch.empty(call.needs.state_rows, call.n, device=_META)
+            kernels.log_odds_gradient(Tile(logits, labels), state, vector, more[0])
+        elif call.name == "log_odds_sweep":
+            out = more[0] if more else None
+            kernels.log_odds_sweep(Tile(logits, labels), vector, _SWEPT, call.v, out)
+        else:
+            pair = TilePair(logits, more[0], labels)
+            state = torch.empty(pair_state.B_TARGET + 1, call.n, device=_META)
+            if call.name == "divergence_update":
+                kernels.divergence_update(pair, state)
+            else:
+                coefficients = torch.empty(4, call.n, device=_META)
+                kernels.divergence_gradient(pair, state, coefficients, "a", more[1])
+    return tuple(there.launched), tuple(recorder.launches)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
+
 CACHED_SHARE = 0.7
 """What was written, or moved since, up to this share of the last cache is read from there."""
 
@@ -38,6 +40,32 @@ class Read(NamedTuple):
     distance: float
 
 
+class RowCall(NamedTuple):
+    """A call of a row kernel, as far as its launches follow from it.
+
+    Attributes:
+        name: Of the method of `RowKernels`.
+        n: Rows.
+        v: Columns.
+        dtypes: Of the logits, and of the gradient rows if there are any.
+        needs: What is asked of a row; what a state or slopes hold.
+    """
+
+    name: str
+    n: int
+    v: int
+    dtypes: tuple[torch.dtype, ...]
+    needs: RowNeeds = PLAIN
+
+    @staticmethod
+    def of(
+        name: str, rows: Tensor, dtypes: tuple[torch.dtype, ...], needs: RowNeeds = PLAIN
+    ) -> RowCall:
+        """The call on rows `[n, v]`."""
+        n, v = rows.shape
+        return RowCall(name, n, v, dtypes, needs)
+
+
 class Launch(NamedTuple):
     """One kernel.
 
@@ -46,12 +74,14 @@ class Launch(NamedTuple):
         flops: Of a matrix product, else 0.
         written: Bytes.
         reads: What is read.
+        rows: The call of a row kernel, which may take several launches.
     """
 
     name: str
     flops: int
     written: int
     reads: tuple[Read, ...]
+    rows: RowCall | None = None
 
     def moved(self, cache_bytes: int = 0) -> int:
         """Bytes to and from memory; what a cache of that size still holds is read from there.
@@ -155,6 +185,7 @@ class Recorder(TorchDispatchMode):
         writes: Sequence[Tensor],
         *,
         flops: int = 0,
+        rows: RowCall | None = None,
         part: Tensor | None = None,
     ) -> None:
         """Record one launch; `part` is as large as what it moves of a tensor that is larger."""
@@ -164,7 +195,7 @@ class Recorder(TorchDispatchMode):
 
         found = tuple(Read(moved(tensor), self._distance(tensor)) for tensor in reads)
         start = self._moved
-        self.launches.append(Launch(name, flops, sum(map(moved, writes)), found))
+        self.launches.append(Launch(name, flops, sum(map(moved, writes)), found, rows))
         self._moved += self.launches[-1].moved()
         for tensor in writes:
             self._written_at[id(tensor.untyped_storage())] = start + sum(r.bytes for r in found)

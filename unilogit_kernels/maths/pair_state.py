@@ -30,8 +30,8 @@ def empty_state(n: int, device: torch.device, dtype: torch.dtype = torch.float32
     """The state of `n` pairs of which no column has been seen: maxima and targets -inf, sums 0."""
     state = torch.full((7, n), float("-inf"), device=device, dtype=dtype)
     # No list of indices, which would be copied to the device: a CUDA graph must not wait for one.
-    state[A_SUM : A_DOT + 1] = 0.0
-    state[B_SUM] = 0.0
+    state[A_SUM : A_DOT + 1].zero_()
+    state[B_SUM].zero_()
     return state
 
 

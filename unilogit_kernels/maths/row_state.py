@@ -93,10 +93,10 @@ def empty_state(
 ) -> Tensor:
     """The state of `n` rows of which no column has been seen: `max = -inf, sum = 0, z_y = -inf`."""
     state = torch.full((needs.state_rows, n), float("-inf"), device=device, dtype=dtype)
-    state[ROW_SUM] = 0.0
+    state[ROW_SUM].zero_()
     if has_runner_up(state):
         as_integers(state[RUNNER_UP]).fill_(NO_COLUMN)
-        state[COUNT:] = 0.0
+        state[COUNT:].zero_()
     return state
 
 

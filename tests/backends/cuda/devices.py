@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ptxsim import PtxModule, Schedule
 from ptxsim.build import cache_directory
 from ptxsim.cuda_source import launch_cuda
+from tests.support.caches import forget_layouts
 from unilogit_kernels.backends import gpu, registry
 from unilogit_kernels.backends.cuda import geometry, sources
 from unilogit_kernels.backends.cuda.driver import launching_through
@@ -153,7 +154,9 @@ def block_sizes(row: int, split: int, resident: int) -> Iterator[None]:
         patch.setattr(geometry, "ROW_THREADS", row)
         patch.setattr(geometry, "SPLIT_THREADS", split)
         patch.setattr(geometry, "RESIDENT_THREADS", resident)
+        forget_layouts()
         yield
+    forget_layouts()
 
 
 @contextmanager
@@ -170,6 +173,7 @@ def small_problems(share: str) -> Iterator[PtxLauncher]:
     ):
         if share == "whole rows":
             patch.setattr(gpu, "WAVES", 1)
+            forget_layouts()
         patch.setitem(registry._DEVICES, "cuda", "cpu")
         patch.setattr(registry, "unavailable_reason", lambda name: None)
         yield device

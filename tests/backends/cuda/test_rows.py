@@ -187,7 +187,7 @@ def test_offsets_beyond_32_bits(device: devices.PtxLauncher) -> None:
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
 def test_scale(dtype: torch.dtype, count: int) -> None:
     for offset in (0, 1):
-        memory = torch.full((count + 64,), CANARY, dtype=dtype)
+        memory = torch.full((count + 64,), math.nan, dtype=dtype)
         values = memory[offset : offset + count]
         values.copy_(torch.randn(count))
         expected = (values.float() * 0.37).to(dtype)

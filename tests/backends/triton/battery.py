@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tests.support.layouts import assert_only_written, place
 from unilogit_kernels import objectives
 from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.eager import EagerKernels
@@ -20,7 +21,6 @@ TRITON, EAGER = TritonKernels(), EagerKernels()
 PLAIN = LogitTransform()
 SCALED = LogitTransform(scale=-1.5)
 CAPPED = LogitTransform(scale=0.7, softcap=5.0)
-LAYOUTS = ("contiguous", "odd", "strided")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Case:
         dtype: Of the logits.
         transform: Of the logits.
         objective: For the sweep.
-        layout: `contiguous`; `odd`, with rows of odd distance that begin anywhere; or `strided`,
-            with columns apart. What lies between is NaN.
+        layout: See `tests.support.layouts`.
         in_place: Whether gradients overwrite the logits.
         n: Tokens.
         v: Columns.
@@ -45,24 +44,6 @@ class Case:
     in_place: bool = False
     n: int = 3
     v: int = 3001
-
-
-def place(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """A copy of `values` in a layout, and the memory around it, filled with NaN."""
-    n, v = values.shape
-    row, column, start = {"contiguous": (v, 1, 0), "odd": (v + 6, 1, 3), "strided": (3 * v, 3, 1)}[
-        layout
-    ]
-    memory = torch.full((start + n * row + 5,), math.nan, dtype=values.dtype)
-    view = memory.as_strided((n, v), (row, column), start)
-    return view.copy_(values), memory
-
-
-def assert_only_written(view: Tensor, memory: Tensor) -> None:
-    """What lies around a matrix is still NaN."""
-    around = torch.ones(memory.shape, dtype=torch.bool)
-    around.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
-    assert memory[around].isnan().all(), "wrote outside of the matrix"
 
 
 def _thirds(v: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from ptxsim import Launch as ExecutedLaunch
 from ptxsim import Schedule, collect
 from ptxsim.triton_device import triton_device
 from tests.backends.triton.aot import Launch, Resources, compiling_for, resources
+from tests.support.caches import forget_layouts
 from unilogit_kernels import unilogit_loss
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, Tile, TilePair
@@ -197,7 +198,9 @@ def _one_multiprocessor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "sizes", sizes)
         patch.setattr(gpu, "WAVES", 1)
+        forget_layouts()
         yield
+    forget_layouts()
 
 
 Call = Callable[[Tensor, Tensor], object]

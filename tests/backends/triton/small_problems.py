@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from tests.support.caches import forget_layouts
+
 SHARES = ("whole rows", "split rows")
 """How programs may share rows: one for each, or several for one."""
 
@@ -39,4 +41,6 @@ def small_problems(share: str) -> Iterator[None]:
             patch.setattr(gpu, "WAVES", 1)
         patch.setitem(registry._DEVICES, "triton", "cpu")
         patch.setattr(registry, "unavailable_reason", lambda name: None)
+        forget_layouts()
         yield
+    forget_layouts()

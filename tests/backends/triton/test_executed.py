@@ -51,8 +51,8 @@ FLAGS = [
     Case(torch.bfloat16, SCALED, "unilogit_forward", in_place=True),
     Case(torch.bfloat16, CAPPED, "unilogit", layout="contiguous", v=3000),
     Case(torch.float16, PLAIN, "gradient_ascent"),
-    Case(torch.float32, SCALED, "unilogit", layout="strided", v=501),
-    Case(torch.bfloat16, PLAIN, "unilogit", layout="strided", v=7, in_place=True),
+    Case(torch.float32, SCALED, "unilogit", layout="inner stride", v=501),
+    Case(torch.bfloat16, PLAIN, "unilogit", layout="inner stride", v=7, in_place=True),
 ]
 SHARED_SUITE = {
     "one row": (

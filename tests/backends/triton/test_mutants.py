@@ -361,8 +361,8 @@ ALIGNMENTS: dict[str, tuple[str, str, Callable[..., None], tuple[object, ...]]] 
         ("padded rows", NARROW, NARROW),
     ),
     "boundaries of a narrower dtype": (
-        "min(vector_of(place.base), vector_of(self.leading.base))",
-        "vector_of(place.base)",
+        "min(vector_of(place.dtype), vector_of(self.leading.dtype))",
+        "vector_of(place.dtype)",
         TWO_MODELS,
         ("contiguous", WIDE, NARROW),
     ),

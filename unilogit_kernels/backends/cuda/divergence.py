@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from ctypes import c_float, c_int32, c_int64
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unilogit_kernels.backends.contract import TilePair
+from unilogit_kernels.backends import gpu
+from unilogit_kernels.backends.contract import LogitTransform, TilePair
 from unilogit_kernels.backends.cuda import geometry
-from unilogit_kernels.backends.cuda.driver import current
-from unilogit_kernels.backends.cuda.geometry import Shares, factors, strides
+from unilogit_kernels.backends.cuda.geometry import Shares, factors
+from unilogit_kernels.backends.cuda.prepared import (
+    GEOMETRIES,
+    CudaLaunches,
+    Matrix,
+    Prepared,
+)
 from unilogit_kernels.backends.cuda.sources import Kernel
-from unilogit_kernels.backends.gpu import GpuKernels
 from unilogit_kernels.backends.ids import DTYPE_IDS
 from unilogit_kernels.maths import pair_state
 
@@ -21,50 +27,127 @@ _PAIR_COLUMNS = 16
 """`kPairVector * kPairVectors` of `csrc/cuda/pair_kernels.h`."""
 
 
-class DivergenceLaunches(GpuKernels):
+class _Update(NamedTuple):
+    """Statistics of a pair of tiles: in one launch, or in parts that another one merges.
+
+    Attributes:
+        fold: The first launch.
+        parts: Of a row; 0 where the state is updated at once.
+        merge: The second launch; None then.
+    """
+
+    fold: Prepared
+    parts: int = 0
+    merge: Prepared | None = None
+
+
+@functools.lru_cache(GEOMETRIES)
+def _update(
+    n: int,
+    v: int,
+    a: Matrix,
+    b: Matrix,
+    first_column: int,
+    a_transform: LogitTransform,
+    b_transform: LogitTransform,
+    state_stride: int,
+    multiprocessors: int,
+) -> _Update | None:
+    """None where there is nothing to launch for."""
+    gpu.check_matrices(CudaLaunches.language, v, a.dtype, b.dtype)
+    if n * v == 0:
+        return None
+    shares = Shares.of(n, v, _PAIR_COLUMNS, multiprocessors)
+    numbers = (
+        *a.strides,
+        *b.strides,
+        c_int64(state_stride),
+        c_int64(first_column),
+        c_int32(v),
+        c_int32(DTYPE_IDS[a.dtype]),
+        c_int32(DTYPE_IDS[b.dtype]),
+        *factors(a_transform),
+        *factors(b_transform),
+    )
+    fold = Prepared(Kernel("DIVERGENCE_UPDATE"), (n, shares.parts), shares.threads, numbers)
+    if shares.parts == 1:
+        return _Update(fold)
+    merge = Prepared(
+        Kernel("MERGE_PAIRS"),
+        (n, 1),
+        geometry.ROW_THREADS,
+        (c_int64(state_stride), c_int32(shares.parts)),
+    )
+    return _Update(fold, shares.parts, merge)
+
+
+@functools.lru_cache(GEOMETRIES)
+def _gradient(
+    n: int,
+    v: int,
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    first_column: int,
+    a_transform: LogitTransform,
+    b_transform: LogitTransform,
+    state_stride: int,
+    coefficient_stride: int,
+    student: str,
+    multiprocessors: int,
+) -> Prepared | None:
+    """None where there is nothing to launch for."""
+    gpu.check_matrices(CudaLaunches.language, v, a.dtype, b.dtype, out.dtype)
+    if n * v == 0:
+        return None
+    shares = Shares.of(n, v, _PAIR_COLUMNS, multiprocessors)
+    numbers = (
+        *a.strides,
+        *b.strides,
+        *out.strides,
+        c_int64(state_stride),
+        c_int64(coefficient_stride),
+        c_int64(first_column),
+        c_int32(v),
+        c_int32(DTYPE_IDS[a.dtype]),
+        c_int32(DTYPE_IDS[b.dtype]),
+        c_int32(DTYPE_IDS[out.dtype]),
+        c_int32(student == "a"),
+        *factors(a_transform),
+        c_float(a_transform.scale),
+        *factors(b_transform),
+        c_float(b_transform.scale),
+    )
+    return Prepared(Kernel("DIVERGENCE_GRADIENT"), (n, shares.parts), shares.threads, numbers)
+
+
+class DivergenceLaunches(CudaLaunches):
     """Launches of the two-row kernels."""
 
     def divergence_update(self, pair: TilePair, state: Tensor) -> None:
         """See `RowKernels`; in one stage or two."""
-        if self.are_empty(pair.a, pair.b):
-            return
         a, b, labels, first_column, a_transform, b_transform = pair
-        launcher = current()
+        launcher = self._launcher
         n, v = a.shape
-        shares = Shares.of(a, _PAIR_COLUMNS, launcher)
-        parts = None
-        if shares.parts > 1:
-            parts = torch.empty(pair_state.B_SUM + 1, n, shares.parts, device=a.device)
-        launcher.launch(
-            Kernel("DIVERGENCE_UPDATE"),
-            (n, shares.parts),
-            shares.threads,
-            [
-                a,
-                b,
-                labels,
-                state,
-                parts,
-                *strides(a),
-                *strides(b),
-                c_int64(state.stride(0)),
-                c_int64(first_column),
-                c_int32(v),
-                c_int32(DTYPE_IDS[a.dtype]),
-                c_int32(DTYPE_IDS[b.dtype]),
-                *factors(a_transform),
-                *factors(b_transform),
-            ],
-            a,
+        update = _update(
+            n,
+            v,
+            Matrix.of(a),
+            Matrix.of(b),
+            first_column,
+            a_transform,
+            b_transform,
+            state.stride(0),
+            launcher.multiprocessors(a),
         )
-        if parts is not None:
-            launcher.launch(
-                Kernel("MERGE_PAIRS"),
-                (n, 1),
-                geometry.ROW_THREADS,
-                [parts, state, c_int64(state.stride(0)), c_int32(shares.parts)],
-                a,
-            )
+        if update is None:
+            return
+        if update.merge is None:
+            update.fold.through(launcher, a, a, b, labels, state, None)
+            return
+        parts = torch.empty(pair_state.B_SUM + 1, n, update.parts, device=a.device)
+        update.fold.through(launcher, a, a, b, labels, state, parts)
+        update.merge.through(launcher, a, parts, state)
 
     def divergence_gradient(
         self,
@@ -75,38 +158,20 @@ class DivergenceLaunches(GpuKernels):
         out: Tensor,
     ) -> None:
         """See `RowKernels`."""
-        if self.are_empty(pair.a, pair.b, out):
-            return
         a, b, labels, first_column, a_transform, b_transform = pair
-        launcher = current()
-        n, v = a.shape
-        shares = Shares.of(a, _PAIR_COLUMNS, launcher)
-        launcher.launch(
-            Kernel("DIVERGENCE_GRADIENT"),
-            (n, shares.parts),
-            shares.threads,
-            [
-                a,
-                b,
-                labels,
-                state,
-                coefficients,
-                out,
-                *strides(a),
-                *strides(b),
-                *strides(out),
-                c_int64(state.stride(0)),
-                c_int64(coefficients.stride(0)),
-                c_int64(first_column),
-                c_int32(v),
-                c_int32(DTYPE_IDS[a.dtype]),
-                c_int32(DTYPE_IDS[b.dtype]),
-                c_int32(DTYPE_IDS[out.dtype]),
-                c_int32(student == "a"),
-                *factors(a_transform),
-                c_float(a_transform.scale),
-                *factors(b_transform),
-                c_float(b_transform.scale),
-            ],
-            a,
+        launcher = self._launcher
+        launch = _gradient(
+            *a.shape,
+            Matrix.of(a),
+            Matrix.of(b),
+            Matrix.of(out),
+            first_column,
+            a_transform,
+            b_transform,
+            state.stride(0),
+            coefficients.stride(0),
+            student,
+            launcher.multiprocessors(a),
         )
+        if launch is not None:
+            launch.through(launcher, a, a, b, labels, state, coefficients, out)

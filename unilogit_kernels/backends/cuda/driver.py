@@ -121,14 +121,29 @@ class DriverLauncher:
         device_of: Tensor,
     ) -> None:
         """See `Launcher`."""
-        from cuda.core import LaunchConfig, launch
-
         device = device_of.device
-        properties = _properties(device)
-        function = self._loader.function(kernel, 10 * properties.major + properties.minor)
+        function = self._loader.function(kernel, _capability(device))
+        values = [_value(argument) for argument in arguments]
+        enqueue, config = _launch_function(), _config(grid, threads)
+        if device.index == torch.cuda.current_device():
+            enqueue(torch.cuda.current_stream(device), config, function, *values)
+            return
         with torch.cuda.device(device):
-            config = LaunchConfig(grid=grid, block=threads)
-            launch(torch.cuda.current_stream(device), config, function, *map(_value, arguments))
+            enqueue(torch.cuda.current_stream(device), config, function, *values)
+
+
+@functools.cache
+def _launch_function() -> Any:
+    from cuda.core import launch
+
+    return launch
+
+
+@functools.lru_cache(1024)
+def _config(grid: tuple[int, int], threads: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=threads)
 
 
 _replaced: list[Launcher] = []
@@ -161,3 +176,9 @@ def _value(argument: Argument) -> Any:
 @functools.cache
 def _properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    properties = _properties(device)
+    return int(10 * properties.major + properties.minor)

@@ -1,20 +1,17 @@
 """How rows are shared among blocks, and what kernels take of matrices and transforms.
 
-Functions here take tensors as they are, on any device: whether the backend may run on it is the
-registry's business. None of the numbers has been measured on a GPU yet (docs/gpu.md).
+None of the numbers has been measured on a GPU yet (docs/gpu.md).
 """
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int64
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.backends.cuda.launcher import Launcher
 
 TYPES = {torch.float32: "Float32", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 """Names of `csrc/cuda/platform.h`."""
@@ -36,11 +33,6 @@ def factors(transform: LogitTransform) -> tuple[c_float, c_float]:
     return c_float(scale), c_float(softcap)
 
 
-def strides(matrix: Tensor) -> tuple[c_int64, c_int64]:
-    """From a row to the next, and from a column to the next."""
-    return c_int64(matrix.stride(0)), c_int64(matrix.stride(1))
-
-
 class Shares(NamedTuple):
     """How rows are shared among blocks: so many for each, of so many threads."""
 
@@ -48,16 +40,16 @@ class Shares(NamedTuple):
     threads: int
 
     @staticmethod
-    def of(matrix: Tensor, thread_columns: int, launcher: Launcher) -> Shares:
+    def of(n: int, v: int, thread_columns: int, multiprocessors: int) -> Shares:
         """One block for each row where that keeps the device busy, else as many as it takes.
 
         Args:
-            matrix: The logits.
+            n: Rows.
+            v: Columns.
             thread_columns: How many a thread has in flight.
-            launcher: Knows the device.
+            multiprocessors: Of the device.
         """
-        n, v = matrix.shape
-        resident = launcher.multiprocessors(matrix) * RESIDENT_THREADS
+        resident = multiprocessors * RESIDENT_THREADS
         if gpu.whole_rows_suffice(n, resident // ROW_THREADS):
             return Shares(1, ROW_THREADS)
         tiles = max(1, v // (thread_columns * SPLIT_THREADS))

@@ -16,15 +16,19 @@ from torch import Tensor
 
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels
-from unilogit_kernels.backends.triton import settings
 from unilogit_kernels.backends.triton.kernels.row_maths import Logits, Needs
 from unilogit_kernels.backends.triton.kernels.row_walk import ACCESS_BYTES, Walk
-from unilogit_kernels.backends.triton.settings import Settings
+from unilogit_kernels.backends.triton.settings import Device, Settings
 
 _Launch = TypeVar("_Launch", bound=Callable[..., Any])
 
+ACCESS = int(ACCESS_BYTES.value)
+
 TAIL_LANES = 8
 """Elements that a thread holds at once in a tail: the masks take registers too."""
+
+GEOMETRIES = 2048
+"""Of each kind of launch so many are remembered: those of a call's chunks, for many sizes."""
 
 
 def on_its_device(launch: _Launch) -> _Launch:
@@ -32,42 +36,52 @@ def on_its_device(launch: _Launch) -> _Launch:
 
     @functools.wraps(launch)
     def guarded(kernels: RowKernels, first: Any, *rest: Any, **named: Any) -> Any:
-        if first.device.type != "cuda":
+        device = first.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(kernels, first, *rest, **named)
-        with torch.cuda.device(first.device):
+        with torch.cuda.device(device):
             return launch(kernels, first, *rest, **named)
 
     return cast(_Launch, guarded)
 
 
 class Place(NamedTuple):
-    """Where a matrix lies, in elements.
+    """Where a matrix lies, in elements, counted from its base.
 
     Attributes:
-        base: A tensor that begins at a 16-byte boundary at or before the matrix, or, where its
-            storage holds none, with the matrix.
-        offset: From there to the matrix.
+        dtype: Of the matrix.
+        aligned: Whether the base is at a 16-byte boundary.
+        offset: From the base to the matrix.
         row_stride: From a row to the next.
         column_stride: From a column to the next.
     """
 
-    base: Tensor
+    dtype: torch.dtype
+    aligned: bool
     offset: int
     row_stride: int
     column_stride: int
 
     @staticmethod
-    def of(matrix: Tensor) -> Place:
-        """Move the base of an unaligned view back, as far as its storage allows."""
+    def of(matrix: Tensor) -> tuple[Tensor, Place]:
+        """The base of a matrix, and its place.
+
+        The base begins at a 16-byte boundary at or before the matrix, or, where the storage holds
+        none, with the matrix.
+        """
         row_stride, column_stride = matrix.stride()
         if matrix.shape[0] == 1:
             row_stride = 0  # nobody steps along it, but it would count against alignment
-        beyond = matrix.data_ptr() // matrix.element_size() % vector_of(matrix)
-        if beyond == 0 or beyond > matrix.storage_offset():
-            return Place(matrix, 0, row_stride, column_stride)
+        dtype = matrix.dtype
+        beyond = matrix.data_ptr() % ACCESS // dtype.itemsize
+        if beyond == 0:
+            return matrix, Place(dtype, True, 0, row_stride, column_stride)
+        if beyond > matrix.storage_offset():
+            return matrix, Place(dtype, False, 0, row_stride, column_stride)
         first = matrix.storage_offset() - beyond
-        size = matrix.untyped_storage().nbytes() // matrix.element_size() - first
-        return Place(matrix.as_strided((size,), (1,), first), beyond, row_stride, column_stride)
+        size = matrix.untyped_storage().nbytes() // dtype.itemsize - first
+        base = matrix.as_strided((size,), (1,), first)
+        return base, Place(dtype, True, beyond, row_stride, column_stride)
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -107,15 +121,15 @@ class Matrices(NamedTuple):
         if self.strided:
             # Bodies begin at column 0: what is peeled off is counted as neighbours in memory.
             return 1
-        elements = min(vector_of(place.base), vector_of(self.leading.base))
+        elements = min(vector_of(place.dtype), vector_of(self.leading.dtype))
         further = place.offset - self.leading.offset
         longer = place.row_stride - self.leading.row_stride
         return 1 if further % elements or longer % elements else elements
 
 
-def vector_of(tensor: Tensor) -> int:
+def vector_of(dtype: torch.dtype) -> int:
     """Elements in 128 bits."""
-    return int(ACCESS_BYTES.value) // tensor.element_size()
+    return ACCESS // dtype.itemsize
 
 
 def logits_of(
@@ -144,7 +158,7 @@ def options_of(chosen: Settings, warps: int) -> dict[str, Any]:
 
 def walk_over(v: int, matrices: Matrices, lanes: int, threads: int) -> Walk:
     """The walk of `threads` threads, each with `lanes` elements at once, over rows of `v`."""
-    vector = vector_of(matrices.leading.base)
+    vector = vector_of(matrices.leading.dtype)
     alignment = matrices.alignment_of(matrices.leading)
     unroll = lanes // vector
     block = unroll * threads * vector
@@ -177,18 +191,18 @@ class Shares(NamedTuple):
     options: dict[str, Any]
 
     @staticmethod
-    def of(matrix: Tensor, matrices: Matrices, lanes: int) -> Shares:
+    def of(n: int, v: int, device: Device, matrices: Matrices, lanes: int) -> Shares:
         """One program for each row where that keeps the device busy, else as many as it takes.
 
         Args:
-            matrix: Any of those that are passed over.
-            matrices: All of them.
+            n: Rows.
+            v: Columns.
+            device: What they run on.
+            matrices: What is passed over.
             lanes: Elements of the leading matrix that a thread holds at once.
         """
-        n, v = matrix.shape
-        chosen = settings.current_settings()
-        multiprocessors, _ = settings.sizes(matrix, chosen)
-        resident_warps = multiprocessors * chosen.resident_warps
+        chosen = device.settings
+        resident_warps = device.multiprocessors * chosen.resident_warps
 
         def walk(warps: int, lanes: int) -> Walk:
             return walk_over(v, matrices, lanes, warps * chosen.warp_threads)
@@ -196,7 +210,7 @@ class Shares(NamedTuple):
         if gpu.whole_rows_suffice(n, resident_warps // chosen.warps):
             return Shares(1, v, walk(chosen.warps, lanes), options_of(chosen, chosen.warps))
         warps = chosen.split_warps
-        vector = vector_of(matrices.leading.base)
+        vector = vector_of(matrices.leading.dtype)
         threads = warps * chosen.warp_threads
         if n * v < resident_warps // warps * threads * lanes:
             lanes = vector  # too little work to give a thread several vectors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, Tile
-from unilogit_kernels.backends.gpu import Finish, GpuKernels, factors_of
-from unilogit_kernels.backends.triton import settings
+from unilogit_kernels.backends.gpu import Finish, factors_of
 from unilogit_kernels.backends.triton.geometry import (
+    GEOMETRIES,
     Matrices,
     Place,
     Shares,
@@ -28,7 +30,8 @@ from unilogit_kernels.backends.triton.kernels.log_odds import (
     merge_parts_kernel,
 )
 from unilogit_kernels.backends.triton.kernels.row_maths import Needs
-from unilogit_kernels.backends.triton.settings import Settings
+from unilogit_kernels.backends.triton.prepared import Prepared, TritonLaunches
+from unilogit_kernels.backends.triton.settings import Device, Settings
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
 LARGEST_TILE = 16384
@@ -38,6 +41,9 @@ twice as many costs more instructions than rescaling the sum half as often saves
 SWEEP_WARPS = 4
 """Least of a program that passes its row twice."""
 
+_NO_FINISH = (None, 2, None, None, None)
+"""A `Finish` of nothing."""
+
 
 def _lanes(transform: LogitTransform, chosen: Settings, needs: tuple[bool, ...] = ()) -> int:
     # The columns of the runner-up and what moments are taken of need registers, as a cap does.
@@ -45,7 +51,174 @@ def _lanes(transform: LogitTransform, chosen: Settings, needs: tuple[bool, ...] 
     return lanes // 2 if needs and all(needs) else lanes
 
 
-class LogOddsLaunches(GpuKernels):
+class _Update(NamedTuple):
+    """Statistics of a tile: in one launch, or in parts that another one merges.
+
+    Attributes:
+        fold: The first launch.
+        parts: Of a row; 0 where the state is updated at once.
+        merge: The second launch; None then.
+    """
+
+    fold: Prepared
+    parts: int = 0
+    merge: Prepared | None = None
+
+
+@functools.lru_cache(GEOMETRIES)
+def _update(
+    n: int,
+    v: int,
+    place: Place,
+    first_column: int,
+    transform: LogitTransform,
+    needs: RowNeeds,
+    state_stride: int,
+    objective: str | None,
+    vocab_size: int,
+    device: Device,
+) -> _Update | None:
+    """None where there is nothing to launch for."""
+    gpu.check_matrices(TritonLaunches.language, v, place.dtype)
+    if n * v == 0:
+        return None
+    chosen, matrices, computed = device.settings, Matrices(place), Needs.of(needs)
+    lanes = _lanes(transform, chosen, computed)
+    shares = Shares.of(n, v, device, matrices, lanes)
+    factors = factors_of(transform)
+    compiled = logits_of(place, matrices, transform, "", computed)
+    fold = Prepared(
+        log_odds_update_kernel,
+        (n, shares.parts),
+        (*place.strides, state_stride, first_column, v, shares.blocks_per_part, *factors),
+        {"LOGITS": compiled, "WALK": shares.walk},
+        shares.options,
+    )
+    if shares.parts == 1 and objective is None:
+        return _Update(fold)
+    merging = options_of(chosen, warps=1)
+    if needs.general:
+        # Rows of many parts are few: what they take of the registers is of no matter.
+        merging.pop("maxnreg", None)
+    numbers = (shares.parts, *place.strides, state_stride, first_column, v, *factors)
+    merge = Prepared(
+        merge_parts_kernel,
+        (n, 1),
+        (*numbers, *gpu.vocabulary_terms(vocab_size)),
+        {
+            "MOST_PARTS": triton.next_power_of_2(shares.parts + 1),
+            "OBJECTIVE": objective,
+            "LOGITS": compiled,
+            "STRIDED": shares.walk.strided,
+        },
+        merging,
+    )
+    return _Update(fold, shares.parts, merge)
+
+
+@functools.lru_cache(GEOMETRIES)
+def _gradient(
+    n: int,
+    v: int,
+    place: Place,
+    out_place: Place,
+    first_column: int,
+    transform: LogitTransform,
+    state_stride: int,
+    slopes: int,
+    slope_stride: int,
+    device: Device,
+) -> Prepared | None:
+    """None where there is nothing to launch for."""
+    gpu.check_matrices(TritonLaunches.language, v, place.dtype, out_place.dtype)
+    if n * v == 0:
+        return None
+    matrices = Matrices(out_place, (place,))
+    shares = Shares.of(n, v, device, matrices, _lanes(transform, device.settings))
+    return Prepared(
+        log_odds_gradient_kernel,
+        (n, shares.parts),
+        (
+            *place.strides,
+            *out_place.strides,
+            state_stride,
+            slope_stride,
+            first_column,
+            v,
+            shares.blocks_per_part,
+            *factors_of(transform),
+            transform.scale,
+        ),
+        {
+            "SLOPES": slopes,
+            "LOGITS": logits_of(place, matrices, transform, ""),
+            "WALK": shares.walk,
+        },
+        shares.options,
+    )
+
+
+class _Sweep(NamedTuple):
+    """Whole rows in one pass; `launch` is None where two passes, or nothing, are to be launched."""
+
+    launch: Prepared | None
+    is_empty: bool = False
+
+
+@functools.lru_cache(GEOMETRIES)
+def _sweep(
+    n: int,
+    v: int,
+    place: Place,
+    out_place: Place | None,
+    transform: LogitTransform,
+    objective: str,
+    vocab_size: int,
+    device: Device,
+) -> _Sweep:
+    places = (place,) if out_place is None else (place, out_place)
+    gpu.check_matrices(TritonLaunches.language, v, *(each.dtype for each in places))
+    if n * v == 0:
+        return _Sweep(None, is_empty=True)
+    chosen = device.settings
+    warps = chosen.warps  # without a gradient a row is passed over once
+    if out_place is not None:
+        warps = gpu.sweep_size(
+            v * place.dtype.itemsize,
+            device.multiprocessors,
+            device.cache_bytes,
+            smallest=SWEEP_WARPS,
+            resident=chosen.resident_warps,
+        )
+    if not gpu.sweep_pays(n, device.multiprocessors * (chosen.resident_warps // warps)):
+        return _Sweep(None)
+    matrices = Matrices(out_place or place, (place,))
+    threads = warps * chosen.warp_threads
+    lanes = min(_lanes(transform, chosen), LARGEST_TILE // threads)
+    # For a gradient the logits are read again, from the cache: they should leave it last.
+    eviction = "" if out_place is None else "evict_last"
+    launch = Prepared(
+        log_odds_sweep_kernel,
+        (n, 1),
+        (
+            *place.strides,
+            *(out_place or place).strides,
+            v,
+            *factors_of(transform),
+            transform.scale,
+            *gpu.vocabulary_terms(vocab_size),
+        ),
+        {
+            "OBJECTIVE": objective,
+            "LOGITS": logits_of(place, matrices, transform, eviction),
+            "WALK": walk_over(v, matrices, lanes, threads),
+        },
+        options_of(chosen, warps),
+    )
+    return _Sweep(launch)
+
+
+class LogOddsLaunches(TritonLaunches):
     """Launches of the log-odds kernels."""
 
     @on_its_device
@@ -53,96 +226,50 @@ class LogOddsLaunches(GpuKernels):
         self, tile: Tile, state: Tensor, needs: RowNeeds = PLAIN, finish: Finish | None = None
     ) -> None:
         """See `GpuKernels`; in one stage or two."""
-        if self.are_empty(tile.logits):
-            return
         logits, labels, first_column, transform = tile
+        base, place = Place.of(logits)
         n, v = logits.shape
-        chosen = settings.current_settings()
-        place = Place.of(logits)
-        matrices = Matrices(place)
-        computed = Needs.of(needs)
-        shares = Shares.of(logits, matrices, lanes=_lanes(transform, chosen, computed))
-        two_stages = shares.parts > 1 or finish is not None
-        rows = state.shape[0]
-        parts = torch.empty(rows, n, shares.parts, device=logits.device) if two_stages else None
-        row_weight = None if finish is None else finish.row_weight
-        factors = factors_of(transform)
-        compiled = logits_of(place, matrices, transform, "", computed)
-        log_odds_update_kernel[(n, shares.parts)](
-            place.base,
-            labels,
-            row_weight,
-            state,
-            parts,
-            *place.strides,
-            state.stride(0),
-            first_column,
+        objective, vocab_size, row_weight, values, slopes = finish or _NO_FINISH
+        update = _update(
+            n,
             v,
-            shares.blocks_per_part,
-            *factors,
-            LOGITS=compiled,
-            WALK=shares.walk,
-            **shares.options,
+            place,
+            first_column,
+            transform,
+            needs,
+            state.stride(0),
+            objective,
+            vocab_size,
+            self._device(logits),
         )
-        if parts is None:
+        if update is None:
             return
-        merging = options_of(chosen, warps=1)
-        if needs.general:
-            # Rows of many parts are few: what they take of the registers is of no matter.
-            merging.pop("maxnreg", None)
-        merge_parts_kernel[(n,)](
-            parts,
-            place.base,
-            labels,
-            row_weight,
-            state,
-            None if finish is None else finish.values,
-            None if finish is None else finish.slopes,
-            shares.parts,
-            *place.strides,
-            state.stride(0),
-            first_column,
-            v,
-            *factors,
-            *gpu.vocabulary_terms(2 if finish is None else finish.vocab_size),
-            MOST_PARTS=triton.next_power_of_2(shares.parts + 1),
-            OBJECTIVE=None if finish is None else finish.objective,
-            LOGITS=compiled,
-            STRIDED=shares.walk.strided,
-            **merging,
-        )
+        if update.merge is None:
+            self._launch(update.fold, base, labels, row_weight, state, None)
+            return
+        parts = torch.empty(state.shape[0], n, update.parts, device=logits.device)
+        self._launch(update.fold, base, labels, row_weight, state, parts)
+        self._launch(update.merge, parts, base, labels, row_weight, state, values, slopes)
 
     @on_its_device
     def log_odds_gradient(self, tile: Tile, state: Tensor, slope: Tensor, out: Tensor) -> None:
         """See `RowKernels`."""
-        if self.are_empty(tile.logits, out):
-            return
         logits, labels, first_column, transform = tile
-        n, v = logits.shape
-        place, out_place = Place.of(logits), Place.of(out)
-        matrices = Matrices(out_place, (place,))
-        shares = Shares.of(logits, matrices, lanes=_lanes(transform, settings.current_settings()))
-        slopes = 1 if slope.dim() == 1 else slope.shape[0]
-        log_odds_gradient_kernel[(n, shares.parts)](
-            place.base,
-            labels,
-            state,
-            slope,
-            out_place.base,
-            *place.strides,
-            *out_place.strides,
-            state.stride(0),
-            0 if slopes == 1 else slope.stride(0),
+        (base, place), (out_base, out_place) = Place.of(logits), Place.of(out)
+        slopes, slope_stride = (1, 0) if slope.dim() == 1 else (slope.shape[0], slope.stride(0))
+        launch = _gradient(
+            *logits.shape,
+            place,
+            out_place,
             first_column,
-            v,
-            shares.blocks_per_part,
-            *factors_of(transform),
-            transform.scale,
-            SLOPES=slopes,
-            LOGITS=logits_of(place, matrices, transform, ""),
-            WALK=shares.walk,
-            **shares.options,
+            transform,
+            state.stride(0),
+            slopes,
+            slope_stride,
+            self._device(logits),
         )
+        if launch is not None:
+            self._launch(launch, base, labels, state, slope, out_base)
 
     @on_its_device
     def log_odds_sweep(
@@ -156,47 +283,15 @@ class LogOddsLaunches(GpuKernels):
     ) -> Tensor:
         """See `RowKernels`."""
         logits, labels, _, transform = tile
-        values = torch.empty(logits.shape[0], device=tile.device)
-        if self.are_empty(logits, out):
-            return values
-        chosen = settings.current_settings()
-        n, v = logits.shape
-        multiprocessors, cache_bytes = settings.sizes(logits, chosen)
-        row_bytes = v * logits.element_size()
-        warps = chosen.warps  # without a gradient a row is passed over once
-        if out is not None:
-            warps = gpu.sweep_size(
-                row_bytes,
-                multiprocessors,
-                cache_bytes,
-                smallest=SWEEP_WARPS,
-                resident=chosen.resident_warps,
-            )
-        if not gpu.sweep_pays(n, multiprocessors * (chosen.resident_warps // warps)):
+        values = torch.empty(logits.shape[0], device=logits.device)
+        base, place = Place.of(logits)
+        out_base, out_place = (None, None) if out is None else Place.of(out)
+        device = self._device(logits)
+        sweep = _sweep(*logits.shape, place, out_place, transform, objective, vocab_size, device)
+        if sweep.launch is not None:
+            self._launch(sweep.launch, base, labels, row_weight, out_base, values)
+        elif not sweep.is_empty:
             slopes = torch.empty_like(values)
             finish = Finish(objective, vocab_size, row_weight, values, slopes)
             return self.sweep_in_two_passes(tile, finish, out)
-        place = Place.of(logits)
-        out_place = place if out is None else Place.of(out)
-        matrices = Matrices(out_place, (place,))
-        threads = warps * chosen.warp_threads
-        lanes = min(_lanes(transform, chosen), LARGEST_TILE // threads)
-        log_odds_sweep_kernel[(n,)](
-            place.base,
-            labels,
-            row_weight,
-            None if out is None else out_place.base,
-            values,
-            *place.strides,
-            *out_place.strides,
-            v,
-            *factors_of(transform),
-            transform.scale,
-            *gpu.vocabulary_terms(vocab_size),
-            OBJECTIVE=objective,
-            # For a gradient the logits are read again, from the cache: they should leave it last.
-            LOGITS=logits_of(place, matrices, transform, "" if out is None else "evict_last"),
-            WALK=walk_over(v, matrices, lanes, threads),
-            **options_of(chosen, warps),
-        )
         return values

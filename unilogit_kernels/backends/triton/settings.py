@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+# Compared by identity: a launch that follows from them is remembered with them as its key.
+@dataclass(frozen=True, eq=False)
 class Settings:
     """Launch settings of an architecture.
 
@@ -90,13 +91,30 @@ TABLE: dict[str, Settings] = {
 """What is known of each architecture; others take the settings of their nearest relative."""
 
 _INTERPRETED = "cuda:90"
+_IS_INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Decided when kernels are decorated, which is when this is imported."""
+
+
+class Device(NamedTuple):
+    """What launches are laid out for.
+
+    Attributes:
+        settings: Of its architecture.
+        multiprocessors: How many it has.
+        cache_bytes: Of the last cache that they share.
+    """
+
+    settings: Settings
+    multiprocessors: int
+    cache_bytes: int
 
 
 @functools.cache
-def _settings_of(name: str) -> Settings:
-    if name in TABLE:
-        return TABLE[name]
-    backend, _, architecture = name.partition(":")
+def settings_of(target: str) -> Settings:
+    """The settings of an architecture, by a name as in `TABLE`, or of its nearest relative."""
+    if target in TABLE:
+        return TABLE[target]
+    backend, _, architecture = target.partition(":")
     if backend == "cuda":
         older = [known for known in TABLE if known.startswith("cuda:")]
         not_newer = [known for known in older if int(known[5:]) <= int(architecture)]
@@ -106,10 +124,16 @@ def _settings_of(name: str) -> Settings:
 
 def current_settings() -> Settings:
     """The settings of the device that triton launches on now."""
-    if triton.knobs.runtime.interpret:
+    if _IS_INTERPRETED:
         return TABLE[_INTERPRETED]
-    target = triton.runtime.driver.active.get_current_target()
-    return _settings_of(f"{target.backend}:{target.arch}")
+    driver = triton.runtime.driver.active
+    return _settings_on(driver, driver.get_current_device())
+
+
+@functools.cache
+def _settings_on(driver: Any, device: int) -> Settings:
+    target = driver.get_current_target()
+    return settings_of(f"{target.backend}:{target.arch}")
 
 
 @functools.cache
@@ -125,3 +149,9 @@ def sizes(tensor: Tensor, settings: Settings) -> tuple[int, int]:
     multiprocessors, cache_bytes = _sizes(tensor.device)
     # On AMD torch reports the L2, behind which some products have a larger last cache.
     return multiprocessors, max(cache_bytes, settings.cache_bytes if torch.version.hip else 0)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """What launches on a tensor are laid out for."""
+    chosen = current_settings()
+    return Device(chosen, *sizes(tensor, chosen))
