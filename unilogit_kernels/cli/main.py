@@ -2,8 +2,6 @@
 
 import sys
 
-from unilogit_kernels.cli.doctor import main as doctor
-
 _EXTRA = (
     "typer",
     "rich",
@@ -19,21 +17,22 @@ _EXTRA = (
 def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
-        from unilogit_kernels.cli.bench import bench
-        from unilogit_kernels.cli.unlearn import app, reporting_errors
-        from unilogit_kernels.unlearning.processes import leave
+        from unilogit_kernels.cli.app import app
+
+        app()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         if sys.argv[1:2] == ["doctor"]:  # It says what is missing, so it runs without it.
+            from unilogit_kernels.cli.doctor import main as doctor
+
             doctor(sys.argv[2:])
             return
         sys.exit(_missing(error.name))
-    app.command()(reporting_errors()(bench))
-    try:
-        app()
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        processes = sys.modules.get("unilogit_kernels.unlearning.processes")
+        if processes is not None:
+            processes.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
 
 

@@ -1,92 +1,28 @@
-"""The commands of `unilogit`: what they take, print and exit with."""
+"""`unilogit unlearn` and `unilogit evaluate`: what they take, print and exit with."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from unilogit_kernels.cli.doctor import main as diagnose
+from unilogit_kernels.cli.console import note, say
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
 from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
-from unilogit_kernels.unlearning.errors import (
-    INPUT_ERRORS,
-    RunError,
-    TrainingError,
-    check_writable,
-    one_line,
-    reading,
-)
+from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
 from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
-from unilogit_kernels.unlearning.processes import check_alone, is_first
+from unilogit_kernels.unlearning.processes import check_alone
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
-app = typer.Typer(
-    name="unilogit",
-    help="Fused, memory-flat unlearning of language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-_FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
-_DEBUG = "UNILOGIT_DEBUG"
-"""The environment variable that asks for tracebacks."""
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
-"""What typer reports itself: click's ClickException, or typer's own copy of it."""
+_INTERRUPTED = 130
 _METHOD_PARAMETERS = ("alpha", "beta", "beta1", "beta2", "gamma", "delta")
 """Those with an option of their own; `--method-parameter` takes every one."""
-
-
-@contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Turn every error of a command into one line and an exit code.
-
-    What is wrong with what the user gave exits with 2; what went wrong on the way, or in this
-    package, with 1. `UNILOGIT_DEBUG=1` adds the traceback.
-    """
-    try:
-        yield
-    except (typer.Exit, typer.Abort, _USAGE_ERROR, KeyboardInterrupt):
-        raise
-    except INPUT_ERRORS as error:
-        _report(error, str(error), _WRONG_INPUT)
-    except (TrainingError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _report(error, one_line(error), _FAILED)
-    except Exception as error:
-        hint = f"this should not happen; {_DEBUG}=1 shows the traceback"
-        _report(error, f"{type(error).__name__}: {one_line(error)} ({hint})", _FAILED)
-
-
-def _report(error: Exception, message: str, code: int) -> None:
-    if is_first():
-        _say(f"error: {' '.join(message.splitlines())}", err=True)
-    if os.environ.get(_DEBUG, "0") != "0":
-        traceback.print_exception(error)
-    raise typer.Exit(code) from error
-
-
-def _say(message: str, err: bool = False) -> None:
-    """Print a line in the first process; what the terminal's encoding lacks is escaped."""
-    if is_first():
-        encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-        typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
-
-
-def _note(message: str) -> None:
-    _say(f"note: {message}", err=True)
 
 
 _MaxLength = Annotated[int, typer.Option(help="Rows are cut after so many tokens.")]
@@ -111,7 +47,6 @@ _AllowMissing = Annotated[
 ]
 
 
-@app.command()
 def unlearn(
     model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
     forget: Annotated[Path, typer.Option(help="JSONL rows to forget.")],
@@ -210,20 +145,33 @@ def unlearn(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
     ] = False,
 ) -> None:
-    """Make a model forget some rows and keep the others."""
+    """Make a model forget some rows and keep the others.
+
+    The paper's recipe (arXiv 2505.06027) is what runs without further
+    options: --method unilogit on the forget rows, which takes neither a
+    reference model nor a parameter, beside cross-entropy on as many retain
+    rows. What is left to choose:
+
+    unilogit unlearn --model DIR --forget F.jsonl --retain R.jsonl
+    --output OUT --lr 1e-5 --epochs 5 --forget-weight 0.1
+    --stop-at-probability 0.05
+
+    Its ablations are --method unilogit_forward and unilogit_starting_model;
+    it is compared with gradient_ascent, npo and undial. All others:
+    unilogit methods. The paper's code divides the forget loss by tokens x
+    vocabulary, this one by tokens, so its weights do not carry over.
+    """
     given = dict(locals())
     options = {name: given.pop(name) for name in _METHOD_PARAMETERS}
-    with reporting_errors():
-        arguments = parse_template_arguments(given.pop("template_arg") or [])
-        parameters = _parameters(options, given.pop("method_parameter") or [])
+    arguments = parse_template_arguments(given.pop("template_arg") or [])
+    parameters = _parameters(options, given.pop("method_parameter") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
         template_arguments=arguments,
         method_parameters=parameters,
     )
-    with reporting_errors():
-        _unlearn(settings, resume)
+    _unlearn(settings, resume)
 
 
 def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str, float]:
@@ -244,29 +192,28 @@ def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str,
 
 def _unlearn(settings: Settings, resume: bool) -> None:
     quieten_libraries()
-    prepared = prepare(settings, resume=resume, note=_note)
+    prepared = prepare(settings, resume=resume, note=note)
     for name, count in prepared.truncated().items():
         if count:
-            _note(f"{count} {name} rows are cut to {settings.max_length} tokens")
+            note(f"{count} {name} rows are cut to {settings.max_length} tokens")
     template = "through the chat template" if prepared.encoding.uses_chat_template else "as it is"
-    _say(
+    say(
         f"{len(prepared.forget)} rows to forget, {len(prepared.retain)} to keep; each prompt goes "
         f"{template}"
     )
     if prepared.checkpoint is not None:
-        _say(f"resuming from {prepared.checkpoint}")
+        say(f"resuming from {prepared.checkpoint}")
     elif resume:
-        _say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
+        say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
         with progress_bar() as progress:
             done = execute(prepared, [Bar(progress)])
     except KeyboardInterrupt:
-        _say("interrupted; the same command with --resume goes on", err=True)
+        say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    _say(f"{done['steps']} steps; the model is in {settings.output}")
+    say(f"{done['steps']} steps; the model is in {settings.output}")
 
 
-@app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
     data: Annotated[
@@ -293,48 +240,47 @@ def evaluate(
     allow_missing_weights: _AllowMissing = Settings.allow_missing_weights,
 ) -> None:
     """Measure how well a model knows sets of rows."""
-    with reporting_errors():
-        check_alone("evaluate")
-        with reading("evaluate"):
-            check_numbers({"batch_size": batch_size, "max_length": max_length})
-        if json_file is not None:
-            check_writable(json_file, folder=False, option="--json")
-        quieten_libraries()
-        sets = _read_sets(data)
-        stops = [text.replace("\\n", "\n") for text in stop or []]
-        if "" in stops:
-            raise RunError("--stop takes a text that ends an answer, got an empty one")
-        arguments = parse_template_arguments(template_arg or [])
-        encoding = load_encoding(model, max_length, chat_template, arguments)
-        examples = [encode(encoding, rows) for rows in sets.values()]
-        loaded = load_model(model, dtype, allow_missing=allow_missing_weights, note=_note)
-        check_fits(loaded, encoding, examples)
-        with reading(f"the model of {model!r} fails on these rows"):
-            evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
-        reports = {
-            name: evaluate_rows(
-                loaded,
-                rows,
-                encoding,
-                batch_size=batch_size,
-                generate=generate,
-                stop=stops,
-                max_new_tokens=max_new_tokens,
+    check_alone("evaluate")
+    with reading("evaluate"):
+        check_numbers({"batch_size": batch_size, "max_length": max_length})
+    if json_file is not None:
+        check_writable(json_file, folder=False, option="--json")
+    quieten_libraries()
+    sets = _read_sets(data)
+    stops = [text.replace("\\n", "\n") for text in stop or []]
+    if "" in stops:
+        raise RunError("--stop takes a text that ends an answer, got an empty one")
+    arguments = parse_template_arguments(template_arg or [])
+    encoding = load_encoding(model, max_length, chat_template, arguments)
+    examples = [encode(encoding, rows) for rows in sets.values()]
+    loaded = load_model(model, dtype, allow_missing=allow_missing_weights, note=note)
+    check_fits(loaded, encoding, examples)
+    with reading(f"the model of {model!r} fails on these rows"):
+        evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
+    reports = {
+        name: evaluate_rows(
+            loaded,
+            rows,
+            encoding,
+            batch_size=batch_size,
+            generate=generate,
+            stop=stops,
+            max_new_tokens=max_new_tokens,
+        )
+        for name, rows in sets.items()
+    }
+    for name, report in reports.items():
+        if report.unfinished:
+            note(
+                f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
+                "in time; --max-new-tokens gives them more, --stop ends them"
             )
-            for name, rows in sets.items()
-        }
-        for name, report in reports.items():
-            if report.unfinished:
-                _note(
-                    f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
-                    "in time; --max-new-tokens gives them more, --stop ends them"
-                )
-        Console().print(report_table("What the model knows", {Path(model).name: reports}))
-        if json_file is not None:
-            figures = {name: report.as_dict() for name, report in reports.items()}
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
-            _say(f"figures and answers are in {json_file}")
+    Console().print(report_table("What the model knows", {Path(model).name: reports}))
+    if json_file is not None:
+        figures = {name: report.as_dict() for name, report in reports.items()}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))
+        say(f"figures and answers are in {json_file}")
 
 
 def _read_sets(data: list[str]) -> dict[str, list[Row]]:
@@ -348,13 +294,3 @@ def _read_sets(data: list[str]) -> dict[str, list[Row]]:
         with reading(f"--data {item}"):
             sets[name] = read_rows(path)
     return sets
-
-
-@app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-def doctor(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[--json]")] = None,
-) -> None:
-    """Show versions, devices, which backends can run here, and what each extra gives."""
-    with reporting_errors():
-        check_alone("doctor")
-        diagnose(arguments or [])
