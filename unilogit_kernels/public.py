@@ -1,6 +1,7 @@
 """The public names: what `import unilogit_kernels` gives, at the first use of one of them."""
 
 from unilogit_kernels.backends.registry import available_backends
+from unilogit_kernels.calls.vocab_parallel import VocabParallel
 from unilogit_kernels.functional import (
     linear_objective_loss,
     linear_target_log_odds,
@@ -44,6 +45,7 @@ __all__ = [
     "TokenStatistics",
     "Uniform",
     "UnilogitLoss",
+    "VocabParallel",
     "available_backends",
     "cross_entropy_loss",
     "explain_plan",

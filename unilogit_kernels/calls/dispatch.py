@@ -200,6 +200,9 @@ def _rows(call: LossCall, needs: RowNeeds) -> TokenRows:
         call.ignore_index,
         *call.transform,
         call.vocab_size,
+        call.shard.first_column,
+        call.shard.columns,
+        call.shard.group,
         needs.bits,
         call.backend,
     )

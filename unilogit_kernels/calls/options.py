@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from unilogit_kernels.calls.vocab_parallel import VocabParallel
 from unilogit_kernels.maths.rewrites import Rewrite
 
 
@@ -23,6 +24,7 @@ class CallOptions(NamedTuple):
     reduction: str = "none"
     token_weights: Tensor | None = None
     num_items_in_batch: int | Tensor | None = None
+    vocab_parallel: VocabParallel | None = None
 
 
 class TeacherOptions(NamedTuple):

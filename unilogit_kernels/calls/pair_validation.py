@@ -40,6 +40,9 @@ class PairCall(NamedTuple):
             *self.call.transform,
             *self.teacher_transform,
             self.call.vocab_size,
+            self.call.shard.first_column,
+            self.call.shard.columns,
+            self.call.shard.group,
             self.divergence.direction,
             rewrite.name,
             rewrite.parameters(),
@@ -65,9 +68,8 @@ def describe_logits(
     _check_teacher("ref_logits", ref_logits, "logits", logits)
     _check_leading_shape("ref_logits", ref_logits, "logits", logits)
     _check_vocabularies(
-        ("logits", logits.shape[-1]), ("ref_logits", ref_logits.shape[-1]), options.vocab_size
+        call, ("logits", logits.shape[-1]), ("ref_logits", ref_logits.shape[-1]), options.vocab_size
     )
-    _check_columns("ref_logits' last dimension", ref_logits.shape[-1], call.vocab_size)
     return _pair_call(call, labels, teacher)
 
 
@@ -99,9 +101,8 @@ def describe_linear(
     _check_logits_dtype(call.linear.logits_dtype, hidden.dtype, ref_hidden.dtype)
     _check_leading_shape("ref_hidden", ref_hidden, "hidden", hidden)
     _check_vocabularies(
-        ("weight", weight.shape[0]), ("ref_weight", ref_weight.shape[0]), options.vocab_size
+        call, ("weight", weight.shape[0]), ("ref_weight", ref_weight.shape[0]), options.vocab_size
     )
-    _check_columns("ref_weight's rows", ref_weight.shape[0], call.vocab_size)
     return _pair_call(call, labels, teacher_options)
 
 
@@ -163,15 +164,24 @@ def _check_leading_shape(name: str, teacher: Tensor, student_name: str, student:
 
 
 def _check_vocabularies(
-    student: tuple[str, int], teacher: tuple[str, int], vocab_size: int | None
+    call: LossCall, student: tuple[str, int], teacher: tuple[str, int], vocab_size: int | None
 ) -> None:
-    if vocab_size is None and student[1] != teacher[1]:
+    (name, columns), (ref_name, ref_columns) = student, teacher
+    if call.shard.group:
+        # Beyond the last real token either model may have as much padding as it likes.
+        ends = call.shard.first_column + call.shard.columns == call.vocab_size
+        if columns != ref_columns and not (ends and ref_columns >= call.shard.columns):
+            raise ValueError(
+                f"{name} has {columns} tokens on this rank and {ref_name} {ref_columns}: with "
+                "vocab_parallel both models must be cut at the same columns"
+            )
+        return
+    if vocab_size is None and columns != ref_columns:
         raise ValueError(
-            f"{student[0]} has {student[1]} tokens and {teacher[0]} {teacher[1]}; if both models "
+            f"{name} has {columns} tokens and {ref_name} {ref_columns}; if both models "
             "share a tokenizer and pad it differently, pass the number of real ones as vocab_size"
         )
-
-
-def _check_columns(what: str, columns: int, vocab_size: int) -> None:
-    if vocab_size > columns:
-        raise ValueError(f"vocab_size must be at most {what} ({columns}), got {vocab_size}")
+    if call.vocab_size > ref_columns:
+        raise ValueError(
+            f"vocab_size must be at most {ref_name}'s {ref_columns} tokens, got {call.vocab_size}"
+        )

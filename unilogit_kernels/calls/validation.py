@@ -16,8 +16,10 @@ from torch import Tensor
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.calls.vocab_parallel import place_of
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.registration import any_tangent
+from unilogit_kernels.rows.ranks import Shard
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -43,6 +45,8 @@ class LossCall(NamedTuple):
         items_given: Whether `num_items_in_batch` was.
         transform: What the model does to the raw logits.
         vocab_size: Number of tokens that carry probability.
+        shard: Which of their columns the operands hold; all of them, of no group, for a process
+            that shares the vocabulary with nobody.
         backend: Name of the backend that runs the row kernels.
         linear: How a fused linear call may run.
     """
@@ -57,6 +61,7 @@ class LossCall(NamedTuple):
     items_given: bool
     transform: LogitTransform
     vocab_size: int
+    shard: Shard
     backend: str
     linear: LinearOptions = _DEFAULT
 
@@ -182,7 +187,13 @@ def _describe(
         raise ValueError(
             f"options.reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
         )
-    vocab_size = _check_vocab_size(options.vocab_size, columns, columns_of)
+    if options.vocab_parallel is None:
+        vocab_size = _check_vocab_size(options.vocab_size, columns, columns_of)
+        shard = Shard(0, vocab_size, "")
+    else:
+        shard, vocab_size = place_of(
+            options.vocab_parallel, columns, options.vocab_size, tensor.device
+        )
     transform = check_transform(options.softcap, options.logit_scale)
     chosen = registry.choose(options.backend, tensor.device.type, tensor.dtype)
     if labels is None:
@@ -206,6 +217,7 @@ def _describe(
         items_given=options.num_items_in_batch is not None,
         transform=transform,
         vocab_size=vocab_size,
+        shard=shard,
         backend=chosen,
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import CrossEntropy
@@ -35,6 +36,7 @@ class CrossEntropyResult(NamedTuple):
 
 
 @documented
+@on_all_ranks
 def cross_entropy_loss(
     logits: Tensor,
     labels: Tensor,
@@ -49,6 +51,7 @@ def cross_entropy_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> CrossEntropyResult:
     """`objective_loss` of `objectives.CrossEntropy`, with its z-loss apart.
@@ -79,11 +82,13 @@ def cross_entropy_loss(
         reduction,
         token_weights,
         num_items_in_batch,
+        vocab_parallel,
     )
     return _of(*dispatch.from_logits(logits, labels, options), objective)
 
 
 @documented
+@on_all_ranks
 def linear_cross_entropy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -100,6 +105,7 @@ def linear_cross_entropy_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> CrossEntropyResult:
@@ -133,6 +139,7 @@ def linear_cross_entropy_loss(
         reduction,
         token_weights,
         num_items_in_batch,
+        vocab_parallel,
     )
     described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return _of(*described, objective)

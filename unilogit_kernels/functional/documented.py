@@ -32,6 +32,8 @@ PARAMETERS = {
     "divides, so pass the reciprocal).",
     "vocab_size": "Number of real tokens where the vocabulary is padded; the columns beyond have "
     "no probability and get zero gradient.",
+    "vocab_parallel": "Ranks that share the vocabulary, where each holds a part of its columns "
+    "(`VocabParallel`); None where this process holds all of them.",
     "backend": "Name of a backend, or None for the best one of the device.",
     "rewrite": "What becomes of the teacher's label entry: `Shift(gamma)`, `Uniform()`, `Mask()`, "
     "or None for the teacher as it is.",

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from unilogit_kernels.calls import pair_dispatch
 from unilogit_kernels.calls.options import CallOptions, TeacherOptions
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.rewrites import Rewrite
 
 
 @documented
+@on_all_ranks
 def kl_loss(
     logits: Tensor,
     ref_logits: Tensor,
@@ -30,6 +32,7 @@ def kl_loss(
     logit_scale: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """KL divergence from a reference model, whose label entry may be rewritten first.
@@ -73,12 +76,14 @@ def kl_loss(
         reduction,
         token_weights,
         num_items_in_batch,
+        vocab_parallel,
     )
     teacher = TeacherOptions(rewrite, direction, temperature, ref_softcap, ref_logit_scale)
     return pair_dispatch.of_logits(logits, ref_logits, labels, call_options, teacher)
 
 
 @documented
+@on_all_ranks
 def linear_kl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -100,6 +105,7 @@ def linear_kl_loss(
     logit_scale: float | None = None,
     ref_logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> Tensor:
@@ -155,6 +161,7 @@ def linear_kl_loss(
         reduction,
         token_weights,
         num_items_in_batch,
+        vocab_parallel,
     )
     teacher = TeacherOptions(rewrite, direction, temperature, ref_softcap, ref_logit_scale)
     heads = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)

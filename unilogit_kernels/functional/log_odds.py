@@ -7,11 +7,13 @@ from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 
 
 @documented
+@on_all_ranks
 def target_log_odds(
     logits: Tensor,
     labels: Tensor,
@@ -20,6 +22,7 @@ def target_log_odds(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The label's log-odds `d = logit(p_y) = z_y - log sum_{j != y} exp z_j`, differentiable.
@@ -40,12 +43,15 @@ def target_log_odds(
         >>> bool(torch.allclose(nll.mean(), torch.nn.functional.cross_entropy(logits, labels)))
         True
     """
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     operands, call = dispatch.from_logits(logits, labels, call_options)
     return dispatch.log_odds(operands, call).reshape(call.shape)
 
 
 @documented
+@on_all_ranks
 def linear_target_log_odds(
     hidden: Tensor,
     weight: Tensor,
@@ -56,6 +62,7 @@ def linear_target_log_odds(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> Tensor:
@@ -78,7 +85,9 @@ def linear_target_log_odds(
         >>> log_p = -torch.nn.functional.softplus(-d)
         >>> log_p.sum().backward()
     """
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return dispatch.log_odds(operands, call).reshape(call.shape)
 

@@ -12,6 +12,7 @@ from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
@@ -38,6 +39,7 @@ class MixedLoss(NamedTuple):
 
 
 @documented
+@on_all_ranks
 def mixed_loss(
     logits: Tensor,
     labels: Tensor,
@@ -52,6 +54,7 @@ def mixed_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> MixedLoss:
     """`sum_k weights[k] * objective_loss(tokens of segment k, parts[k])`, in one call.
@@ -90,6 +93,7 @@ def mixed_loss(
 
 
 @documented
+@on_all_ranks
 def linear_mixed_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -106,6 +110,7 @@ def linear_mixed_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> MixedLoss:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unilogit_kernels.calls.vocab_parallel import VocabParallel
 from unilogit_kernels.functional import objective
 from unilogit_kernels.fused_linear.options import LinearOptions
 
@@ -21,6 +22,7 @@ class UnilogitLoss(nn.Module):
         softcap: The model caps its logits as `softcap * tanh(z / softcap)` (Gemma 2).
         logit_scale: The model multiplies its logits by this, before the cap.
         vocab_size: Number of real tokens where the vocabulary is padded.
+        vocab_parallel: Ranks that share the vocabulary (`VocabParallel`), or None.
         backend: Name of a backend, or None for the best one of the device.
 
     Example:
@@ -37,6 +39,7 @@ class UnilogitLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float | None = None,
         vocab_size: int | None = None,
+        vocab_parallel: VocabParallel | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -46,6 +49,7 @@ class UnilogitLoss(nn.Module):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.vocab_size = vocab_size
+        self.vocab_parallel = vocab_parallel
         self.backend = backend
 
     def forward(

@@ -9,6 +9,7 @@ from torch import Tensor
 from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
@@ -21,6 +22,7 @@ _UNILOGIT = {"reverse": "unilogit", "forward": "unilogit_forward"}
 
 
 @documented
+@on_all_ranks
 def unilogit_loss(
     logits: Tensor,
     labels: Tensor,
@@ -33,6 +35,7 @@ def unilogit_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Unilogit (arXiv 2505.06027): drive the label's probability to 1/V by self-distillation.
@@ -68,11 +71,13 @@ def unilogit_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         vocab_size=vocab_size,
+        vocab_parallel=vocab_parallel,
         backend=backend,
     )
 
 
 @documented
+@on_all_ranks
 def linear_unilogit_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -87,6 +92,7 @@ def linear_unilogit_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> Tensor:
@@ -129,12 +135,14 @@ def linear_unilogit_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         vocab_size=vocab_size,
+        vocab_parallel=vocab_parallel,
         backend=backend,
         options=options,
     )
 
 
 @documented
+@on_all_ranks
 def objective_loss(
     logits: Tensor,
     labels: Tensor,
@@ -147,6 +155,7 @@ def objective_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Any loss of the family: an objective of the log-odds, weighted and reduced over tokens.
@@ -181,12 +190,14 @@ def objective_loss(
         reduction,
         token_weights,
         num_items_in_batch,
+        vocab_parallel,
     )
     resolved = objectives.resolve(objective)
     return dispatch.objective_of(*dispatch.from_logits(logits, labels, call_options), resolved)
 
 
 @documented
+@on_all_ranks
 def linear_objective_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -201,6 +212,7 @@ def linear_objective_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> Tensor:
@@ -236,6 +248,7 @@ def linear_objective_loss(
         reduction,
         token_weights,
         num_items_in_batch,
+        vocab_parallel,
     )
     resolved = objectives.resolve(objective)
     described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)

@@ -10,6 +10,7 @@ from torch import Tensor
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import RowNeeds
@@ -38,6 +39,7 @@ class TargetAndRunnerUp(NamedTuple):
 
 
 @documented
+@on_all_ranks
 def target_and_runner_up(
     logits: Tensor,
     labels: Tensor,
@@ -46,6 +48,7 @@ def target_and_runner_up(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> TargetAndRunnerUp:
     """`target_log_odds`, and the log-probability of the likeliest token other than the label.
@@ -68,11 +71,14 @@ def target_and_runner_up(
         >>> torch.autograd.grad(margin.sum(), logits)[0].int()
         tensor([[ 1,  0, -1]], dtype=torch.int32)
     """
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     return _of(*dispatch.from_logits(logits, labels, call_options), ignore_index)
 
 
 @documented
+@on_all_ranks
 def linear_target_and_runner_up(
     hidden: Tensor,
     weight: Tensor,
@@ -83,6 +89,7 @@ def linear_target_and_runner_up(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> TargetAndRunnerUp:
@@ -103,7 +110,9 @@ def linear_target_and_runner_up(
         >>> d, log_prob, _ = linear_target_and_runner_up(hidden, weight, torch.arange(4))
         >>> (torch.sigmoid(d) - torch.exp(log_prob)).mean().backward()
     """
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return _of(*described, ignore_index)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives.token import log_sigmoid
@@ -15,6 +16,7 @@ from unilogit_kernels.ops.arguments import Operands
 
 
 @documented
+@on_all_ranks
 def sequence_log_probs(
     logits: Tensor,
     labels: Tensor,
@@ -24,6 +26,7 @@ def sequence_log_probs(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`log p` of each sequence: the sum of `log p_y` over its labelled tokens, differentiable.
@@ -46,11 +49,14 @@ def sequence_log_probs(
         >>> sequence_log_probs(logits, labels).shape
         torch.Size([2])
     """
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     return _log_probs(*dispatch.from_logits(logits, labels, call_options), average)
 
 
 @documented
+@on_all_ranks
 def linear_sequence_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -62,6 +68,7 @@ def linear_sequence_log_probs(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> Tensor:
@@ -94,7 +101,9 @@ def linear_sequence_log_probs(
         >>> loss = linear_objective_loss(hidden, weight.requires_grad_(), labels, npo)
         >>> loss.backward()
     """
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return _log_probs(*described, average)
 

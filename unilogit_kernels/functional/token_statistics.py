@@ -11,6 +11,7 @@ from torch import Tensor
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths import row_state, statistics
@@ -72,6 +73,7 @@ _NEEDS = {
 
 
 @documented
+@on_all_ranks
 def token_statistics(
     logits: Tensor,
     labels: Tensor,
@@ -81,6 +83,7 @@ def token_statistics(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
 ) -> TokenStatistics:
     """What a model says of each token, in one read of the logits.
@@ -106,11 +109,14 @@ def token_statistics(
         >>> (-seen.log_prob - 0.01 * seen.entropy).mean().backward()
     """
     _check(fields)
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     return _of(*dispatch.from_logits(logits, labels, call_options), fields, ignore_index)
 
 
 @documented
+@on_all_ranks
 def linear_token_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -122,6 +128,7 @@ def linear_token_statistics(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str | None = None,
     options: LinearOptions | None = None,
 ) -> TokenStatistics:
@@ -146,7 +153,9 @@ def linear_token_statistics(
         torch.Size([4])
     """
     _check(fields)
-    call_options = CallOptions(ignore_index, softcap, logit_scale, vocab_size, backend)
+    call_options = CallOptions(
+        ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
+    )
     described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return _of(*described, fields, ignore_index)
 

@@ -54,15 +54,16 @@ class LinearInputs(NamedTuple):
         """The dtypes around the GEMMs."""
         return self._dtypes_of(self.hidden)
 
-    def shape(self, n: int, vocab_size: int, needs: Needs) -> LinearShape:
-        """What the cut of a call on `n` of the tokens depends on."""
+    def shape(self, n: int, columns: int, needs: Needs) -> LinearShape:
+        """What the cut of a call on `n` of the tokens depends on; `columns` as of `Rows`."""
         device_type = self.hidden.device.type
         h, dtype = self.hidden.shape[1], self.hidden.dtype
         reference = None
         if self.reference is not None:
             hidden = self.reference.hidden
             reference = HeadShape(hidden.shape[1], self._dtypes_of(hidden), hidden.dtype)
-        return LinearShape(n, h, vocab_size, self.dtypes, dtype, device_type, needs, reference)
+        columns = columns or 1  # of a shard of padding: nothing is cut
+        return LinearShape(n, h, columns, self.dtypes, dtype, device_type, needs, reference)
 
     def positions(self, active: Tensor) -> Tensor | None:
         """Positions of the active rows, or None for all; always None where `compact` is off."""
@@ -79,7 +80,7 @@ class LinearInputs(NamedTuple):
             return (own,)
         return own, self._head(self.reference, active, index)
 
-    def new_gradients(self, vocab_size: int, needs: Needs) -> Gradients:
+    def new_gradients(self, columns: int, needs: Needs) -> Gradients:
         """Gradients to be written; rows that carry no probability have theirs."""
         results, exact = self.dtypes.results, self.dtypes.exact
         hidden = weight = bias = None
@@ -87,15 +88,15 @@ class LinearInputs(NamedTuple):
             hidden = allocate(self.hidden.shape, results, self.hidden.device)
         if needs.weight:
             weight = allocate(self.weight.shape, results, self.weight.device)
-            weight[vocab_size:] = 0
+            weight[columns:] = 0
         if needs.bias:
             bias = self.weight.new_zeros(self.weight.shape[0], dtype=exact)
         return Gradients(hidden, weight, bias)
 
-    def new_saved(self, vocab_size: int, *, needs_grad: bool) -> list[Tensor]:
+    def new_saved(self, columns: int, *, needs_grad: bool) -> list[Tensor]:
         """Memory for each model's logits that are saved for a backward, as the budget leaves it."""
-        shape = self.shape(self.hidden.shape[0], vocab_size, EVERYTHING)
-        elements = saved_capacity(shape, self.options) if needs_grad else 0
+        shape = self.shape(self.hidden.shape[0], columns, EVERYTHING)
+        elements = saved_capacity(shape, self.options) if needs_grad and columns else 0
         return [self.hidden.new_empty((elements,), dtype=h.dtypes.logits) for h in shape.heads]
 
     def _dtypes_of(self, hidden: Tensor) -> GemmDtypes:
@@ -130,7 +131,7 @@ def compacted_values(
     heads = inputs.heads(active, index)
     part = rows if index is None else rows.at(index)
     m = heads[0].hidden.shape[0]
-    shape = inputs.shape(m, rows.vocab_size, NOTHING)
+    shape = inputs.shape(m, rows.columns, NOTHING)
     plan = plan_linear(shape, inputs.options, passes=1)
     if memory[0].numel():
         plan = plan_saving(shape, inputs.options, m)
@@ -163,7 +164,7 @@ def compacted_gradient(
         upstream: `[..., n]`.
         saved: What the forward saved.
     """
-    gradients = inputs.new_gradients(rows.vocab_size, needs)
+    gradients = inputs.new_gradients(rows.columns, needs)
     upstream = significant(torch.where(active, upstream, 0.0), inputs.options.skip_below)
     counts = counting(upstream)
     index = inputs.positions(counts)
@@ -171,13 +172,14 @@ def compacted_gradient(
         return _zeroed(gradients)
     heads = inputs.heads(counts, index)
     m = heads[0].hidden.shape[0]
-    plan = plan_linear(inputs.shape(m, rows.vocab_size, needs), inputs.options, passes=1)
+    shape, shared = inputs.shape(m, rows.columns, needs), rows.shard is not None
+    plan = plan_linear(shape, inputs.options, passes=1, shared=shared)
     saved_logits, position = None, None
     if saved[0].numel():
         # The cut of the forward, which saw every active row.
         first = inputs.positions(active)
         forward_tokens = active.numel() if first is None else first.numel()
-        shape = inputs.shape(forward_tokens, rows.vocab_size, needs)
+        shape = inputs.shape(forward_tokens, rows.columns, needs)
         plan = plan_saving(shape, inputs.options, m)
         saved_logits = SavedBeside(saved, forward_tokens)
         if index is not None:
@@ -201,15 +203,22 @@ def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[T
     """
     active = loss.row_weight != 0
     index = inputs.positions(active)
-    vocab_size = loss.rows.vocab_size
-    gradients = inputs.new_gradients(vocab_size, needs)
+    columns, shared = loss.rows.columns, loss.rows.shard is not None
+    gradients = inputs.new_gradients(columns, needs)
     if active.numel() == 0 or (index is not None and index.numel() == 0):
         nothing = torch.zeros_like(loss.row_weight)
         return torch.stack((nothing, nothing)) if loss.reports else nothing, _zeroed(gradients)
     heads = inputs.heads(active, index)
     m = heads[0].hidden.shape[0]
-    shape = inputs.shape(m, vocab_size, needs)
-    plan = plan_linear(shape, inputs.options, passes=2, coupled=loss.coupled, adds_up=loss.adds_up)
+    shape = inputs.shape(m, columns, needs)
+    plan = plan_linear(
+        shape,
+        inputs.options,
+        passes=2,
+        coupled=loss.coupled,
+        adds_up=loss.adds_up,
+        shared=shared,
+    )
     part = gradients
     if index is not None:
         loss = loss.at(index)

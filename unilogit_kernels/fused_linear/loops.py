@@ -27,7 +27,7 @@ from unilogit_kernels.rows.objective import RowProblem, float16_scale
 
 def linear_state(heads: Heads, rows: Rows, plan: Plan, saved: Saved | None = None) -> Tensor:
     """The complete state `[k, n]` of the logits of `heads`."""
-    return VocabularyLoop(heads, rows, plan, saved).statistics()
+    return rows.complete(VocabularyLoop(heads, rows, plan, saved).statistics())
 
 
 def linear_gradient(
@@ -112,7 +112,7 @@ def _loss_by_columns(
     if saved is not None and saved.finished:
         states.append(loop.finish_saved_rows(saved, slope_of))
     states.append(loop.statistics(first_token=plan.saved_tokens if states else 0))
-    state = torch.cat(states, dim=1)
+    state = rows.complete(torch.cat(states, dim=1))
     if any(gradient is not None for gradient in gradients):
         slope = significant(slope_of(state, slice(0, loop.tokens)), options.skip_below)
         index = worthwhile_index(counting(slope)) if options.compact else None

@@ -6,18 +6,21 @@ attention does in FlashAttention (arXiv 2205.14135): each chunk of columns adds 
 statistics so far, after what was added before is scaled to them. The slope comes last, as a factor
 of a finished row; what a loss gives every column alike (label smoothing) multiplies the sum of the
 weight's rows. Row kernels and GEMMs therefore see chunks of columns that fit into a cache,
-however long the vocabulary is, and all tokens at once.
+however long the vocabulary is, and all tokens at once. Ranks that share a vocabulary each sum over
+their own columns; the share that these have of the whole rest is one more factor of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, OperandRows
+from unilogit_kernels.fused_linear.hidden_sum import HiddenSum
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.tiles import slices, tile_view
 from unilogit_kernels.maths import row_state
@@ -44,39 +47,80 @@ def gradient_online(
         slope_of: From the complete states of some tokens, and which they are, to their slopes.
         d_hidden: `[n, h]`, to be written.
     """
-    states, exact = [], head.dtypes.exact
-    for tokens in slices(head.hidden.shape[0], plan.tokens):
-        out = total = d_hidden[tokens]
-        if out.dtype != exact:
-            total = allocate(out.shape, exact, out.device)
-        state, label_entry, every_row = _sum_rest(head, rows.at(tokens), plan, tokens, total)
-        slope = slope_of(state, tokens)
-        of_rest, of_label, uniform = slope, slope, None
-        if slope.dim() > 1:
-            of_rest, of_label, uniform = slope[REST], slope[AT_LABEL], slope[UNIFORM]
-        # A row of slope 0 gets no gradient, whatever it holds.
-        total.mul_(of_rest[:, None]).masked_fill_(of_rest.logical_not()[:, None], 0.0)
-        if every_row is not None and uniform is not None:
-            total.addr_(uniform * rows.transform.scale, every_row)
-            of_label = of_label - uniform
-        label_entry = (label_entry * of_label).masked_fill_(of_label == 0, 0.0)
-        _add_labels(head, rows.labels[tokens], label_entry, total)
-        if out is not total:
-            out.copy_(total)
-        states.append(state)
-    return torch.cat(states, dim=1) if len(states) > 1 else states[0]
+    groups = list(slices(head.hidden.shape[0], plan.tokens))
+    if rows.shard is None:
+        states = []
+        for tokens in groups:
+            out = total = d_hidden[tokens]
+            if out.dtype != head.dtypes.exact:
+                total = allocate(out.shape, head.dtypes.exact, out.device)
+            part = _sum_rest(head, rows.at(tokens), plan, tokens, total)
+            _finish(head, rows, tokens, part, part.state, slope_of, total)
+            if out is not total:
+                out.copy_(total)
+            states.append(part.state)
+        return torch.cat(states, dim=1) if len(states) > 1 else states[0]
+    sums = HiddenSum(d_hidden, head.dtypes, rows.shard)
+    parts = [_sum_rest(head, rows.at(t), plan, t, sums.memory[t]) for t in groups]
+    state = rows.complete(torch.cat([part.state for part in parts], dim=1))
+    for tokens, part in zip(groups, parts, strict=True):
+        whole = state[:, tokens].contiguous()
+        _finish(head, rows, tokens, part, whole, slope_of, sums.memory[tokens])
+    sums.complete()
+    sums.finish()
+    return state
+
+
+class _Part(NamedTuple):
+    """What one pass over these columns knows of some tokens.
+
+    Attributes:
+        state: Of these columns.
+        label_entry: `t_y`, `[m]`; 0 where the label is in none of them.
+        every_row: `sum_j W_j`, `[h]`, where the loss asks for it.
+    """
+
+    state: Tensor
+    label_entry: Tensor
+    every_row: Tensor | None
+
+
+def _finish(
+    head: LinearHead,
+    rows: RowProblem,
+    tokens: slice,
+    part: _Part,
+    state: Tensor,
+    slope_of: Callable[[Tensor, slice], Tensor],
+    total: Tensor,
+) -> None:
+    """Make gradients, `[m, h]`, of what `_sum_rest` wrote; `state` is of the whole vocabulary."""
+    slope = slope_of(state, tokens)
+    of_rest, of_label, uniform = slope, slope, None
+    if slope.dim() > 1:
+        of_rest, of_label, uniform = slope[REST], slope[AT_LABEL], slope[UNIFORM]
+    factor = of_rest
+    if state is not part.state:
+        factor = of_rest * row_state.rest_share(part.state, state)
+    # A row of slope 0 gets no gradient, whatever it holds.
+    total.mul_(factor[:, None]).masked_fill_(of_rest.logical_not()[:, None], 0.0)
+    if part.every_row is not None and uniform is not None:
+        total.addr_(uniform * rows.transform.scale, part.every_row)
+        of_label = of_label - uniform
+    label_entry = (part.label_entry * of_label).masked_fill_(of_label == 0, 0.0)
+    if rows.columns:
+        _add_labels(head, _own_labels(rows)[tokens], label_entry, total)
+
+
+def _own_labels(rows: RowProblem) -> Tensor:
+    """The labels, counted from the first column that this process holds."""
+    return rows.labels if rows.shard is None else rows.labels - rows.shard.first_column
 
 
 def _sum_rest(
     head: LinearHead, rows: RowProblem, plan: Plan, tokens: slice, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Write `-sum_{j != y} r_j t_j W_j`.
-
-    `t_j` is the derivative of the logit transform.
-
-    Returns:
-        The states, the labels' entries `t_y`, and where the loss asks for it `sum_j W_j`, `[h]`.
-    """
+) -> _Part:
+    """Write `-sum_{j != y} r_j t_j W_j`; `t_j` is the derivative of the logit transform."""
     dtypes, device, m = head.dtypes, head.hidden.device, tokens.stop - tokens.start
     hidden = OperandRows((head,), m).at(tokens)[0]
     state = rows.empty_state(m, device, dtypes.exact)
@@ -88,7 +132,10 @@ def _sum_rest(
     row_scratch = None
     if dtypes.operands != dtypes.logits:
         row_scratch = allocate((m * plan.columns,), dtypes.operands, device)
-    for columns in slices(rows.vocab_size, plan.columns):
+    labels = _own_labels(rows)
+    if not rows.columns:
+        total.zero_()
+    for columns in slices(rows.columns, plan.columns):
         logits = tile_view(scratch, tokens, columns)
         out = logits if row_scratch is None else tile_view(row_scratch, tokens, columns)
         weight = head.weight_columns(columns)
@@ -98,14 +145,14 @@ def _sum_rest(
         # Under the statistics so far: `onehot_y t_y - r t`.
         so_far = row_state.with_some_rest(state)
         rows.gradient([logits], columns.start, so_far, one, out)
-        _take_labels(out, rows.labels - columns.start, label_entry)
+        _take_labels(out, labels - columns.start, label_entry)
         if before is not None:
             total.mul_(row_state.rest_share(before, state)[:, None])
         dtypes.multiply(out, weight, total, accumulate=before is not None)
         if every_row is not None:
             _add_every_row(weight, every_row, dtypes)
         del weight  # which may be a copy, before the next one is made
-    return state, label_entry, every_row
+    return _Part(state, label_entry, every_row)
 
 
 def _add_every_row(weight: Tensor, total: Tensor, dtypes: GemmDtypes) -> None:

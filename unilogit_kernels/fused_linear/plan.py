@@ -135,6 +135,7 @@ def plan_linear(
     passes: int,
     coupled: bool = False,
     adds_up: bool = True,
+    shared: bool = False,
 ) -> Plan:
     """Choose the order and the chunk sizes.
 
@@ -144,6 +145,8 @@ def plan_linear(
         passes: 2 if statistics and gradients are computed in one call, else 1.
         coupled: Whether a slope takes the statistics of all tokens, which token chunks never have.
         adds_up: See `RowLoss`; one pass finds the rest too late.
+        shared: Whether other ranks hold other columns: a row is known when all have been asked, of
+            all tokens at once. The order `online` then scales its sums.
     """
     given = budget_of(shape, options or LinearOptions())
     library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
@@ -152,6 +155,7 @@ def plan_linear(
     skips = options is not None and options.skip_below > 0
     if passes == 2 and adds_up and not (coupled or skips) and _suits_online(shape):
         return _online(shape, budget)
+    coupled = coupled or shared
     by_rows = None
     if passes == 2 and shape.needs.weight and not coupled and _suits_rows(shape):
         by_rows = _finished_rows(shape, budget)

@@ -38,9 +38,9 @@ def by_tokens(
 
     `gradient_rows(tokens, logits, out)` writes them and returns which rows count, or None for all.
     """
-    vocabulary, student = slice(0, rows.vocab_size), heads[0]
+    vocabulary, student = slice(0, rows.columns), heads[0]
     weights, dtypes, device = weight_tiles(heads, vocabulary), student.dtypes, student.hidden.device
-    elements = plan.tokens * rows.vocab_size
+    elements = plan.tokens * rows.columns
     buffers = logit_buffers(heads, elements)
     row_buffer = buffers[0]
     if dtypes.operands != dtypes.logits:
@@ -53,7 +53,7 @@ def by_tokens(
         logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
         out = tile_view(row_buffer, tokens, vocabulary)
         hidden = operand_rows.at(tokens)
-        for part in slices(rows.vocab_size, plan.tile_columns):
+        for part in slices(rows.columns, plan.tile_columns):
             project_tiles(
                 heads, hidden, part, [w[part] for w in weights], [z[:, part] for z in logits]
             )

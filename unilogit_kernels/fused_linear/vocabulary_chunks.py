@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unilogit_kernels.fused_linear.active_rows import spread
 from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
+from unilogit_kernels.fused_linear.hidden_sum import HiddenSum
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.saved import Saved
 from unilogit_kernels.fused_linear.tiles import (
@@ -70,7 +71,7 @@ class VocabularyLoop:
         return VocabularyLoop(heads, self.rows.at(index), plan, self.saved, index)
 
     def statistics(self, first_token: int = 0) -> Tensor:
-        """The complete states of the tokens from `first_token` on, `[k, m]`.
+        """The states of the tokens from `first_token` on over these columns, `[k, m]`.
 
         Logits are saved where there is room; otherwise one tile of them exists at a time.
         """
@@ -82,7 +83,7 @@ class VocabularyLoop:
         states = {t.start: empty_state_of(self.heads, self.rows, t) for t in tiles}
         buffers = logit_buffers(self.heads, longest_of(tiles) * plan.tile_columns)
         operand_rows = OperandRows(self.heads, longest_of([span_of(group) for group in groups]))
-        for columns in slices(self.rows.vocab_size, plan.columns):
+        for columns in slices(self.rows.columns, plan.columns):
             weights = weight_tiles(self.heads, columns)
             for group in groups:
                 together = span_of(group)
@@ -110,8 +111,8 @@ class VocabularyLoop:
         They go by token chunks: `slope_of(state, tokens)` needs the statistics of its tokens alone.
         """
         heads, plan = self.heads, self.plan
-        vocabulary = slice(0, self.rows.vocab_size)
-        buffers = logit_buffers(heads, plan.row_tokens * self.rows.vocab_size)
+        vocabulary = slice(0, self.rows.columns)
+        buffers = logit_buffers(heads, plan.row_tokens * self.rows.columns)
         operand_rows = OperandRows(heads, plan.row_tokens)
         states = []
         groups = [slices(part.stop, plan.row_tokens, start=part.start) for part in saved.parts]
@@ -119,12 +120,12 @@ class VocabularyLoop:
             rows, hidden = self.rows.at(tokens), operand_rows.at(tokens)
             logits = [tile_view(buffer, tokens, vocabulary) for buffer in buffers]
             state = empty_state_of(heads, rows, tokens)
-            for part in slices(rows.vocab_size, plan.row_columns):
+            for part in slices(rows.columns, plan.row_columns):
                 tiles = [z[:, part] for z in logits]
                 project_tiles(heads, hidden, part, weight_tiles(heads, part), tiles)
                 rows.update(tiles, part.start, state)
             slope = slope_of(state, tokens)
-            for columns in slices(rows.vocab_size, plan.columns):
+            for columns in slices(rows.columns, plan.columns):
                 place = saved.place(tokens, columns)
                 assert place is not None
                 tiles = [z[:, columns] for z in logits]
@@ -142,13 +143,13 @@ class VocabularyLoop:
         longest = longest_of([span_of(group) for group in groups])
         operand_rows = OperandRows(self.heads, longest)
         scratch, row_scratch = self._gradient_scratch(groups, longest)
-        hidden_sum = d_hidden
-        if d_hidden is not None and d_hidden.dtype != exact:
-            hidden_sum = torch.empty_like(d_hidden, dtype=exact)
+        hidden_sum = None
+        if d_hidden is not None:
+            hidden_sum = HiddenSum(d_hidden, dtypes, self.rows.shard)
         # Several groups add up in float32, and not where something saved is still to be read.
         in_gradient = self.saved is not None and self.saved.in_gradient
         adds_up = len(groups) > 1 and (in_gradient or dtypes.results != exact)
-        for columns in slices(self.rows.vocab_size, plan.columns):
+        for columns in slices(self.rows.columns, plan.columns):
             weights = weight_tiles(self.heads, columns)
             weight_sum = None
             if d_weight is not None:
@@ -166,9 +167,10 @@ class VocabularyLoop:
                         tile, rows, columns, weights, state, slope, scratch, out[here]
                     )
                 if hidden_sum is not None:
-                    dtypes.multiply(
-                        out, weights[0], hidden_sum[tokens], accumulate=columns.start > 0
-                    )
+                    own = hidden_sum.memory[tokens]
+                    dtypes.multiply(out, weights[0], own, accumulate=columns.start > 0)
+                    if columns.stop == self.rows.columns and i == len(groups) - 1:
+                        hidden_sum.complete()
                 if weight_sum is not None:
                     dtypes.multiply(out.t(), hidden[0], weight_sum, accumulate=i > 0)
                 if d_bias is not None:
@@ -176,8 +178,11 @@ class VocabularyLoop:
             if d_weight is not None and weight_sum is not None and adds_up:
                 d_weight[columns] = weight_sum
             del weights, weight_sum  # as in `statistics`
-        if d_hidden is not None and hidden_sum is not None and hidden_sum is not d_hidden:
-            d_hidden.copy_(hidden_sum)
+        if hidden_sum is not None:
+            if not self.rows.columns:
+                hidden_sum.memory.zero_()
+                hidden_sum.complete()
+            hidden_sum.finish()
 
     def _gradient_scratch(
         self, groups: list[list[slice]], tokens: int

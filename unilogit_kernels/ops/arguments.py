@@ -23,6 +23,7 @@ from unilogit_kernels.ops import literal
 from unilogit_kernels.ops.fragments import Fragment
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
+from unilogit_kernels.rows.ranks import Shard
 
 CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
 """Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
@@ -73,6 +74,18 @@ class RowArguments(Fragment, Protocol):
         """Size of the whole vocabulary."""
 
     @property
+    def first_column(self) -> int:
+        """See `Shard`."""
+
+    @property
+    def columns(self) -> int:
+        """Columns that this process holds: all of them, or those of its shard."""
+
+    @property
+    def group(self) -> str:
+        """Name of the process group whose ranks hold the other columns; empty if nobody does."""
+
+    @property
     def backend(self) -> str:
         """Name of the one that runs the row kernels."""
 
@@ -101,6 +114,9 @@ class TokenRows(NamedTuple):
         scale: See `LogitTransform`.
         softcap: See `LogitTransform`.
         vocab_size: Size of the whole vocabulary.
+        first_column: See `Shard`; 0 for a process that holds all columns.
+        columns: How many it holds.
+        group: See `Shard`; empty for a process that holds all columns.
         needs: The bits of `RowNeeds`.
         backend: Name of the one that runs the row kernels.
     """
@@ -110,6 +126,9 @@ class TokenRows(NamedTuple):
     scale: float
     softcap: float
     vocab_size: int
+    first_column: int
+    columns: int
+    group: str
     needs: int
     backend: str
 
@@ -122,7 +141,12 @@ class TokenRows(NamedTuple):
         transform = LogitTransform(self.scale, self.softcap)
         kernels = registry.load(self.backend)
         return RowProblem(
-            self.labels, transform, self.vocab_size, kernels, RowNeeds.of_bits(self.needs)
+            self.labels,
+            transform,
+            self.vocab_size,
+            kernels,
+            RowNeeds.of_bits(self.needs),
+            shard_of(self),
         )
 
     def column(self, state: Tensor) -> Tensor:
@@ -147,6 +171,11 @@ class TokenRows(NamedTuple):
         return literal.values(
             logits[0], self.labels, transform, self.vocab_size, RowNeeds.of_bits(self.needs)
         )
+
+
+def shard_of(rows: RowArguments) -> Shard | None:
+    """The part of the vocabulary that this process holds, if it does not hold all of it."""
+    return Shard(rows.first_column, rows.columns, rows.group) if rows.group else None
 
 
 def no_column(like: Tensor) -> Tensor:

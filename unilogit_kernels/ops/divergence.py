@@ -16,7 +16,13 @@ from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.maths.divergence import Direction, Divergence
 from unilogit_kernels.maths.rewrites import REWRITES
 from unilogit_kernels.ops import literal
-from unilogit_kernels.ops.arguments import Values, check_label_range, exact_dtype, no_column
+from unilogit_kernels.ops.arguments import (
+    Values,
+    check_label_range,
+    exact_dtype,
+    no_column,
+    shard_of,
+)
 from unilogit_kernels.ops.linear import linear_loss_operator, linear_values_operator
 from unilogit_kernels.ops.logits import values_operator
 from unilogit_kernels.rows.contract import weigh
@@ -52,6 +58,9 @@ class PairRows(NamedTuple):
         ref_scale: The teacher's.
         ref_softcap: The teacher's.
         vocab_size: Size of the whole vocabulary.
+        first_column: See `Shard`; 0 for a process that holds all columns.
+        columns: How many it holds, of both models.
+        group: See `Shard`; empty for a process that holds all columns.
         direction: See `Divergence`.
         rewrite: Name of the teacher's rewrite.
         parameters: Its fields.
@@ -65,6 +74,9 @@ class PairRows(NamedTuple):
     ref_scale: float
     ref_softcap: float
     vocab_size: int
+    first_column: int
+    columns: int
+    group: str
     direction: str
     rewrite: str
     parameters: list[float]
@@ -87,6 +99,7 @@ class PairRows(NamedTuple):
             self.vocab_size,
             self._divergence(),
             registry.load(self.backend),
+            shard_of(self),
         )
 
     def column(self, state: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from unilogit_kernels.ops.arguments import (
     total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
-from unilogit_kernels.ops.literal import gradients_of, wants_literal
+from unilogit_kernels.ops.literal import gradients_of, has_literal, wants_literal
 from unilogit_kernels.ops.logits import of_unit_slopes
 from unilogit_kernels.ops.registration import Operator, operator
 from unilogit_kernels.ops.scaling import scaled_gradients
@@ -136,7 +136,7 @@ def linear_values_operator(
         rows.check_labels()
         inputs = linear_inputs(list(heads), options)
         problem = rows.problem(inputs.hidden)
-        saved = inputs.new_saved(rows.vocab_size, needs_grad=needs.needs_grad)
+        saved = inputs.new_saved(rows.columns, needs_grad=needs.needs_grad)
         found, state = compacted_values(inputs, active.active, problem, saved)
         return LinearValues(found, rows.column(state), state, *_pair(saved))
 
@@ -145,7 +145,7 @@ def linear_values_operator(
         heads: H, active: Active, rows: R, options: LinearOptions, needs: NeedsGradient
     ) -> LinearValues:
         inputs = linear_inputs(list(heads), options)
-        saved = inputs.new_saved(rows.vocab_size, needs_grad=needs.needs_grad)
+        saved = inputs.new_saved(rows.columns, needs_grad=needs.needs_grad)
         return LinearValues(*rows.values_like(inputs.hidden), *_pair(saved))
 
     class _Derivatives:
@@ -172,7 +172,7 @@ def linear_values_operator(
             options: LinearOptions,
             saved: _Forward,
         ) -> Sequence[Tensor | None]:
-            if wants_literal(rows.backend):
+            if wants_literal(rows):
                 slope = torch.where(active.active, slope, 0.0)
                 own, others = _own_and_others(heads)
                 return gradients_of(
@@ -327,7 +327,11 @@ def linear_loss_operator(
         ) -> Iterable[Fragment]:
             finished = HeadGradients(*result[2:])
             saved = Saved(result.loss, next(iter(heads)).dtype, rows.backend)
-            return (finished, saved, *((heads, rows, loss) if rows.backend == "eager" else ()))
+            return (
+                finished,
+                saved,
+                *((heads, rows, loss) if has_literal(rows) else ()),
+            )
 
         @staticmethod
         def backward(
@@ -337,7 +341,7 @@ def linear_loss_operator(
             saved: Saved,
             *literal: Any,
         ) -> Sequence[Tensor | None]:
-            if wants_literal(saved.backend):
+            if literal and torch.is_grad_enabled():
                 heads, rows, loss = literal
                 own, others = _own_and_others(heads)
 

@@ -15,11 +15,20 @@ from unilogit_kernels.maths.statistics import Statistics
 
 if TYPE_CHECKING:
     from unilogit_kernels.maths.divergence import Divergence
+    from unilogit_kernels.ops.arguments import RowArguments
 
 
-def wants_literal(backend: str) -> bool:
-    """Whether a backward that may be differentiated itself takes the literal definition."""
-    return backend == "eager" and torch.is_grad_enabled()
+def has_literal(rows: RowArguments) -> bool:
+    """Whether a backward that is differentiated itself may take the literal definition.
+
+    Not where ranks share a vocabulary: none of them has the logits that the definition is of.
+    """
+    return rows.backend == "eager" and not rows.group
+
+
+def wants_literal(rows: RowArguments) -> bool:
+    """Whether this backward may be differentiated itself, by the literal definition."""
+    return has_literal(rows) and torch.is_grad_enabled()
 
 
 def values(

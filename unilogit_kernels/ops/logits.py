@@ -25,7 +25,7 @@ from unilogit_kernels.ops.arguments import (
     total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
-from unilogit_kernels.ops.literal import gradients_of, wants_literal
+from unilogit_kernels.ops.literal import gradients_of, has_literal, wants_literal
 from unilogit_kernels.ops.registration import Operator, operator
 from unilogit_kernels.ops.scaling import scaled_gradients
 from unilogit_kernels.rows.objective import logits_objective
@@ -79,7 +79,7 @@ def values_operator(name: str, matrices: type[M], rows: type[R]) -> Operator[[M,
         def backward(
             needs: Sequence[bool], slope: Tensor, logits: M, rows: R, saved: _State
         ) -> Sequence[Tensor | None]:
-            if wants_literal(rows.backend):
+            if wants_literal(rows):
                 student, *others = logits
                 return gradients_of(lambda z: rows.literal([z, *others]), [student], needs, slope)
             return backward(logits, rows, Upstream(saved.state, slope))
@@ -195,13 +195,17 @@ class _ObjectiveDerivatives:
     ) -> Iterable[Fragment]:
         finished = _Finished(result.logits_grad, result.row_scale)
         saved = Saved(result.loss, operand.logits.dtype, rows.backend)
-        return (finished, saved, *((operand, rows, loss) if rows.backend == "eager" else ()))
+        return (
+            finished,
+            saved,
+            *((operand, rows, loss) if has_literal(rows) else ()),
+        )
 
     @staticmethod
     def backward(
         needs: Sequence[bool], upstream: Tensor, finished: _Finished, saved: Saved, *literal: Any
     ) -> Sequence[Tensor | None]:
-        if wants_literal(saved.backend):
+        if literal and torch.is_grad_enabled():
             operand, rows, loss = literal
             return gradients_of(
                 lambda z: loss.literal(rows.literal([z]), rows.vocab_size), operand, needs, upstream

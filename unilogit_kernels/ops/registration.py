@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from unilogit_kernels.ops.fragments import Fragment, names, rebuilt, save, saved, schema
+from unilogit_kernels.rows.ranks import told_to_all
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
 
@@ -45,6 +46,8 @@ class Operator(Generic[P, R]):
         self.name = name
         self._gives, self._several = gives, len(names(gives)) > 1
         self._of_needs = getattr(takes[-1], "of_needs", None)
+        flat = [name for part in takes for name in names(part)]
+        self._group_at = flat.index("group") if "group" in flat else None
         stops = list(itertools.accumulate(len(names(part)) for part in takes))
         self._slices: list[tuple[type[Any], int, int]] = list(
             zip(takes, [0, *stops], stops, strict=False)
@@ -106,9 +109,15 @@ class Operator(Generic[P, R]):
         def run(*args: Any) -> Any:
             device_type = args[0].device.type
             if not torch.is_autocast_enabled(device_type):
-                return self._output(function(*self._split(args)))
+                return compute(args, device_type)
             # A GEMM in here has chosen its dtypes; autocast would change them.
             with torch.autocast(device_type, enabled=False):
+                return compute(args, device_type)
+
+        def compute(args: Sequence[Any], device_type: str) -> Any:
+            if self._group_at is None or not args[self._group_at]:
+                return self._output(function(*self._split(args)))
+            with told_to_all(args[self._group_at], device_type):
                 return self._output(function(*self._split(args)))
 
         return run
@@ -269,7 +278,8 @@ class _FirstDerivative(_SingleLevelFunction):
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
             f"unilogit_kernels::{ctx.name} computes first derivatives only; for a double backward "
-            "(create_graph=True) pass backend='eager', which knows reverse mode over reverse mode"
+            "(create_graph=True) pass backend='eager', which knows reverse mode over reverse mode "
+            "where no ranks share the vocabulary"
         )
 
     @staticmethod

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from unilogit_kernels.rows.ranks import Shard
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -19,6 +21,14 @@ class Rows(Protocol):
     def vocab_size(self) -> int:
         """Columns of the whole vocabulary."""
 
+    @property
+    def columns(self) -> int:
+        """Columns that this process holds: all of them, or those of its shard."""
+
+    @property
+    def shard(self) -> Shard | None:
+        """Where these columns are, if other ranks hold others."""
+
     def at(self, tokens: slice | Tensor) -> Self:
         """The same for some of the rows."""
 
@@ -26,7 +36,16 @@ class Rows(Protocol):
         """The running statistics of `n` rows of which no column has been seen, `[k, n]`."""
 
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
-        """Fold tiles `[n, v]`, one of each model, into the state."""
+        """Fold tiles `[n, v]`, one of each model, into the state.
+
+        `first_column` is counted from the first column that this process holds.
+        """
+
+    def complete(self, state: Tensor) -> Tensor:
+        """The state of the whole vocabulary, from that of the columns that this process holds.
+
+        The one collective of a call, where ranks share a vocabulary.
+        """
 
     def gradient(
         self,

@@ -11,6 +11,8 @@ from torch import Tensor
 from unilogit_kernels.backends.contract import LogitTransform, RowKernels, TilePair
 from unilogit_kernels.maths import pair_state
 from unilogit_kernels.maths.divergence import Divergence
+from unilogit_kernels.rows import ranks
+from unilogit_kernels.rows.ranks import Shard
 from unilogit_kernels.rows.whole import logits_state
 
 
@@ -25,6 +27,7 @@ class PairProblem(NamedTuple):
         vocab_size: Size of the whole vocabulary.
         divergence: Which divergence.
         kernels: The backend.
+        shard: The part of the vocabulary that this process holds; None for all of it.
     """
 
     labels: Tensor
@@ -34,6 +37,12 @@ class PairProblem(NamedTuple):
     vocab_size: int
     divergence: Divergence
     kernels: RowKernels
+    shard: Shard | None = None
+
+    @property
+    def columns(self) -> int:
+        """See `Rows.columns`."""
+        return self.vocab_size if self.shard is None else self.shard.columns
 
     def at(self, tokens: slice | Tensor) -> PairProblem:
         """See `Rows.at`."""
@@ -46,6 +55,10 @@ class PairProblem(NamedTuple):
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
         """See `Rows.update`."""
         self.kernels.divergence_update(self._pair(logits, first_column), state)
+
+    def complete(self, state: Tensor) -> Tensor:
+        """See `Rows.complete`."""
+        return ranks.merged(self.shard, state, self.vocab_size, pair_state.merge_parts)
 
     def gradient(
         self,
@@ -72,6 +85,8 @@ class PairProblem(NamedTuple):
 
     def _pair(self, logits: Sequence[Tensor], first_column: int) -> TilePair:
         (student, teacher), labels = logits, self.labels
+        if self.shard is not None:
+            first_column += self.shard.first_column
         by_student, by_teacher = self.student_transform, self.teacher_transform
         if self.divergence.student == "a":
             return TilePair(student, teacher, labels, first_column, by_student, by_teacher)

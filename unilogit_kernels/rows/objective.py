@@ -1,7 +1,7 @@
 """Rows of logits: what describes them, and the losses of logits that exist as a whole.
 
 `Rows` and `RowLoss` are what the chunk loops see of them: here those of one model's rows, in
-`divergence.pairs` those of two models' rows.
+`rows.divergence` those of two models' rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from unilogit_kernels.maths import row_state, statistics
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.objectives import Objective
+from unilogit_kernels.rows import ranks
 from unilogit_kernels.rows.contract import weigh
+from unilogit_kernels.rows.ranks import Shard
 from unilogit_kernels.rows.whole import empty_gradient, logits_state, real_columns
 
 
@@ -30,6 +32,7 @@ class RowProblem(NamedTuple):
         vocab_size: Size of the whole vocabulary, which `log(V - 1)` sees.
         kernels: The backend.
         needs: What is asked of a row beside the label's log-odds.
+        shard: The part of the vocabulary that this process holds; None for all of it.
     """
 
     labels: Tensor
@@ -37,6 +40,12 @@ class RowProblem(NamedTuple):
     vocab_size: int
     kernels: RowKernels
     needs: RowNeeds = PLAIN
+    shard: Shard | None = None
+
+    @property
+    def columns(self) -> int:
+        """See `Rows.columns`."""
+        return self.vocab_size if self.shard is None else self.shard.columns
 
     def at(self, tokens: slice | Tensor) -> RowProblem:
         """See `Rows.at`."""
@@ -47,12 +56,18 @@ class RowProblem(NamedTuple):
         return row_state.empty_state(n, device, dtype, self.needs)
 
     def tile(self, logits: Tensor, first_column: int = 0) -> Tile:
-        """What the kernels take of these rows' logits."""
+        """What the kernels take of these rows' logits; `first_column` as of `Rows.update`."""
+        if self.shard is not None:
+            first_column += self.shard.first_column
         return Tile(logits, self.labels, first_column, self.transform)
 
     def update(self, logits: Sequence[Tensor], first_column: int, state: Tensor) -> None:
         """See `Rows.update`."""
         self.kernels.log_odds_update(self.tile(logits[0], first_column), state, self.needs)
+
+    def complete(self, state: Tensor) -> Tensor:
+        """See `Rows.complete`."""
+        return ranks.merged(self.shard, state, self.vocab_size, row_state.merge_parts)
 
     def gradient(
         self,
@@ -205,16 +220,16 @@ def logits_objective(
     float16 spans twelve decades, fewer than weights and denominators may: its rows are stored at a
     size of about 1, and each one's own scale waits in float32 for the upstream gradient.
     """
-    out = empty_gradient(logits, rows.vocab_size) if needs_gradient else None
+    out = empty_gradient(logits, rows.columns) if needs_gradient else None
     scaled_later = needs_gradient and logits.dtype == torch.float16
     slope_weight = weighted.slope_weight(fold_factor=True)
     row_scale = None
     values, sizes = finish_rows(
-        real_columns(logits, rows.vocab_size),
+        real_columns(logits, rows.columns),
         rows,
         weighted.objective,
         slope_weight.sign() if scaled_later else slope_weight,
-        None if out is None else real_columns(out, rows.vocab_size),
+        None if out is None else real_columns(out, rows.columns),
         of_size_1=scaled_later,
     )
     if scaled_later:
@@ -234,7 +249,7 @@ def finish_rows(
     """Values of rows that hold the whole vocabulary; their gradients into `out`.
 
     Args:
-        logits: `[n, V]`.
+        logits: `[n, V]`; of a shard, its columns.
         rows: Labels and kernels.
         objective: `f`.
         slope_weight: `[n]`; what `f'` is multiplied by.
@@ -246,7 +261,8 @@ def finish_rows(
         were divided by, or None.
     """
     swept = objective.sweep(rows.vocab_size)
-    if swept.name in rows.kernels.swept_objectives:
+    # A sweep knows a row when it has read it; a shard does when the others have answered.
+    if rows.shard is None and swept.name in rows.kernels.swept_objectives:
         values = rows.kernels.log_odds_sweep(
             rows.tile(logits), slope_weight, swept.name, rows.vocab_size, out, swept.weights
         )
@@ -258,7 +274,8 @@ def finish_rows(
         if of_size_1:
             sizes = finite_size(slope.abs() if slope.dim() == 1 else slope.abs().amax(0))
             slope = slope / sizes
-        rows.gradient([logits], 0, state, slope, out)
+        if rows.columns:
+            rows.gradient([logits], 0, state, slope, out)
     return objective.evaluate_with_report(seen, rows.vocab_size), sizes
 
 

@@ -1,0 +1,161 @@
+"""Vocabularies that the ranks of a process group share: which columns are whose."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unilogit_kernels.rows.ranks import Shard, ranks_of, told_to_all
+
+
+class VocabParallel(NamedTuple):
+    """A vocabulary whose columns lie on the ranks of a process group, each one on one rank.
+
+    Every rank passes the same hidden states and labels (counted in the whole vocabulary), and its
+    own columns of the logits, or rows of the lm_head's weight and bias. Every rank gets the loss of
+    the whole vocabulary, bitwise the same, and the gradient of hidden states in full; logits,
+    weight and bias get that of the rank's own columns.
+
+    Attributes:
+        group: The process group; None for the default one.
+        first_column: Where this rank's columns begin in the vocabulary. None: after those of the
+            ranks before it. The ranks then ask each other for their sizes, once for each size that
+            a rank has: where some ranks' sizes change and others' do not, it has to be given.
+        vocab_size: Number of real tokens in the whole vocabulary; columns beyond it, on whichever
+            ranks, carry no probability. None for all columns.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from unilogit_kernels import VocabParallel, linear_unilogit_loss
+        >>> store = dist.HashStore()
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> hidden, own_rows = torch.randn(4, 16), torch.randn(1000, 16)
+        >>> loss = linear_unilogit_loss(
+        ...     hidden, own_rows, torch.arange(4), vocab_parallel=VocabParallel()
+        ... )
+        >>> dist.destroy_process_group()
+    """
+
+    group: dist.ProcessGroup | None = None
+    first_column: int | None = None
+    vocab_size: int | None = None
+
+
+def process_group(given: VocabParallel) -> dist.ProcessGroup:
+    """The group whose ranks share a vocabulary.
+
+    Raises:
+        TypeError: It is no `VocabParallel`, or has no process group.
+        RuntimeError: There is no default group.
+    """
+    if not isinstance(given, VocabParallel):
+        raise TypeError(
+            "vocab_parallel must be a VocabParallel, such as VocabParallel(group), or None, "
+            f"got {given!r}"
+        )
+    if given.group is None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "vocab_parallel: VocabParallel() takes the default process group, which there is "
+                "not: call torch.distributed.init_process_group first, or pass a group"
+            )
+        group: dist.ProcessGroup = dist.distributed_c10d._get_default_group()
+        return group
+    if not isinstance(given.group, dist.ProcessGroup):
+        raise TypeError(
+            f"VocabParallel.group must be a torch.distributed process group, got {given.group!r}"
+        )
+    return given.group
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def on_all_ranks(function: _Function) -> _Function:
+    """Decorator of functions that take `vocab_parallel`: an error on one rank is raised on all.
+
+    See `ranks.told_to_all`; ranks that are compiled go without.
+    """
+
+    @functools.wraps(function)
+    def on_each(*args: Any, vocab_parallel: VocabParallel | None = None, **options: Any) -> Any:
+        if vocab_parallel is None:
+            return function(*args, **options)
+        if torch.compiler.is_compiling():
+            return function(*args, vocab_parallel=vocab_parallel, **options)
+        group = process_group(vocab_parallel).group_name
+        on_device = any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in args)
+        with told_to_all(group, "other" if on_device else "cpu"):
+            return function(*args, vocab_parallel=vocab_parallel, **options)
+
+    return on_each  # type: ignore[return-value]  # of the same signature
+
+
+class Place(NamedTuple):
+    """Where a rank's columns are.
+
+    Attributes:
+        shard: These.
+        vocab_size: Of the whole vocabulary.
+    """
+
+    shard: Shard
+    vocab_size: int
+
+
+def place_of(
+    given: VocabParallel, columns: int, vocab_size: int | None, device: torch.device
+) -> Place:
+    """Where in the vocabulary a rank's `columns` are.
+
+    Args:
+        given: As the user gave it.
+        columns: Of this rank, padding included.
+        vocab_size: The function's own argument: another way to give the size of the whole one.
+        device: Of the operands, over which the ranks may ask each other.
+
+    Raises:
+        ValueError: A number does not fit.
+    """
+    group = process_group(given)
+    if given.vocab_size is not None:
+        if vocab_size not in (None, given.vocab_size):
+            raise ValueError(
+                f"vocab_size is {vocab_size} and VocabParallel.vocab_size {given.vocab_size}: "
+                "both are the number of real tokens in the whole vocabulary; pass one of them"
+            )
+        vocab_size = given.vocab_size
+    first = given.first_column
+    if first is not None and first < 0:
+        raise ValueError(f"VocabParallel.first_column must be at least 0, got {first}")
+    if first is None or vocab_size is None:
+        sizes = _sizes(group, columns, device)
+        if first is None:
+            first = sum(sizes[: group.rank()])
+        if vocab_size is None:
+            vocab_size = sum(sizes)
+    if vocab_size < 2:
+        raise ValueError(
+            f"vocab_size of the whole vocabulary must be at least 2, got {vocab_size}; "
+            "with a single token every probability is 1 and log(V-1) does not exist"
+        )
+    real = min(max(vocab_size - first, 0), columns)
+    return Place(Shard(first, real, group.group_name), vocab_size)
+
+
+_SIZES: WeakKeyDictionary[dist.ProcessGroup, dict[int, list[int]]] = WeakKeyDictionary()
+"""Of each group, the sizes of all ranks' shards where this rank's has so many columns."""
+
+
+def _sizes(group: dist.ProcessGroup, columns: int, device: torch.device) -> list[int]:
+    known = _SIZES.setdefault(group, {})
+    if columns not in known:
+        own = torch.tensor([columns], device=device)
+        known[columns] = ranks_of(group.group_name).gather(own).flatten().tolist()
+    return known[columns]
