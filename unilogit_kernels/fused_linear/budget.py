@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
-from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions, budget_in_bytes
 from unilogit_kernels.fused_linear.weight_sum import rows_inside
 
 FLOPS_PER_BYTE = 266
@@ -114,8 +114,9 @@ def budget_of(shape: LinearShape, options: LinearOptions) -> int:
     On a GPU that is what the sums of the weight's gradient and a chunk of `CHUNK_TOKENS` take,
     between `MEMORY_BUDGET` and `MOST_BUDGET`, however many tokens there are.
     """
-    if options.memory_budget:
-        return options.memory_budget
+    given = budget_in_bytes(options)
+    if given:
+        return given
     least = per_device(MEMORY_BUDGET, shape.device_type)
     if shape.device_type == "cpu":
         return least

@@ -32,7 +32,7 @@ from unilogit_kernels.fused_linear.budget import (
     weight_sum_bytes,
 )
 from unilogit_kernels.fused_linear.gemm import Needs
-from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions, budget_in_bytes
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
@@ -235,7 +235,7 @@ def saved_capacity(shape: LinearShape, options: LinearOptions) -> int:
     Never all of them: the last chunk of columns is always projected again. It is arithmetic of
     sizes alone, so that a compiler can trace it for an `n` that it does not know.
     """
-    budget = options.memory_budget or per_device(MEMORY_BUDGET, shape.device_type)
+    budget = budget_in_bytes(options) or per_device(MEMORY_BUDGET, shape.device_type)
     buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
     room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
     capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))

@@ -1,4 +1,7 @@
-"""A fused loss in the place of a Hugging Face causal LM's logits; needs the extra `unlearn`."""
+"""A fused loss in the place of a Hugging Face causal LM's logits.
+
+It imports neither transformers nor accelerate: whoever has a model has what it is made of.
+"""
 
 from unilogit_kernels.huggingface.head import (
     HeadCall,

@@ -120,7 +120,7 @@ class Method:
         """Every parameter that the method has, with its default."""
         if self.name in _DIVERGENCES:
             return _DIVERGENCES[self.name].defaults
-        of_fields = {field.name: field.default for field in dataclasses.fields(self._class)}
+        of_fields: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self._class)}
         return {name: of_fields[name] for name in objectives.parameter_names(self.name)}
 
     @property
@@ -147,9 +147,9 @@ class Method:
 
     def divergence(self) -> dict[str, Any]:
         """What `heads_kl_loss` takes, of a method that needs a teacher."""
-        rewrite, direction, defaults = _DIVERGENCES[self.name]
-        parameters = {**defaults, **self.parameters}
-        return {"rewrite": rewrite(**parameters), "direction": direction}
+        chosen = _DIVERGENCES[self.name]
+        parameters = {**chosen.defaults, **self.parameters}
+        return {"rewrite": chosen.rewrite(**parameters), "direction": chosen.direction}
 
     @property
     def needs_refusals(self) -> bool:
