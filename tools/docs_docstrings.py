@@ -13,7 +13,7 @@ from typing import Any
 from griffe import Docstring, Extension, Function, Object
 
 
-class Docstrings(Extension):
+class Docstrings(Extension):  # type: ignore[misc]  # untyped where griffe is not installed
     """Completes what was read from the sources."""
 
     def on_function(self, *, func: Function, **_: Any) -> None:

@@ -73,12 +73,12 @@ def run(row: Row) -> str:
     if not (folder / ".installed").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([python, "-m", "venv", folder], check=True)
-        command = [in_it, "-m", "pip", "install", "--quiet", "numpy", *row.packages]
+        command = [str(in_it), "-m", "pip", "install", "--quiet", "numpy", *row.packages]
         if subprocess.run(command, check=False).returncode:
             return "not run: it cannot be installed here"
         (folder / ".installed").touch()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [in_it, "-m", "tests.versions.smoke", row.level]
+    command = [str(in_it), "-m", "tests.versions.smoke", row.level]
     failed = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     return "FAILED" if failed else f"passed: {row.level}"
 
