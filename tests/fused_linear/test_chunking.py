@@ -11,11 +11,10 @@ import torch
 from tests.support.problems import Problem, casts_operands, check, linear_problem, saved_tokens
 from unilogit_kernels import linear_objective_loss, linear_target_log_odds, linear_unilogit_loss
 from unilogit_kernels.fused_linear import compaction, loops
-from unilogit_kernels.fused_linear.budget import CHUNK_TOKENS, LinearShape
+from unilogit_kernels.fused_linear.budget import CHUNK_BYTES, CHUNK_TOKENS, LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
 from unilogit_kernels.fused_linear.plan import (
-    CHUNK_BYTES,
     MIN_TILE_COLUMNS,
     ONLINE_COLUMNS,
     Plan,

@@ -11,6 +11,7 @@ from torch import Tensor
 from unilogit_kernels import objectives, ops
 from unilogit_kernels.calls import validation
 from unilogit_kernels.calls.options import CallOptions
+from unilogit_kernels.calls.sharded import local_heads, local_logits
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
@@ -37,8 +38,9 @@ from unilogit_kernels.rows.contract import weigh
 
 def from_logits(logits: Tensor, labels: Tensor, options: CallOptions) -> tuple[Operands, LossCall]:
     """Validate a call on logits `[..., V]`; see `validation.describe_logits`."""
+    (logits,), labels, options = local_logits([("logits", logits)], labels, options)
     call = validation.describe_logits(logits, labels, options)
-    return Logits(logits.reshape(-1, logits.shape[-1])), call
+    return Logits(validation.as_rows(logits)), call
 
 
 def from_linear(
@@ -50,12 +52,14 @@ def from_linear(
     linear: LinearOptions | None,
 ) -> tuple[Operands, LossCall]:
     """Validate a call on hidden states and an lm_head; see `validation.describe_linear`."""
+    heads, labels, options = local_heads([("", (hidden, weight, bias))], labels, options)
+    ((hidden, weight, bias),) = heads
     hidden, weight = validation.cast_for_autocast(hidden), validation.cast_for_autocast(weight)
     bias = None if bias is None else validation.cast_for_autocast(bias)
     call = validation.describe_linear(
         hidden, weight, bias, labels, options, linear or LinearOptions()
     )
-    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias), call
+    return Head(validation.as_rows(hidden), weight, bias), call
 
 
 def objective_of(

@@ -7,7 +7,8 @@ from torch import Tensor
 from unilogit_kernels import ops
 from unilogit_kernels.calls import pair_validation
 from unilogit_kernels.calls.options import CallOptions, TeacherOptions
-from unilogit_kernels.calls.validation import LossCall, cast_for_autocast
+from unilogit_kernels.calls.sharded import local_heads, local_logits
+from unilogit_kernels.calls.validation import LossCall, as_rows, cast_for_autocast
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.arguments import NO_GRADIENT, NO_GRADIENTS
 from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
@@ -27,9 +28,10 @@ def of_logits(
     teacher: TeacherOptions,
 ) -> Tensor:
     """The reduced divergence of logits; see `pair_validation.describe_logits` for errors."""
-    ref_logits = _detached(ref_logits)
+    matrices = [("logits", logits), ("ref_logits", _detached(ref_logits))]
+    (logits, ref_logits), labels, options = local_logits(matrices, labels, options)
     pair = pair_validation.describe_logits(logits, ref_logits, labels, options, teacher)
-    found = ops.divergence.divergence(LogitsPair(_flat(logits), _flat(ref_logits)), pair.rows())
+    found = ops.divergence.divergence(LogitsPair(as_rows(logits), as_rows(ref_logits)), pair.rows())
     return _reduced(found.values, pair.call)
 
 
@@ -42,24 +44,24 @@ def of_heads(
     linear: LinearOptions | None,
 ) -> Tensor:
     """The reduced divergence of two lm_heads; see `pair_validation.describe_linear` for errors."""
-    student = _for_autocast(student)
     hidden, weight, bias = teacher
-    teacher = _for_autocast(
-        (_detached(hidden), _detached(weight), None if bias is None else _detached(bias))
-    )
+    teacher = _detached(hidden), _detached(weight), None if bias is None else _detached(bias)
+    heads = [("", student), ("ref_", teacher)]
+    (student, teacher), labels, options = local_heads(heads, labels, options)
+    student, teacher = _for_autocast(student), _for_autocast(teacher)
     pair = pair_validation.describe_linear(
         student, teacher, labels, options, teacher_options, linear or LinearOptions()
     )
     call, rows = pair.call, pair.rows()
-    heads = HeadPair(_flat(student[0]), *student[1:], _flat(teacher[0]), *teacher[1:])
+    pairs = HeadPair(as_rows(student[0]), *student[1:], as_rows(teacher[0]), *teacher[1:])
     if call.reduction == "none" or any_tangent(student):
         # What is finished in one pass has no tangents; the values of rows do.
         active = Active(call.row_weight != 0)
-        found = ops.divergence.linear_divergence(heads, active, rows, call.linear, NO_GRADIENT)
+        found = ops.divergence.linear_divergence(pairs, active, rows, call.linear, NO_GRADIENT)
         return _reduced(found.values, call)
     weights = Weights(call.row_weight, call.factor)
     return ops.divergence.linear_divergence_loss(
-        heads, rows, weights, call.linear, NO_GRADIENTS
+        pairs, rows, weights, call.linear, NO_GRADIENTS
     ).loss
 
 
@@ -72,10 +74,6 @@ def _for_autocast(head: Head) -> Head:
     hidden, weight, bias = head
     bias = None if bias is None else cast_for_autocast(bias)
     return cast_for_autocast(hidden), cast_for_autocast(weight), bias
-
-
-def _flat(rows: Tensor) -> Tensor:
-    return rows.reshape(-1, rows.shape[-1])
 
 
 def _reduced(values: Tensor, call: LossCall) -> Tensor:

@@ -177,6 +177,12 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
     return operand.to(torch.get_autocast_dtype(operand.device.type))
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """Logits or hidden states `[..., m]` as `[n, m]`."""
+    m = tensor.shape[-1]
+    return tensor.reshape(-1, m) if m else tensor.reshape(math.prod(tensor.shape[:-1]), 0)
+
+
 def _describe(
     operand: tuple[str, Tensor],
     labels: Tensor | None,
@@ -199,7 +205,7 @@ def _describe(
         shard = Shard(0, vocab_size, "")
     else:
         shard, vocab_size = place_of(
-            options.vocab_parallel, columns, options.vocab_size, tensor.device
+            options.vocab_parallel, columns, options.vocab_size, labels, tensor
         )
     transform = check_transform(options.softcap, options.logit_scale)
     chosen = registry.choose(options.backend, tensor.device.type, tensor.dtype)
@@ -253,11 +259,6 @@ def check_float(name: str, tensor: Tensor) -> None:
     """Check that an operand is a local tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} is a DTensor: the loss runs on local tensors; gather it first, for example "
-            f"with {name}.full_tensor(), or run it inside the module whose hooks gather it"
-        )
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"

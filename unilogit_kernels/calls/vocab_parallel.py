@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -25,10 +26,12 @@ class VocabParallel(NamedTuple):
     Attributes:
         group: The process group; None for the default one.
         first_column: Where this rank's columns begin in the vocabulary. None: after those of the
-            ranks before it. The ranks then ask each other for their sizes, once for each size that
-            a rank has: where some ranks' sizes change and others' do not, it has to be given.
+            ranks before it.
         vocab_size: Number of real tokens in the whole vocabulary; columns beyond it, on whichever
             ranks, carry no probability. None for all columns.
+
+    The ranks ask each other for their sizes once for each size that a rank's part has. So where
+    parts change between calls, each rank's must change, or none.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -110,7 +113,11 @@ class Place(NamedTuple):
 
 
 def place_of(
-    given: VocabParallel, columns: int, vocab_size: int | None, device: torch.device
+    given: VocabParallel,
+    columns: int,
+    vocab_size: int | None,
+    labels: Tensor | None,
+    like: Tensor,
 ) -> Place:
     """Where in the vocabulary a rank's `columns` are.
 
@@ -118,10 +125,11 @@ def place_of(
         given: As the user gave it.
         columns: Of this rank, padding included.
         vocab_size: The function's own argument: another way to give the size of the whole one.
-        device: Of the operands, over which the ranks may ask each other.
+        labels: Or None; and
+        like: hidden states or logits `[..., h]`: the ranks must have the same rows.
 
     Raises:
-        ValueError: A number does not fit.
+        ValueError: A number does not fit, or the ranks have other rows.
     """
     group = process_group(given)
     if given.vocab_size is not None:
@@ -134,12 +142,11 @@ def place_of(
     first = given.first_column
     if first is not None and first < 0:
         raise ValueError(f"VocabParallel.first_column must be at least 0, got {first}")
-    if first is None or vocab_size is None:
-        sizes = _sizes(group, columns, device)
-        if first is None:
-            first = sum(sizes[: group.rank()])
-        if vocab_size is None:
-            vocab_size = sum(sizes)
+    sizes = _sizes(group, columns, labels, like)
+    if first is None:
+        first = sum(sizes[: group.rank()])
+    if vocab_size is None:
+        vocab_size = sum(sizes)
     if vocab_size < 2:
         raise ValueError(
             f"vocab_size of the whole vocabulary must be at least 2, got {vocab_size}; "
@@ -153,9 +160,22 @@ _SIZES: WeakKeyDictionary[dist.ProcessGroup, dict[int, list[int]]] = WeakKeyDict
 """Of each group, the sizes of all ranks' shards where this rank's has so many columns."""
 
 
-def _sizes(group: dist.ProcessGroup, columns: int, device: torch.device) -> list[int]:
+def _sizes(
+    group: dist.ProcessGroup, columns: int, labels: Tensor | None, like: Tensor
+) -> list[int]:
     known = _SIZES.setdefault(group, {})
     if columns not in known:
-        own = torch.tensor([columns], device=device)
-        known[columns] = ranks_of(group.group_name).gather(own).flatten().tolist()
+        tokens = math.prod(like.shape[:-1])
+        total = 0 if labels is None else int(labels.to(torch.int64).sum())
+        own = torch.tensor([columns, tokens, total], device=like.device)
+        found = ranks_of(group.group_name).gather(own).tolist()
+        rows = [each[1:] for each in found]
+        if rows.count(rows[0]) != len(rows):
+            listed = ", ".join(f"{n} tokens whose labels sum to {total}" for n, total in rows)
+            raise ValueError(
+                "vocab_parallel: all ranks that share a vocabulary must pass the same hidden "
+                f"states and labels, got {listed} on ranks 0 to {len(rows) - 1}. (A weight that "
+                "FSDP shards is no part of a vocabulary: call the loss where FSDP has gathered it)"
+            )
+        known[columns] = [each[0] for each in found]
     return known[columns]

@@ -9,15 +9,20 @@ from typing import Any
 import torch
 
 from unilogit_kernels.calls import validation
-from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape, budget_of
-from unilogit_kernels.fused_linear.cost import Costs, loss_costs, recomputing_costs
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape, budget_of, saved_capacity
+from unilogit_kernels.fused_linear.cost import (
+    Collective,
+    Costs,
+    Shares,
+    loss_costs,
+    recomputing_costs,
+)
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     Plan,
     plan_linear,
     plan_saving,
-    saved_capacity,
 )
 from unilogit_kernels.fused_linear.recorder import Launch, Read
 
@@ -83,6 +88,8 @@ class PlanReport:
         saved_share: Share of the logits, or of their gradient rows, that is not projected again.
         predicted_seconds: By GPU, from its rates: a prediction, never a measurement.
         bare_gemm_seconds: The same for the matrix products alone, each in one piece.
+        collectives: What ranks that share the vocabulary send each other: all figures are then
+            those of one rank.
     """
 
     title: str
@@ -96,6 +103,7 @@ class PlanReport:
     saved_share: float
     predicted_seconds: dict[str, float]
     bare_gemm_seconds: dict[str, float]
+    collectives: tuple[Collective, ...] = ()
 
     def __str__(self) -> str:
         """The table."""
@@ -116,6 +124,11 @@ class PlanReport:
             f"  peak memory      {self.peak_bytes / 2**20:.1f} MiB beside operands and gradients, "
             f"of a budget of {self.memory_budget / 2**20:.1f} MiB",
         ]
+        for each in self.collectives:
+            lines.append(
+                f"  {each.what:<17}{each.bytes / 1e6:.2f} MB from each of {each.ranks} ranks, "
+                f"{each.received / 1e6:.2f} MB to each"
+            )
         for name, seconds in self.predicted_seconds.items():
             bare = self.bare_gemm_seconds[name]
             lines.append(
@@ -143,6 +156,7 @@ def explain_plan(
     options: LinearOptions | None = None,
     ref_h: int | None = None,
     ref_dtype: torch.dtype | None = None,
+    vocab_parallel: int | None = None,
 ) -> PlanReport:
     """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
 
@@ -163,6 +177,8 @@ def explain_plan(
         ref_h: The reference model's hidden size, for a call of `linear_kl_loss`; None for a loss of
             one model.
         ref_dtype: Of its hidden states and lm_head; default: `dtype`.
+        vocab_parallel: Number of ranks that share the vocabulary (`VocabParallel`), in equal parts;
+            the report is then of one of them. Predicted times leave out what they send.
 
     Returns:
         The report. For `reduction="none"` it adds forward and backward up.
@@ -194,28 +210,47 @@ def explain_plan(
         validation.check_linear_options(options, ref_dtype)
         ref_dtypes = GemmDtypes.of(ref_dtype, device, options.logits_dtype)
         reference = HeadShape(ref_h, ref_dtypes, ref_dtype)
-    shape = LinearShape(n, h, vocab_size, dtypes, dtype, device, needs, reference)
+    shares = None
+    columns = vocab_size
+    if vocab_parallel is not None:
+        if vocab_parallel < 1:
+            raise ValueError(f"vocab_parallel must be at least 1, or None, got {vocab_parallel}")
+        shares = Shares(vocab_parallel, vocab_size)
+        columns = -(-vocab_size // vocab_parallel)
+    shape = LinearShape(n, h, columns, dtypes, dtype, device, needs, reference)
     if reduction not in validation.REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(validation.REDUCTIONS)}, got {reduction!r}"
         )
-    calls = _recomputing(shape, options) if reduction == "none" else _finished(shape, options)
+    calls_of = _recomputing if reduction == "none" else _finished
+    calls = calls_of(shape, options, shares)
     return _report(shape, calls, budget_of(shape, options))
 
 
-def _finished(shape: LinearShape, options: LinearOptions) -> list[Costs]:
-    return [loss_costs(shape, plan_linear(shape, options, passes=2))]
+def _finished(shape: LinearShape, options: LinearOptions, shares: Shares | None) -> list[Costs]:
+    plan = plan_linear(
+        shape,
+        options,
+        passes=2,
+        # As of a divergence: its rows are a sum of two softmaxes.
+        adds_up=shape.reference is None,
+        shared=shares is not None,
+    )
+    return [loss_costs(shape, plan, shares)]
 
 
-def _recomputing(shape: LinearShape, options: LinearOptions) -> list[Costs]:
+def _recomputing(shape: LinearShape, options: LinearOptions, shares: Shares | None) -> list[Costs]:
     everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
     saved = saved_capacity(everything, options) if shape.needs.any() else 0
     nothing = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
+    shared = shares is not None
     forward = plan_linear(nothing, options, passes=1)
-    backward = plan_linear(shape, options, passes=1) if shape.needs.any() else None
+    backward = None
+    if shape.needs.any():
+        backward = plan_linear(shape, options, passes=1, shared=shared)
     if saved:
         forward = backward = plan_saving(shape, options, shape.n)
-    return recomputing_costs(shape, forward, backward, saved)
+    return recomputing_costs(shape, forward, backward, saved, shares)
 
 
 def _report(shape: LinearShape, calls: list[Costs], memory_budget: int) -> PlanReport:
@@ -245,6 +280,7 @@ def _report(shape: LinearShape, calls: list[Costs], memory_budget: int) -> PlanR
         saved_share=passes - projected / once,
         predicted_seconds=predicted,
         bare_gemm_seconds=bare,
+        collectives=tuple(each for call in calls for each in call.collectives),
     )
 
 

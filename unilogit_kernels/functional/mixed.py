@@ -89,7 +89,14 @@ def mixed_loss(
     """
     resolved, factors, items = _described(parts, segments, weights, reduction, num_items_in_batch)
     call_options = CallOptions(
-        ignore_index, softcap, logit_scale, vocab_size, backend, reduction, token_weights
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        vocab_parallel=vocab_parallel,
     )
     operands, call = dispatch.from_logits(logits, labels, call_options)
     return _mixed(operands, call, segments, resolved, factors, items)
@@ -150,7 +157,14 @@ def linear_mixed_loss(
     """
     resolved, factors, items = _described(parts, segments, weights, reduction, num_items_in_batch)
     call_options = CallOptions(
-        ignore_index, softcap, logit_scale, vocab_size, backend, reduction, token_weights
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        vocab_parallel=vocab_parallel,
     )
     operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return _mixed(operands, call, segments, resolved, factors, items)

@@ -19,6 +19,13 @@ CHUNK_TOKENS = 6 * FLOPS_PER_BYTE
 writing float32 sums of the weight's gradient, 8 bytes each, takes no longer than the GEMM that adds
 to them, 2 operations for each token; the rest leaves time for its other operands."""
 
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
+
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+"""Most bytes of logits between their GEMM and the row kernel that reads them: on GPUs they should
+stay in the L2 cache, 40 MB on an A100 and 50 MB on an H100."""
+
 MOST_BUDGET = 4 << 30
 """The largest default budget of a GPU."""
 
@@ -194,3 +201,16 @@ def saved_token_count(shape: LinearShape, *, rows: bool) -> int:
     gradient_bytes = shape.h * shape.dtypes.results.itemsize
     sizes = (shape.dtypes.operands.itemsize,) if rows else shape.logit_sizes
     return 0 if gradient_bytes % max(sizes) else min(shape.n, gradient_bytes // sum(sizes))
+
+
+def saved_capacity(shape: LinearShape, options: LinearOptions) -> int:
+    """How many logits of each head a forward may keep for its backward: what the budget leaves.
+
+    Never all of them: the last chunk of columns is always projected again. It is arithmetic of
+    sizes alone, so that a compiler can trace it for an `n` that it does not know.
+    """
+    budget = budget_in_bytes(options) or per_device(MEMORY_BUDGET, shape.device_type)
+    buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
+    room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
+    capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))
+    return int(capacity) if isinstance(capacity, int) else capacity

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
 from unilogit_kernels.fused_linear.active_rows import active_index, counting, significant, spread
-from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape
+from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape, saved_capacity
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.fused_linear.plan import plan_linear, plan_saving, saved_capacity
+from unilogit_kernels.fused_linear.plan import plan_linear, plan_saving
 from unilogit_kernels.fused_linear.saved import SavedBeside
 from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop

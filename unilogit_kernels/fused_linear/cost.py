@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,44 @@ from unilogit_kernels.objectives import UnilogitReverse
 from unilogit_kernels.rows.contract import RowLoss
 from unilogit_kernels.rows.divergence import PairLoss, PairProblem
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
+from unilogit_kernels.rows.ranks import Shard, recording
 
 _META = torch.device("meta")
+_GROUP = "recording"
+
+
+class Shares(NamedTuple):
+    """How ranks share a vocabulary.
+
+    Attributes:
+        ranks: How many do.
+        vocab_size: Of the whole one.
+    """
+
+    ranks: int
+    vocab_size: int
+
+
+class Collective(NamedTuple):
+    """What every rank takes part in.
+
+    Attributes:
+        what: `"gather"` of what each rank gives, or `"sum"` over the ranks.
+        bytes: That a rank gives.
+        ranks: How many there are.
+    """
+
+    what: Literal["gather", "sum"]
+    bytes: int
+    ranks: int
+
+    @property
+    def received(self) -> int:
+        """Bytes that a rank receives, where parts go round in a ring: twice for a sum."""
+        others = self.ranks - 1
+        return (
+            self.bytes * others if self.what == "gather" else 2 * self.bytes * others // self.ranks
+        )
 
 
 @dataclass(frozen=True)
@@ -43,11 +79,13 @@ class Costs:
         plan: How it is cut.
         launches: In order.
         peak_bytes: Most bytes alive at a time beside operands and gradients.
+        collectives: What ranks that share the vocabulary send each other, in order.
     """
 
     plan: Plan
     launches: tuple[Launch, ...]
     peak_bytes: int
+    collectives: tuple[Collective, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -59,9 +97,15 @@ class Costs:
         return sum(launch.moved(cache_bytes) for launch in self.launches)
 
 
-def loss_costs(shape: LinearShape, plan: Plan) -> Costs:
-    """Costs of a loss whose gradients are finished with it."""
-    call = _Call(shape)
+def loss_costs(shape: LinearShape, plan: Plan, shares: Shares | None = None) -> Costs:
+    """Costs of a loss whose gradients are finished with it.
+
+    Args:
+        shape: What is computed; of ranks that share a vocabulary, on one of them.
+        plan: How it is cut.
+        shares: How they share it.
+    """
+    call = _Call(shape, shares)
     gradients = call.gradients()
     with call.recorded():
         linear_loss(call.heads, call.loss, plan, gradients, LinearOptions(compact=False))
@@ -69,7 +113,11 @@ def loss_costs(shape: LinearShape, plan: Plan) -> Costs:
 
 
 def recomputing_costs(
-    shape: LinearShape, forward: Plan, backward: Plan | None, saved_logits: int
+    shape: LinearShape,
+    forward: Plan,
+    backward: Plan | None,
+    saved_logits: int,
+    shares: Shares | None = None,
 ) -> list[Costs]:
     """Costs of the forward of values alone, and of the backward that projects logits again.
 
@@ -78,8 +126,9 @@ def recomputing_costs(
         forward: How the forward is cut.
         backward: How the backward is, or None where there is none.
         saved_logits: How many logits of each head the forward saves for it.
+        shares: How ranks share the vocabulary.
     """
-    call = _Call(shape)
+    call = _Call(shape, shares)
     saved = None
     with call.recorded():
         if saved_logits:
@@ -92,7 +141,7 @@ def recomputing_costs(
     costs = [call.costs(forward)]
     if backward is not None:
         upstream, gradients = torch.empty(shape.n, device=_META), call.gradients()
-        call.recorder.launches = []
+        call.recorder.launches, call.ranks.collectives = [], []
         with call.recorded():
             loop = VocabularyLoop(call.heads, call.loss.rows, backward, saved)
             linear_gradient(loop, state, upstream, gradients)
@@ -103,9 +152,13 @@ def recomputing_costs(
 class _Call:
     """Operands without data, and row kernels that record."""
 
-    def __init__(self, shape: LinearShape) -> None:
+    def __init__(self, shape: LinearShape, shares: Shares | None) -> None:
         self.shape = shape
         self.recorder = Recorder()
+        self.ranks = _RecordingRanks(1 if shares is None else shares.ranks)
+        vocab_size, shard = shape.vocab_size, None
+        if shares is not None:
+            vocab_size, shard = shares.vocab_size, Shard(0, shape.vocab_size, _GROUP)
         self.heads: Heads = tuple(self._head(head) for head in shape.heads)
         labels = torch.empty(shape.n, dtype=torch.int64, device=_META)
         exact = shape.dtypes.exact
@@ -115,22 +168,27 @@ class _Call:
         transform = LogitTransform()
         self.loss: RowLoss
         if shape.reference is None:
-            rows = RowProblem(labels, transform, shape.vocab_size, kernels)
+            rows = RowProblem(labels, transform, vocab_size, kernels, shard=shard)
             self.loss = ObjectiveLoss(rows, Weighted(UnilogitReverse(), weight, factor))
         else:
             divergence = Divergence("forward", Rewrite())
             pairs = PairProblem(
-                labels, True, transform, transform, shape.vocab_size, divergence, kernels
+                labels, True, transform, transform, vocab_size, divergence, kernels, shard
             )
             self.loss = PairLoss(pairs, weight, factor)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        with self.recorder:
+        with recording(_GROUP, self.ranks), self.recorder:
             yield
 
     def costs(self, plan: Plan) -> Costs:
-        return Costs(plan, tuple(self.recorder.launches), self.recorder.memory.peak_bytes)
+        return Costs(
+            plan,
+            tuple(self.recorder.launches),
+            self.recorder.memory.peak_bytes,
+            tuple(self.ranks.collectives),
+        )
 
     def gradients(self) -> Gradients:
         shape, dtypes = self.shape, self.shape.dtypes
@@ -149,6 +207,25 @@ class _Call:
     @staticmethod
     def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=_META)
+
+
+class _RecordingRanks:
+    """Ranks that only say what they would send."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.collectives: list[Collective] = []
+
+    def gather(self, part: Tensor) -> Tensor:
+        self.collectives.append(Collective("gather", part.nbytes, self.size))
+        return part.new_empty(self.size, part.numel())
+
+    def start_sum(self, tensor: Tensor) -> _RecordingRanks:
+        self.collectives.append(Collective("sum", tensor.nbytes, self.size))
+        return self
+
+    def wait(self) -> None:
+        """See `Pending`."""
 
 
 class _RecordingKernels(RowKernels):

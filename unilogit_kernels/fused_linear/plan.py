@@ -16,10 +16,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from unilogit_kernels.fused_linear.budget import (
+    CHUNK_BYTES,
     FLOPS_PER_BYTE,
+    TILE_BYTES,
     LinearShape,
     _weight_bytes,
     budget_of,
@@ -32,14 +32,7 @@ from unilogit_kernels.fused_linear.budget import (
     weight_sum_bytes,
 )
 from unilogit_kernels.fused_linear.gemm import Needs
-from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions, budget_in_bytes
-
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-"""Most bytes of logits in one vocabulary chunk; on CPU they should stay in the last cache."""
-
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
-"""Most bytes of logits between their GEMM and the row kernel that reads them: on GPUs they should
-stay in the L2 cache, 40 MB on an A100 and 50 MB on an H100."""
+from unilogit_kernels.fused_linear.options import LinearOptions
 
 MIN_TILE_COLUMNS = 512
 """Below this many columns, a tile is cut along the tokens instead: thin GEMMs are slow. Groups of
@@ -153,8 +146,10 @@ def plan_linear(
     # What grows with the tokens; logits get their share of the budget all the same.
     budget = _left(given, library + vector_bytes(shape), shape)
     skips = options is not None and options.skip_below > 0
-    if passes == 2 and adds_up and not (coupled or skips) and _suits_online(shape):
-        return _online(shape, budget)
+    if passes == 2 and adds_up and not (coupled or skips) and _suits_online(shape, shared=shared):
+        online = _online(shape, budget)
+        if online is not None:
+            return online
     coupled = coupled or shared
     by_rows = None
     if passes == 2 and shape.needs.weight and not coupled and _suits_rows(shape):
@@ -227,19 +222,6 @@ def plan_saving(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
         tile_columns=min(plan.tile_columns, columns),
         row_columns=0,
     )
-
-
-def saved_capacity(shape: LinearShape, options: LinearOptions) -> int:
-    """How many logits of each head a forward may keep for its backward: what the budget leaves.
-
-    Never all of them: the last chunk of columns is always projected again. It is arithmetic of
-    sizes alone, so that a compiler can trace it for an `n` that it does not know.
-    """
-    budget = budget_in_bytes(options) or per_device(MEMORY_BUDGET, shape.device_type)
-    buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
-    room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
-    capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))
-    return int(capacity) if isinstance(capacity, int) else capacity
 
 
 def aligned_size(size: int, step: int) -> int:
@@ -323,19 +305,27 @@ def _sums_pay(shape: LinearShape, by_rows: Plan, budget: int) -> bool:
     return again + moved > waiting + narrowed
 
 
-def _suits_online(shape: LinearShape) -> bool:
+def _suits_online(shape: LinearShape, *, shared: bool) -> bool:
     """Whether the hidden states' gradient is all there is, on a device where sums are cheap.
 
-    A GPU would read and write its sums more often than a few token chunks do their logits. The
-    gradient against a reference model is a sum of two softmaxes whose shares come last: it would
-    take a GEMM for each.
+    A GPU would read and write its sums more often than a few token chunks do their logits; but a
+    shard's rows are known too late for token chunks. The gradient against a reference model is a
+    sum of two softmaxes whose shares come last: it would take a GEMM for each.
     """
     alone = shape.reference is None and shape.needs == Needs(True, False, False)
-    return alone and shape.device_type == "cpu"
+    return alone and (shape.device_type == "cpu" or shared)
 
 
-def _online(shape: LinearShape, budget: int) -> Plan:
-    """As many tokens at a time as leave `ONLINE_COLUMNS` to a chunk, in groups of one size."""
+def _online(shape: LinearShape, budget: int) -> Plan | None:
+    """As many tokens at a time as leave `ONLINE_COLUMNS` to a chunk, in groups of one size.
+
+    On GPUs token chunks over all columns, which add to no sum.
+    """
+    if shape.device_type != "cpu":
+        room = _left(budget, hidden_sum_bytes(shape), shape)
+        tokens = _token_chunk(shape, room, row_bytes(shape))
+        fits = tokens >= MIN_CHUNK_TOKENS and not shape.casts_weight
+        return Plan("online", tokens, shape.vocab_size) if fits else None
     chunk = min(per_device(CHUNK_BYTES, shape.device_type), budget // MAX_SHARE)
     most = chunk // (ONLINE_COLUMNS * row_bytes(shape))
     token_bytes = hidden_sum_bytes(shape._replace(n=1)) + hidden_copy_bytes(shape, 1)

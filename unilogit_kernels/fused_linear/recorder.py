@@ -17,6 +17,12 @@ CACHED_SHARE = 0.7
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1}
 """Matrix products, and where their first factor stands among the arguments."""
 
+_LOOKUPS = ("aten::gather", "aten::index", "aten::index_select")
+"""Read as much of their first argument as they return."""
+
+_SCATTER = "aten::scatter_"
+"""Writes as much as its last argument holds."""
+
 _NO_LAUNCH = ("aten::empty", "aten::new_empty")
 
 
@@ -136,16 +142,29 @@ class Recorder(TorchDispatchMode):
                 reads.append(args[0])
             self.add(schema.name, reads, [result], flops=2 * a.shape[0] * a.shape[1] * b.shape[1])
         elif outputs:
-            self.add(schema.name, reads, outputs)
+            part = result if schema.name in _LOOKUPS else None
+            if schema.name == _SCATTER:
+                part = args[-1]
+            self.add(schema.name, reads, outputs, part=part)
         return result
 
     def add(
-        self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor], *, flops: int = 0
+        self,
+        name: str,
+        reads: Sequence[Tensor],
+        writes: Sequence[Tensor],
+        *,
+        flops: int = 0,
+        part: Tensor | None = None,
     ) -> None:
-        """Record one launch."""
-        found = tuple(Read(tensor.nbytes, self._distance(tensor)) for tensor in reads)
+        """Record one launch; `part` is as large as what it moves of a tensor that is larger."""
+
+        def moved(tensor: Tensor) -> int:
+            return tensor.nbytes if part is None else min(tensor.nbytes, part.nbytes)
+
+        found = tuple(Read(moved(tensor), self._distance(tensor)) for tensor in reads)
         start = self._moved
-        self.launches.append(Launch(name, flops, sum(t.nbytes for t in writes), found))
+        self.launches.append(Launch(name, flops, sum(map(moved, writes)), found))
         self._moved += self.launches[-1].moved()
         for tensor in writes:
             self._written_at[id(tensor.untyped_storage())] = start + sum(r.bytes for r in found)

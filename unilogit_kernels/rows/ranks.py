@@ -113,7 +113,7 @@ def merged(
     found = ranks_of(shard.group).gather(sent)
     if found.device.type == "cpu":
         _check_cover(found[:, :2].contiguous().view(integers).tolist(), vocab_size)
-    return merge_parts(found[:, 2:].reshape(-1, *state.shape))
+    return merge_parts(found[:, 2:].reshape(found.shape[0], *state.shape))
 
 
 def _check_cover(places: list[list[int]], vocab_size: int) -> None:
