@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import sys
 import tempfile
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def check_head() -> None:
 
     from unilogit_kernels.huggingface import fused_loss, verify_head
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 16,
         "intermediate_size": 32,
