@@ -240,3 +240,25 @@ def test_another_missing_module_is_not_hidden() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
     )
     assert "ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "evaluate"])
+def test_a_package_that_is_too_old_is_named(command: str) -> None:
+    """And the doctor speaks all the same."""
+    script = (
+        "import importlib.metadata as metadata, sys\n"
+        "real = metadata.version\n"
+        "metadata.version = lambda name: '4.45.1' if name == 'transformers' else real(name)\n"
+        f"sys.argv[1:] = [{command!r}]\n"
+        "from unilogit_kernels.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    if command == "doctor":
+        assert done.returncode == 0, done.stderr
+        assert "4.45.1" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert "needs transformers >= 4.57, but 4.45.1 is installed" in done.stderr

@@ -20,7 +20,7 @@ def main() -> None:
         from unilogit_kernels.cli.app import app
 
         app()
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # missing, or too old
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         if sys.argv[1:2] == ["doctor"]:  # It says what is missing, so it runs without it.
@@ -28,7 +28,7 @@ def main() -> None:
 
             doctor(sys.argv[2:])
             return
-        sys.exit(_missing(error.name))
+        sys.exit(_missing(error))
     except SystemExit as end:
         processes = sys.modules.get("unilogit_kernels.unlearning.processes")
         if processes is not None:
@@ -36,12 +36,13 @@ def main() -> None:
         raise
 
 
-def _missing(module: str) -> int:
-    print(
-        f"unilogit: the package {module!r} is missing; "
-        "run: pip install 'unilogit-kernels[unlearn]'",
-        file=sys.stderr,
-    )
+def _missing(error: ImportError) -> int:
+    message = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        message = (
+            f"the package {error.name!r} is missing; run: pip install 'unilogit-kernels[unlearn]'"
+        )
+    print(f"unilogit: {message}", file=sys.stderr)
     return 2
 
 
