@@ -14,8 +14,11 @@ NEWEST_TRITON := 3.9.0
 NEWEST_TRITON_HOME := .venv/triton-$(NEWEST_TRITON)
 OLDEST_TRITON := 3.6.0
 OLDEST_TRITON_HOME := .venv/triton-$(OLDEST_TRITON)
+DOCS_INSTALLED := .venv/.docs-installed
+ROWS ?=
+PLATFORM ?= manylinux_2_31_$(shell uname -m)
 
-.PHONY: demo test prove test-rest test-triton test-triton-newest test-triton-oldest check sanitize bench bench-report gpu docs-check clean
+.PHONY: demo test prove test-rest test-triton test-triton-newest test-triton-oldest test-versions check sanitize bench bench-report gpu docs docs-check wheel sdist try-wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
@@ -84,6 +87,28 @@ gpu: $(INSTALLED)
 sanitize: $(INSTALLED)
 	$(MAKE) -C csrc/cpu sanitize PYTHON=$(abspath $(BIN)/python)
 
+# Other versions of Python, torch and transformers, each in an environment of its own;
+# ROWS="transformers-4.45 newest" takes some of `python -m tests.versions --help`.
+test-versions: $(INSTALLED)
+	$(BIN)/python -m tests.versions $(ROWS)
+
+docs: $(DOCS_INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+# libgomp stays out of it: torch brings its own, and there must be one pool of threads.
+wheel: $(INSTALLED)
+	rm -rf build/wheel dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+
+sdist: $(INSTALLED)
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
+# In an empty environment without a compiler: install, the README's first lines, `unilogit doctor`.
+try-wheel: $(INSTALLED)
+	$(BIN)/python -m tests.versions.wheel dist/*.whl
+
 docs-check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_docs.py
 
@@ -103,3 +128,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*)
 # Beside the pinned triton, not in its place.
 .venv/triton-%/triton/__init__.py: | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-$* triton==$*
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@

@@ -11,6 +11,7 @@ NVRTC.
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -36,6 +37,34 @@ CUDA_PACKAGE = Path("unilogit_kernels/backends/cuda")
 CUDA_ARCHITECTURES = "75 80 86 89 90 100 120"
 PTX_ARCHITECTURE = "90"
 """What GPUs run for which there is no binary: those of a generation between, and newer ones."""
+
+
+REPOSITORY = os.environ.get("UNILOGIT_KERNELS_REPOSITORY", "")
+"""Where the sources are on the web, for links out of the package's page; forks have their own."""
+REVISION = os.environ.get("UNILOGIT_KERNELS_REVISION", "main")
+
+
+def readme() -> str:
+    """The README, with links and pictures that lead somewhere from the page of an index, too."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return text
+    raw, page = (f"{REPOSITORY}/{kind}/{REVISION}" for kind in ("raw", "blob"))
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{raw}/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{page}/", text)
+
+
+def urls() -> dict[str, str]:
+    """Those that an index shows beside the README."""
+    found = {"Paper": "https://arxiv.org/abs/2505.06027"}
+    if REPOSITORY:
+        found |= {
+            "Source": REPOSITORY,
+            "Issues": f"{REPOSITORY}/issues",
+            "Changelog": f"{REPOSITORY}/blob/{REVISION}/CHANGELOG.md",
+            "Documentation": f"{REPOSITORY}/tree/{REVISION}/docs",
+        }
+    return found
 
 
 class BuildLibrary(build_ext):
@@ -123,6 +152,9 @@ def library() -> Extension:
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=urls(),
     ext_modules=[library()],
     distclass=PlatformDistribution,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

@@ -1,4 +1,4 @@
-"""Every example in a docstring and every Python block of the README runs; every link leads."""
+"""Every example in a docstring and every Python block of every page runs; every link leads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 import unilogit_kernels
 from tests.support import ROOT
+from tests.support.tiny_models import FORGET, RETAIN, one_thread, save_model, write_rows
 
 MODULES = sorted(
     module.name
@@ -19,7 +20,11 @@ MODULES = sorted(
     # The C++ library lies in the package, but is no module of Python.
     if not module.name.endswith(("__main__", "_cpu_kernels"))
 )
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -32,11 +37,29 @@ def test_public_functions_have_examples() -> None:
         assert ">>>" in (getattr(unilogit_kernels, name).__doc__ or ""), name
 
 
-def test_readme_code_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name
+)
+@pytest.mark.usefixtures(one_thread.__name__)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks, one after the other, in a folder with what they name."""
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall(page.read_text())
+    if any('"DIR"' in block for block in blocks):
+        save_model(tmp_path / "DIR")
+        write_rows(tmp_path / "forget.jsonl", FORGET)
+        write_rows(tmp_path / "retain.jsonl", RETAIN)
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    if page.name == "unlearning.md":
+        assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in Path("OUT").iterdir()}
+
+
+def test_the_site_has_every_page() -> None:
+    """And no page is named that is not there: mkdocs says so as well, where it is installed."""
+    named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

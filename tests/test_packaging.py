@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.versions.wheel import THREAD_POOLS
 from unilogit_kernels.backends.cuda import sources as cuda_sources
 
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "UNILOGIT_KERNELS_NVCC": ""}
@@ -83,3 +84,10 @@ def test_installs_where_nothing_can_be_compiled(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "the CPU kernels were not built" in result.stdout + result.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_there_is_one_pool_of_threads() -> None:
+    """The library's OpenMP is torch's own: two pools would take the cores from each other."""
+    pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+    # In a process of its own: other packages that tests import bring pools of their own.
+    subprocess.run([sys.executable, "-c", THREAD_POOLS], check=True, cwd=ROOT)

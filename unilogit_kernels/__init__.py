@@ -1,72 +1,32 @@
-"""Fused, memory-flat unlearning losses for large-vocabulary language models."""
+"""Fused, memory-flat unlearning losses for large-vocabulary language models.
 
-from unilogit_kernels.backends.registry import available_backends
-from unilogit_kernels.calls.vocab_parallel import VocabParallel
-from unilogit_kernels.functional import (
-    linear_objective_loss,
-    linear_target_log_odds,
-    linear_unilogit_loss,
-    objective_loss,
-    shift_labels,
-    target_log_odds,
-    unilogit_loss,
-)
-from unilogit_kernels.functional.cross_entropy import (
-    CrossEntropyResult,
-    cross_entropy_loss,
-    linear_cross_entropy_loss,
-)
-from unilogit_kernels.functional.explain import explain_plan
-from unilogit_kernels.functional.kl import kl_loss, linear_kl_loss
-from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss, mixed_loss
-from unilogit_kernels.functional.modules import LinearUnilogitLoss, UnilogitLoss
-from unilogit_kernels.functional.runner_up import (
-    TargetAndRunnerUp,
-    linear_target_and_runner_up,
-    target_and_runner_up,
-)
-from unilogit_kernels.functional.sequences import linear_sequence_log_probs, sequence_log_probs
-from unilogit_kernels.functional.token_statistics import (
-    TokenStatistics,
-    linear_token_statistics,
-    token_statistics,
-)
-from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.maths.rewrites import Mask, Shift, Uniform
+The names are those of `unilogit_kernels.public`, which is imported, and torch with it, when one of
+them is first used: so `unilogit --help` need not wait for torch.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unilogit_kernels.public import *  # noqa: F403
+    from unilogit_kernels.public import __all__ as __all__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CrossEntropyResult",
-    "LinearOptions",
-    "LinearUnilogitLoss",
-    "Mask",
-    "MixedLoss",
-    "Shift",
-    "TargetAndRunnerUp",
-    "TokenStatistics",
-    "Uniform",
-    "UnilogitLoss",
-    "VocabParallel",
-    "available_backends",
-    "cross_entropy_loss",
-    "explain_plan",
-    "kl_loss",
-    "linear_cross_entropy_loss",
-    "linear_kl_loss",
-    "linear_mixed_loss",
-    "linear_objective_loss",
-    "linear_sequence_log_probs",
-    "linear_target_and_runner_up",
-    "linear_target_log_odds",
-    "linear_token_statistics",
-    "linear_unilogit_loss",
-    "mixed_loss",
-    "objective_loss",
-    "sequence_log_probs",
-    "shift_labels",
-    "target_and_runner_up",
-    "target_log_odds",
-    "token_statistics",
-    "unilogit_loss",
-]
+
+def __getattr__(name: str) -> Any:
+    """A public name, a folder of the package, or `__all__`."""
+    is_special = name.startswith("__") and name != "__all__"
+    if not is_special and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    public = None if is_special else importlib.import_module(f"{__name__}.public")
+    if public is None or name not in (*public.__all__, "__all__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(public, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    public = importlib.import_module(f"{__name__}.public")
+    return sorted({*globals(), *public.__all__})

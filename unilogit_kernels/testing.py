@@ -355,7 +355,7 @@ def hard_rows(vocab_size: int = 37) -> list[HardRow]:
     """Rows whose results follow from the definition without computing.
 
     Example:
-        >>> [row.name for row in hard_rows()][:2]
+        >>> [row.name for row in hard_rows()[:2]]
         ['certain label', 'impossible label']
     """
     label = vocab_size // 3

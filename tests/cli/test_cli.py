@@ -23,7 +23,7 @@ from tests.support.tiny_models import (
 )
 from unilogit_kernels import available_backends
 from unilogit_kernels.cli import progress, unlearn
-from unilogit_kernels.cli.evaluate import app
+from unilogit_kernels.cli.app import app
 from unilogit_kernels.unlearning.run import Settings
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -136,6 +136,8 @@ def test_a_method_s_parameters_by_name(run: Run, monkeypatch: pytest.MonkeyPatch
         (UNLEARN.replace("retain.jsonl", "bad.jsonl"), 'bad.jsonl, line 2: field "completion"'),
         (UNLEARN.replace("forget.jsonl", "empty.jsonl"), "empty.jsonl: holds no rows"),
         (UNLEARN.replace("--model model", "--model nowhere"), "could be loaded from 'nowhere'"),
+        (UNLEARN.replace("--model model", "--model ./model/no"), "'./model/no': there is no such"),
+        ("evaluate --model /no --data a=forget.jsonl", "model '/no': there is no such folder"),
         (f"{UNLEARN} --max-length 2", "none carries loss within the 2 of max_length"),
         (f"{UNLEARN} --method anger", "method must be one of"),
         (f"{UNLEARN} --method npo --gamma 1", "method 'npo' has no parameter 'gamma'; it has beta"),
@@ -217,6 +219,7 @@ def test_doctor_needs_nothing_but_torch() -> None:
 def test_a_missing_extra_is_named(missing: str) -> None:
     script = (
         f"import sys; sys.modules[{missing!r}] = None\n"
+        "sys.argv[1:] = ['evaluate', '--help']\n"
         "from unilogit_kernels.cli.main import main; main()"
     )
     done = subprocess.run(
@@ -230,9 +233,32 @@ def test_a_missing_extra_is_named(missing: str) -> None:
 def test_another_missing_module_is_not_hidden() -> None:
     script = (
         "import sys; sys.modules['unilogit_kernels.unlearning.run'] = None\n"
+        "sys.argv[1:] = ['unlearn', '--help']\n"
         "from unilogit_kernels.cli.main import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
     )
     assert "ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "evaluate"])
+def test_a_package_that_is_too_old_is_named(command: str) -> None:
+    """And the doctor speaks all the same."""
+    script = (
+        "import importlib.metadata as metadata, sys\n"
+        "real = metadata.version\n"
+        "metadata.version = lambda name: '4.45.1' if name == 'transformers' else real(name)\n"
+        f"sys.argv[1:] = [{command!r}]\n"
+        "from unilogit_kernels.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    if command == "doctor":
+        assert done.returncode == 0, done.stderr
+        assert "4.45.1" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert "needs transformers >= 4.57, but 4.45.1 is installed" in done.stderr

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from tests.support.tiny_models import FORGET, RETAIN, one_thread, save_model, write_rows
 from tests.unlearning.benchmark_files import TOFU, write_tables
-from unilogit_kernels.cli.evaluate import app
+from unilogit_kernels.cli.app import app
 from unilogit_kernels.unlearning.benchmarks import Generation, tofu
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)

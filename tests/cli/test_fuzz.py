@@ -19,7 +19,7 @@ from tests.support.tiny_models import (
     write_rows,
 )
 from unilogit_kernels.cli import progress
-from unilogit_kernels.cli.evaluate import app
+from unilogit_kernels.cli.app import app
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

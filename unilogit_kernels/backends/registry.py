@@ -173,11 +173,11 @@ def _warn_once(name: str, what: str) -> None:
     warnings.warn(
         f"unilogit_kernels runs its {slower}{name} backend, since {what}. "
         f"Pass backend={name!r} to choose it knowingly.",
-        stacklevel=_level_of_caller(),
+        stacklevel=level_of_caller(),
     )
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """The `stacklevel`, for the function that asks, of the first frame outside this package."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):

@@ -51,6 +51,7 @@ class Options:
         seconds: When to stop adding rounds, see `SHAPE_SECONDS`.
         only: Parts of names of the providers to run beside ours; empty for all.
         skip: Parts of names of providers to leave out.
+        compilers: Whether providers run whose first call compiles, which takes many seconds.
     """
 
     rounds: int = ROUNDS
@@ -59,12 +60,15 @@ class Options:
     seconds: float = SHAPE_SECONDS
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
+    compilers: bool = True
 
     def wants(self, provider: Provider) -> bool:
         """Whether a provider is to run."""
         name = provider.name.lower()
         if provider.is_ours:
             return True
+        if provider.compiles and not self.compilers:
+            return False
         if any(part.lower() in name for part in self.skip):
             return False
         return not self.only or any(part.lower() in name for part in self.only)
@@ -168,7 +172,8 @@ def measure(
     torch.compiler.reset()
     _measure_times(shape, device, options, everybody, found, progress, note)
     gc.collect()
-    progress("times are measured; now peaks of memory")
+    if options.memory != "none":
+        progress("times are measured; now peaks of memory")
     for provider, measurement in zip(everybody, found, strict=True):
         wanted = {"all": provider.loss != "floor", "ours": provider.is_ours, "none": False}
         if measurement.missing is None and wanted[options.memory]:

@@ -253,6 +253,36 @@ def _quack_providers() -> list[Provider]:
     return [*logits, Provider("quack chunked", "linear", "cross_entropy", linear, unavailable)]
 
 
+# ---- TRL ---------------------------------------------------------------------------------------
+
+
+def _trl(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None, through_nll: bool
+) -> Tensor:
+    """The kernel of `trl.trainer.utils.add_fused_lm_head`, as its trainers call it."""
+    from trl.trainer import utils
+
+    log_probs: Tensor = utils._ChunkedLogProbFunction.apply(
+        *(hidden, weight, None, labels, 1.0, utils._CHUNKED_LOGPROB_CHUNK_SIZE),
+        *(softcap, 1.0, ("log_probs",)),
+    )[0]
+    return unilogit_from_nll(-log_probs, weight.shape[0]) if through_nll else -log_probs.mean()
+
+
+def _trl_providers() -> list[Provider]:
+    return [
+        Provider(
+            f"TRL fused head{', through nll' if through_nll else ''}",
+            "linear",
+            "unilogit" if through_nll else "cross_entropy",
+            by_autograd(partial(_trl, through_nll=through_nll)),
+            _needs("trl"),
+            logits_copies=3,  # tiles of 32,768 columns, of all tokens on a CPU
+        )
+        for through_nll in (True, False)
+    ]
+
+
 PEERS = [
     _torch_provider("auto"),
     _torch_provider("accurate", acc_policy="accurate", chunking_method="aspect_ratio"),
@@ -263,4 +293,5 @@ PEERS = [
     *_cut_providers("cce, unfiltered", gpu=True, impl="cce", filter_eps=None),
     *_liger_providers(),
     *_quack_providers(),
+    *_trl_providers(),
 ]

@@ -106,6 +106,7 @@ def run(
     command: str = "",
     path: Path | None = None,
     resume: bool = False,
+    brief: bool = False,
 ) -> Report:
     """Measure every shape under every option, printing a table for each.
 
@@ -117,6 +118,7 @@ def run(
         command: What was called, for the report.
         path: JSON file that is written after each shape, or None.
         resume: Keep what the file holds already, and skip it.
+        brief: Whether the tables leave out spreads, peaks and who did not run.
     """
     report = Report(device.facts(), command, [])
     if resume and path is not None and path.exists():
@@ -135,7 +137,7 @@ def run(
         measurements = measure(shape, device, chosen, progress)
         result = Result(shape, chosen.mode, time.perf_counter() - start, measurements)
         report.results.append(result)
-        console.print(table(result))
+        console.print(table(result, brief=brief))
         console.print(f"{index} of {len(todo)}; measured in {result.seconds:.0f} s\n")
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +159,8 @@ COLUMNS = (
     "peak MiB",
 )
 _LEFT = ("who", "loss", "ours is")
+_BRIEF = ("who", "loss", "median ms", "ours is", "error: gradients")
+"""Columns that fit a narrow terminal."""
 
 
 def rows(measurements: Sequence[Measurement]) -> list[list[str]]:
@@ -194,15 +198,22 @@ def _scientific(x: float | None) -> str:
     return "" if x is None else f"{x:.1e}"
 
 
-def table(result: Result) -> Table:
-    """One shape, for a terminal."""
+def table(result: Result, *, brief: bool = False) -> Table:
+    """One shape, for a terminal.
+
+    Args:
+        result: What was measured.
+        brief: Whether to leave out spreads, peaks and who did not run.
+    """
     from rich.table import Table
 
+    shown = [m for m in result.measurements if not brief or m.missing is None]
     drawn = Table(title=result.title, title_justify="left")
-    for column in COLUMNS:
+    columns = _BRIEF if brief else COLUMNS
+    for column in columns:
         drawn.add_column(column, justify="left" if column in _LEFT else "right")
-    for row in rows(result.measurements):
-        drawn.add_row(*row)
+    for row in rows(shown):
+        drawn.add_row(*(row[COLUMNS.index(column)] for column in columns))
     return drawn
 
 

@@ -84,12 +84,11 @@ def sweep_h(device: str) -> list[Shape]:
 
 
 def quick(device: str) -> list[Shape]:
-    """Small ones that show within a minute that everything runs."""
-    return [
-        Shape(64, 32_000, "float32"),
-        Shape(64, 32_000, "bfloat16", 256),
-        Shape(128, 32_000, "bfloat16", 256),
-    ]
+    """Small ones that show within half a minute that everything runs.
+
+    In float32: without instructions for it, some CPUs take half a minute for one bfloat16 GEMM.
+    """
+    return [Shape(64, 32_000, "float32"), Shape(128, 32_000, "float32", 256)]
 
 
 SUITES: dict[str, Callable[[str], list[Shape]]] = {

@@ -17,7 +17,7 @@ from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.vocab_parallel import place_of
-from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.fused_linear.options import LinearOptions, budget_in_bytes
 from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.ranks import Shard
 
@@ -111,7 +111,7 @@ def describe_linear(
         RuntimeError: The requested backend cannot run here.
     """
     check_head(hidden, weight, bias)
-    check_linear_options(linear, hidden.dtype)
+    linear = check_linear_options(linear, hidden.dtype)
     call = _describe(
         ("hidden", hidden),
         labels,
@@ -133,6 +133,13 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
     check_float(names[0], hidden)
     check_float(names[1], weight)
     fits = weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1]
+    if not fits and weight.dim() == 2 and hidden.dim() and hidden.shape[-1] == weight.shape[0]:
+        raise ValueError(
+            f"{names[0]} must have shape [..., H] and {names[1]} [V, H], got {names[0]} "
+            f"{list(hidden.shape)} and {names[1]} {list(weight.shape)}: {names[0]} has as many "
+            "columns as the vocabulary, as logits have; did you mean `unilogit_loss`, or another "
+            "function without `linear_`, which take logits?"
+        )
     if not fits or weight.shape[1] == 0:
         raise ValueError(
             f"{names[0]} must have shape [..., H] and {names[1]} [V, H] of one H >= 1, the same H, "
@@ -292,8 +299,11 @@ def check_transform(
     )
 
 
-def check_linear_options(options: LinearOptions, dtype: torch.dtype) -> None:
+def check_linear_options(options: LinearOptions, dtype: torch.dtype) -> LinearOptions:
     """Check how a fused linear call of operands in `dtype` may run.
+
+    Returns:
+        The same with its budget in bytes.
 
     Raises:
         ValueError: A number is out of range.
@@ -301,11 +311,11 @@ def check_linear_options(options: LinearOptions, dtype: torch.dtype) -> None:
     """
     if not isinstance(options, LinearOptions):
         raise TypeError(f"options must be LinearOptions or None, got {options!r}")
-    budget = options.memory_budget
-    if budget is not None and (not isinstance(budget, int) or budget < MIN_MEMORY_BUDGET):
+    given, budget = options.memory_budget, budget_in_bytes(options)
+    if given is not None and (not isinstance(budget, int) or budget < MIN_MEMORY_BUDGET):
         raise ValueError(
-            f"memory_budget is in bytes, at least {MIN_MEMORY_BUDGET}, or None for the default of "
-            f"the device, got {budget}"
+            f"memory_budget is in bytes, at least {MIN_MEMORY_BUDGET}, or a text such as '64MiB', "
+            f"or None for the default of the device, got {given!r}"
         )
     if not 0.0 <= options.skip_below < 1.0:
         raise ValueError(f"skip_below must be in [0, 1), got {options.skip_below}")
@@ -314,6 +324,7 @@ def check_linear_options(options: LinearOptions, dtype: torch.dtype) -> None:
             f"logits_dtype must be the operands' dtype {dtype}, {statistics_dtype(dtype)} or None, "
             f"got {options.logits_dtype}"
         )
+    return options if budget is given else options._replace(memory_budget=budget)
 
 
 def _check_token_weights(

@@ -23,8 +23,10 @@ from unilogit_kernels.unlearning.processes import check_alone
 
 _ENTRIES = ("logits", "linear", "all")
 _HEADS = ("trained", "frozen", "all")
-_WIDTH = 180
-"""Columns of the tables where the output is no terminal."""
+_WIDTH, _BRIEF_WIDTH = 180, 100
+"""Columns of the tables where the output is no terminal; those of --quick need no more."""
+_BRIEF_SECONDS = 5.0
+"""Of a shape's rounds with --quick."""
 
 
 def bench(
@@ -32,7 +34,13 @@ def bench(
     suite: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(SUITES)}; repeatable. Default: targets.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Small shapes: shows that everything runs.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            help="Shows that everything runs, in half a minute: small shapes, nobody who compiles, "
+            "no peaks of memory."
+        ),
+    ] = False,
     entry: Annotated[str, typer.Option(help="logits, linear, or all.")] = "all",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, or all.")] = "all",
     head: Annotated[str, typer.Option(help="trained, frozen, or all.")] = "all",
@@ -54,10 +62,17 @@ def bench(
         typer.Option(help="Not the providers whose name contains this; repeatable."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the fast ones, at least.")] = ROUNDS,
-    memory: Annotated[str, typer.Option(help="Peak memory of all, ours or none.")] = "all",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Peak memory of all, ours or none. Default: all; none with --quick."),
+    ] = None,
     seconds: Annotated[
-        float, typer.Option(help="Time for a shape after which no further round starts.")
-    ] = SHAPE_SECONDS,
+        float | None,
+        typer.Option(
+            help="Time for a shape after which no further round starts. "
+            f"Default: {SHAPE_SECONDS:g}; {_BRIEF_SECONDS:g} with --quick."
+        ),
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(help="Write everything here; CSV, Markdown and plots beside it."),
@@ -70,7 +85,7 @@ def bench(
     """Time this package beside its peers, with errors and memory in the same row."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_WIDTH)
+        console = Console(width=_BRIEF_WIDTH if quick else _WIDTH)
     if redraw:
         if json is None or not json.exists():
             raise typer.BadParameter("needs an existing --json file", param_hint="--redraw")
@@ -85,11 +100,14 @@ def bench(
         if resume and json is not None and json.exists():
             with reading(f"{json} is no report"):
                 report.read(json)
+    if seconds is None:
+        seconds = _BRIEF_SECONDS if quick else SHAPE_SECONDS
     if not seconds > 0:
         raise typer.BadParameter(f"must be positive, got {seconds}", param_hint="--seconds")
     _one_of(entry, _ENTRIES, "--entry")
     _one_of(head, _HEADS, "--head")
     _one_of(dtype, (*DTYPES, "all"), "--dtype")
+    memory = memory or ("none" if quick else "all")
     _one_of(memory, ("all", "ours", "none"), "--memory")
     for chosen_mode in mode or ():
         _one_of(chosen_mode, MODES, "--mode")
@@ -118,13 +136,14 @@ def bench(
         shapes,
         found,
         [
-            Options(rounds, each, memory, seconds, tuple(only or ()), tuple(skip or ()))
+            Options(rounds, each, memory, seconds, tuple(only or ()), tuple(skip or ()), not quick)
             for each in mode or ["both"]
         ],
         console=console,
         command=" ".join(["unilogit", *sys.argv[1:]]),
         path=json,
         resume=resume,
+        brief=quick,
     )
     if json is not None:
         _write(measured, json, console)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from unilogit_kernels.cli.unlearn import reporting_errors
 from unilogit_kernels.unlearning.demo.tofu_shape import make_tofu_shaped, write_tofu_shaped
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 
@@ -20,19 +19,18 @@ def dataset(
     holdout_sellers: Annotated[int, typer.Option(help="Sellers no model is trained on.")] = 20,
 ) -> None:
     """Write a made-up benchmark of TOFU's shape: sellers to forget and to keep, general facts."""
-    with reporting_errors():
-        check_writable(output, folder=True, option="--output")
-        if output.is_dir() and any(output.iterdir()):
-            raise RunError(f"--output {output}: is not empty; choose another directory")
-        with reading("dataset"):
-            tables = make_tofu_shaped(
-                seed,
-                sellers=sellers,
-                forget_sellers=forget_sellers,
-                holdout_sellers=holdout_sellers,
-            )
-        write_tofu_shaped(tables, output)
-        for name, rows in tables.items():
-            typer.echo(f"{name}: {len(rows)} rows")
-        share = 100 * forget_sellers // sellers
-        typer.echo(f"read it back by --benchmark tofu:forget{share:02d} --data-dir {output}")
+    check_writable(output, folder=True, option="--output")
+    if output.is_dir() and any(output.iterdir()):
+        raise RunError(f"--output {output}: is not empty; choose another directory")
+    with reading("dataset"):
+        tables = make_tofu_shaped(
+            seed,
+            sellers=sellers,
+            forget_sellers=forget_sellers,
+            holdout_sellers=holdout_sellers,
+        )
+    write_tofu_shaped(tables, output)
+    for name, rows in tables.items():
+        typer.echo(f"{name}: {len(rows)} rows")
+    share = 100 * forget_sellers // sellers
+    typer.echo(f"read it back by --benchmark tofu:forget{share:02d} --data-dir {output}")

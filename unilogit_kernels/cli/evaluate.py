@@ -14,8 +14,8 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from unilogit_kernels.cli import options
+from unilogit_kernels.cli.console import note, say
 from unilogit_kernels.cli.progress import quieten_libraries, stages_bar
-from unilogit_kernels.cli.unlearn import app, note, reporting_errors, say
 from unilogit_kernels.unlearning.benchmarks import Generation, load_benchmark
 from unilogit_kernels.unlearning.data import Row, read_rows
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
@@ -26,12 +26,9 @@ from unilogit_kernels.unlearning.loading import check_fits, encode, load_encodin
 from unilogit_kernels.unlearning.measuring import Report, Request, measure, sets_of_rows
 from unilogit_kernels.unlearning.processes import check_alone
 
-__all__ = ["app", "evaluate"]
-
 _INTERRUPTED = 130
 
 
-@app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
     data: Annotated[
@@ -75,45 +72,42 @@ def evaluate(
     allow_missing_weights: options.AllowMissing = Request.allow_missing_weights,
 ) -> None:
     """Measure how well a model knows sets of rows, and with --output all that they allow."""
-    with reporting_errors():
-        check_alone("evaluate")
-        stops = tuple(text.replace("\\n", "\n") for text in stop or [])
-        if "" in stops:
-            raise RunError("--stop takes a text that ends an answer, got an empty one")
-        common: dict[str, Any] = {
-            "model": model,
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "chat_template": chat_template,
-            "template_arguments": parse_template_arguments(template_arg or []),
-            "dtype": dtype,
-            "generate": generate,
-            "allow_missing_weights": allow_missing_weights,
-        }
-        generation = Generation(max_new_tokens, stops)
-        if output is None:
-            for name, value in (
-                ("--benchmark", benchmark),
-                ("--golden", golden),
-                ("--starting", starting),
-            ):
-                if value is not None:
-                    raise RunError(f"{name} needs a folder for results: pass --output")
-            _look(
-                Request(sets=(), output=Path(), **common), _read_sets(data), generation, json_file
-            )
-            return
-        if json_file is not None:
-            raise RunError("--json goes without --output, which has files of its own")
-        compared: dict[str, Any] = {
-            "output": output,
-            "golden": golden,
-            "starting": starting,
-            "convention": convention,
-        }
-        with reading("--benchmark" if benchmark else "--data"):
-            asked = _asked(data, benchmark, data_dir, generation)
-        _measure(Request(**common, **compared, **asked))
+    check_alone("evaluate")
+    stops = tuple(text.replace("\\n", "\n") for text in stop or [])
+    if "" in stops:
+        raise RunError("--stop takes a text that ends an answer, got an empty one")
+    common: dict[str, Any] = {
+        "model": model,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "chat_template": chat_template,
+        "template_arguments": parse_template_arguments(template_arg or []),
+        "dtype": dtype,
+        "generate": generate,
+        "allow_missing_weights": allow_missing_weights,
+    }
+    generation = Generation(max_new_tokens, stops)
+    if output is None:
+        for name, value in (
+            ("--benchmark", benchmark),
+            ("--golden", golden),
+            ("--starting", starting),
+        ):
+            if value is not None:
+                raise RunError(f"{name} needs a folder for results: pass --output")
+        _look(Request(sets=(), output=Path(), **common), _read_sets(data), generation, json_file)
+        return
+    if json_file is not None:
+        raise RunError("--json goes without --output, which has files of its own")
+    compared: dict[str, Any] = {
+        "output": output,
+        "golden": golden,
+        "starting": starting,
+        "convention": convention,
+    }
+    with reading("--benchmark" if benchmark else "--data"):
+        asked = _asked(data, benchmark, data_dir, generation)
+    _measure(Request(**common, **compared, **asked))
 
 
 def _asked(

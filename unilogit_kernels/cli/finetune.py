@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from unilogit_kernels.cli import options
-from unilogit_kernels.cli.unlearn import reporting_errors, train
+from unilogit_kernels.cli.unlearn import train
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.run import Settings
 
@@ -63,13 +63,12 @@ def finetune(
         if name not in ("data", "lr", "template_arg", "resume", "label_smoothing", "z_loss")
     }
     penalties = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    with reporting_errors():
-        arguments = parse_template_arguments(template_arg or [])
-        settings = Settings.finetuning(
-            **given,
-            data=tuple(data or ()),
-            learning_rate=lr,
-            method_parameters={name: value for name, value in penalties.items() if value},
-            template_arguments=arguments,
-        )
-        train(settings, resume)
+    arguments = parse_template_arguments(template_arg or [])
+    settings = Settings.finetuning(
+        **given,
+        data=tuple(data or ()),
+        learning_rate=lr,
+        method_parameters={name: value for name, value in penalties.items() if value},
+        template_arguments=arguments,
+    )
+    train(settings, resume)

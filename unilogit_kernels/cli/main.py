@@ -2,8 +2,6 @@
 
 import sys
 
-from unilogit_kernels.cli.doctor import main as doctor
-
 _EXTRA = (
     "typer",
     "rich",
@@ -21,33 +19,32 @@ _EXTRA = (
 def main() -> None:
     """Run the command line; exits with code 2 and a hint where the extra is not installed."""
     try:
-        from unilogit_kernels.cli import dataset, finetune
-        from unilogit_kernels.cli.bench import bench
-        from unilogit_kernels.cli.evaluate import app
-        from unilogit_kernels.cli.unlearn import reporting_errors
-        from unilogit_kernels.unlearning.processes import leave
-    except ModuleNotFoundError as error:
+        from unilogit_kernels.cli.app import app
+
+        app()
+    except ImportError as error:  # missing, or too old
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         if sys.argv[1:2] == ["doctor"]:  # It says what is missing, so it runs without it.
+            from unilogit_kernels.cli.doctor import main as doctor
+
             doctor(sys.argv[2:])
             return
-        sys.exit(_missing(error.name))
-    for command in (finetune.finetune, dataset.dataset, reporting_errors()(bench)):
-        app.command()(command)
-    try:
-        app()
+        sys.exit(_missing(error))
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        processes = sys.modules.get("unilogit_kernels.unlearning.processes")
+        if processes is not None:
+            processes.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
 
 
-def _missing(module: str) -> int:
-    print(
-        f"unilogit: the package {module!r} is missing; "
-        "run: pip install 'unilogit-kernels[unlearn]'",
-        file=sys.stderr,
-    )
+def _missing(error: ImportError) -> int:
+    message = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        message = (
+            f"the package {error.name!r} is missing; run: pip install 'unilogit-kernels[unlearn]'"
+        )
+    print(f"unilogit: {message}", file=sys.stderr)
     return 2
 
 

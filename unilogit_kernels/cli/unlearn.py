@@ -1,89 +1,24 @@
-"""The commands of `unilogit`: what they take, print and exit with."""
+"""`unilogit unlearn`: what it takes, prints and exits with."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from unilogit_kernels.cli import options
-from unilogit_kernels.cli.doctor import main as diagnose
+from unilogit_kernels.cli.console import note, say
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
-from unilogit_kernels.unlearning.errors import (
-    INPUT_ERRORS,
-    RunError,
-    TrainingError,
-    one_line,
-)
-from unilogit_kernels.unlearning.processes import check_alone, is_first
+from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
-app = typer.Typer(
-    name="unilogit",
-    help="Fused, memory-flat unlearning of language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-_FAILED, _WRONG_INPUT, _INTERRUPTED = 1, 2, 130
-_DEBUG = "UNILOGIT_DEBUG"
-"""The environment variable that asks for tracebacks."""
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
-"""What typer reports itself: click's ClickException, or typer's own copy of it."""
+_INTERRUPTED = 130
 _METHOD_PARAMETERS = ("alpha", "beta", "beta1", "beta2", "gamma", "delta")
 """Those with an option of their own; `--method-parameter` takes every one."""
 
 
-@contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Turn every error of a command into one line and an exit code.
-
-    What is wrong with what the user gave exits with 2; what went wrong on the way, or in this
-    package, with 1. `UNILOGIT_DEBUG=1` adds the traceback.
-    """
-    try:
-        yield
-    except (typer.Exit, typer.Abort, _USAGE_ERROR, KeyboardInterrupt):
-        raise
-    except INPUT_ERRORS as error:
-        _report(error, str(error), _WRONG_INPUT)
-    except (TrainingError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _report(error, one_line(error), _FAILED)
-    except Exception as error:
-        hint = f"this should not happen; {_DEBUG}=1 shows the traceback"
-        _report(error, f"{type(error).__name__}: {one_line(error)} ({hint})", _FAILED)
-
-
-def _report(error: Exception, message: str, code: int) -> None:
-    if is_first():
-        say(f"error: {' '.join(message.splitlines())}", err=True)
-    if os.environ.get(_DEBUG, "0") != "0":
-        traceback.print_exception(error)
-    raise typer.Exit(code) from error
-
-
-def say(message: str, err: bool = False) -> None:
-    """Print a line in the first process; what the terminal's encoding lacks is escaped."""
-    if is_first():
-        encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-        typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
-
-
-def note(message: str) -> None:
-    """Tell on standard error what a user may want to know."""
-    say(f"note: {message}", err=True)
-
-
-@app.command()
 def unlearn(
     model: options.Model,
     output: options.Output,
@@ -163,20 +98,33 @@ def unlearn(
     allow_missing_weights: options.AllowMissing = Settings.allow_missing_weights,
     resume: options.Resume = False,
 ) -> None:
-    """Make a model forget some rows and keep the others."""
+    """Make a model forget some rows and keep the others.
+
+    The paper's recipe (arXiv 2505.06027) is what runs without further
+    options: --method unilogit on the forget rows, which takes neither a
+    reference model nor a parameter, beside cross-entropy on as many retain
+    rows. What is left to choose:
+
+    unilogit unlearn --model DIR --forget F.jsonl --retain R.jsonl
+    --output OUT --lr 1e-5 --epochs 5 --forget-weight 0.1
+    --stop-at-probability 0.05
+
+    Its ablations are --method unilogit_forward and unilogit_starting_model;
+    it is compared with gradient_ascent, npo and undial. All others:
+    unilogit methods. The paper's code divides the forget loss by tokens x
+    vocabulary, this one by tokens, so its weights do not carry over.
+    """
     given = dict(locals())
     of_method = {name: given.pop(name) for name in _METHOD_PARAMETERS}
-    with reporting_errors():
-        arguments = parse_template_arguments(given.pop("template_arg") or [])
-        parameters = _parameters(of_method, given.pop("method_parameter") or [])
+    arguments = parse_template_arguments(given.pop("template_arg") or [])
+    parameters = _parameters(of_method, given.pop("method_parameter") or [])
     settings = Settings(
         **{name: value for name, value in given.items() if name not in ("lr", "resume")},
         learning_rate=lr,
         template_arguments=arguments,
         method_parameters=parameters,
     )
-    with reporting_errors():
-        train(settings, resume)
+    train(settings, resume)
 
 
 def _parameters(options: dict[str, float | None], given: list[str]) -> dict[str, float]:
@@ -231,13 +179,3 @@ def train(settings: Settings, resume: bool) -> None:
         say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     say(f"{done['steps']} steps; the model is in {settings.output}")
-
-
-@app.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-def doctor(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[--json]")] = None,
-) -> None:
-    """Show versions, devices, which backends can run here, and what each extra gives."""
-    with reporting_errors():
-        check_alone("doctor")
-        diagnose(arguments or [])

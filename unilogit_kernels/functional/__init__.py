@@ -7,11 +7,7 @@ from unilogit_kernels.functional.cross_entropy import (
 )
 from unilogit_kernels.functional.explain import explain_plan
 from unilogit_kernels.functional.kl import count_ignored_positions, kl_loss, linear_kl_loss
-from unilogit_kernels.functional.log_odds import (
-    linear_target_log_odds,
-    shift_labels,
-    target_log_odds,
-)
+from unilogit_kernels.functional.log_odds import linear_target_log_odds, target_log_odds
 from unilogit_kernels.functional.mixed import MixedLoss, linear_mixed_loss, mixed_loss
 from unilogit_kernels.functional.modules import LinearUnilogitLoss, UnilogitLoss
 from unilogit_kernels.functional.objective import (
@@ -27,6 +23,7 @@ from unilogit_kernels.functional.runner_up import (
     target_and_runner_up,
 )
 from unilogit_kernels.functional.sequences import linear_sequence_log_probs, sequence_log_probs
+from unilogit_kernels.functional.shifting import shift_labels
 from unilogit_kernels.functional.token_statistics import (
     TokenStatistics,
     linear_token_statistics,

@@ -11,6 +11,7 @@ from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import CrossEntropy
 from unilogit_kernels.ops.arguments import Operands
@@ -37,10 +38,12 @@ class CrossEntropyResult(NamedTuple):
 
 @documented
 @on_all_ranks
+@shifting
 def cross_entropy_loss(
     logits: Tensor,
     labels: Tensor,
     *,
+    shift: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     entropy: float = 0.0,
@@ -89,12 +92,14 @@ def cross_entropy_loss(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_cross_entropy_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     entropy: float = 0.0,

@@ -17,8 +17,11 @@ PARAMETERS = {
     "logits": "`[..., V]`, float32, bfloat16, float16 or float64, any strides.",
     "hidden": "`[..., H]`, the hidden states that enter the lm_head.",
     "weight": "`[V, H]`, the lm_head's weight, in hidden's dtype (any dtype under autocast).",
-    "labels": "int64 or int32 `[...]`, in `[0, vocab_size)` or `ignore_index`. Not shifted here: "
-    "see `shift_labels`.",
+    "labels": "int64 or int32 `[...]`, in `[0, vocab_size)` or `ignore_index`. Of the same "
+    "positions as the logits that predict them: `input_ids` need `shift=True` or `shift_labels`.",
+    "shift": "Whether labels are those of Hugging Face, `labels[..., t]` of token t itself: they "
+    "are moved by one along the last dimension, and with them token weights and the objective's "
+    "tensors of tokens. The result of position t is about token t + 1.",
     "bias": "`[V]`, of the lm_head, or None.",
     "ignore_index": "Label of positions that contribute nothing, whatever their logits hold.",
     "reduction": '`"mean"`, `"sum"` or `"none"`.',

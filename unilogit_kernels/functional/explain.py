@@ -210,7 +210,7 @@ def explain_plan(
     if ref_h is not None and ref_h < 1:
         raise ValueError(f"ref_h must be at least 1, or None for a loss of one model, got {ref_h}")
     options = options or LinearOptions()
-    validation.check_linear_options(options, dtype)
+    options = validation.check_linear_options(options, dtype)
     needs = Needs(train_hidden, train_weight, train_bias)
     dtypes = GemmDtypes.of(dtype, device, options.logits_dtype)
     reference = None

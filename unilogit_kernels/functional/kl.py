@@ -9,17 +9,20 @@ from unilogit_kernels.calls import pair_dispatch
 from unilogit_kernels.calls.options import CallOptions, TeacherOptions
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.rewrites import Rewrite
 
 
 @documented
 @on_all_ranks
+@shifting
 def kl_loss(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor | None = None,
     *,
+    shift: bool = False,
     rewrite: Rewrite | None = None,
     direction: str = "forward",
     temperature: float = 1.0,
@@ -84,6 +87,7 @@ def kl_loss(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_kl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -91,6 +95,7 @@ def linear_kl_loss(
     ref_weight: Tensor,
     labels: Tensor | None = None,
     *,
+    shift: bool = False,
     rewrite: Rewrite | None = None,
     direction: str = "forward",
     temperature: float = 1.0,

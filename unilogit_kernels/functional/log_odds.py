@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 
 
 @documented
 @on_all_ranks
+@shifting
 def target_log_odds(
     logits: Tensor,
     labels: Tensor,
     *,
+    shift: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -52,12 +54,14 @@ def target_log_odds(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_target_log_odds(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -90,26 +94,3 @@ def linear_target_log_odds(
     )
     operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
     return dispatch.log_odds(operands, call).reshape(call.shape)
-
-
-def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels for the positions that predict them: `out[..., t] = labels[..., t + 1]`.
-
-    Args:
-        labels: `[..., T]`, usually the input ids with prompt and padding set to `ignore_index`.
-        ignore_index: What the last position, which predicts nothing, gets.
-
-    Returns:
-        `[..., T]`, same dtype.
-
-    Raises:
-        ValueError: `labels` is a scalar.
-
-    Example:
-        >>> import torch
-        >>> shift_labels(torch.tensor([[5, 6, 7]]))
-        tensor([[   6,    7, -100]])
-    """
-    if labels.dim() == 0:
-        raise ValueError("labels must have shape [..., T], got a scalar")
-    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]

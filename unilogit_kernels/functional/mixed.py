@@ -14,6 +14,7 @@ from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
 from unilogit_kernels.ops.arguments import Operands
@@ -40,12 +41,14 @@ class MixedLoss(NamedTuple):
 
 @documented
 @on_all_ranks
+@shifting
 def mixed_loss(
     logits: Tensor,
     labels: Tensor,
     parts: Sequence[str | Objective],
     segments: Tensor,
     *,
+    shift: bool = False,
     weights: Sequence[float] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -101,6 +104,7 @@ def mixed_loss(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_mixed_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -109,6 +113,7 @@ def linear_mixed_loss(
     segments: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     weights: Sequence[float] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",

@@ -17,6 +17,7 @@ class UnilogitLoss(nn.Module):
 
     Args:
         direction: `"reverse"` or `"forward"`.
+        shift: Whether labels are those of Hugging Face, of each token itself (`unilogit_loss`).
         ignore_index: Label of positions that contribute nothing.
         reduction: `"mean"`, `"sum"` or `"none"`.
         softcap: The model caps its logits as `softcap * tanh(z / softcap)` (Gemma 2).
@@ -34,6 +35,7 @@ class UnilogitLoss(nn.Module):
         self,
         *,
         direction: str = "reverse",
+        shift: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
         softcap: float | None = None,
@@ -44,6 +46,7 @@ class UnilogitLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.direction = direction
+        self.shift = shift
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.softcap = softcap

@@ -11,6 +11,7 @@ from unilogit_kernels.calls import dispatch
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
 
@@ -23,10 +24,12 @@ _UNILOGIT = {"reverse": "unilogit", "forward": "unilogit_forward"}
 
 @documented
 @on_all_ranks
+@shifting
 def unilogit_loss(
     logits: Tensor,
     labels: Tensor,
     *,
+    shift: bool = False,
     direction: str = "reverse",
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -78,12 +81,14 @@ def unilogit_loss(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_unilogit_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     direction: str = "reverse",
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -143,11 +148,13 @@ def linear_unilogit_loss(
 
 @documented
 @on_all_ranks
+@shifting
 def objective_loss(
     logits: Tensor,
     labels: Tensor,
     objective: ObjectiveLike,
     *,
+    shift: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
     token_weights: Tensor | None = None,
@@ -198,6 +205,7 @@ def objective_loss(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_objective_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -205,6 +213,7 @@ def linear_objective_loss(
     objective: ObjectiveLike,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
     token_weights: Tensor | None = None,

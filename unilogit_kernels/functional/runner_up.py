@@ -12,6 +12,7 @@ from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.ops.arguments import Operands
@@ -40,10 +41,12 @@ class TargetAndRunnerUp(NamedTuple):
 
 @documented
 @on_all_ranks
+@shifting
 def target_and_runner_up(
     logits: Tensor,
     labels: Tensor,
     *,
+    shift: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -79,12 +82,14 @@ def target_and_runner_up(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_target_and_runner_up(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | None = None,

@@ -10,6 +10,7 @@ from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives.token import log_sigmoid
 from unilogit_kernels.ops.arguments import Operands
@@ -17,10 +18,12 @@ from unilogit_kernels.ops.arguments import Operands
 
 @documented
 @on_all_ranks
+@shifting
 def sequence_log_probs(
     logits: Tensor,
     labels: Tensor,
     *,
+    shift: bool = False,
     average: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
@@ -33,7 +36,7 @@ def sequence_log_probs(
 
     Args:
         logits: `[..., T, V]`, float32, bfloat16, float16 or float64, any strides.
-        labels: int64 or int32 `[..., T]`, already shifted (`shift_labels`), in `[0, vocab_size)`;
+        labels: int64 or int32 `[..., T]`, in `[0, vocab_size)`; see `shift`;
             `ignore_index` where a token does not count.
         average: Divide by the number of labelled tokens.
 
@@ -57,12 +60,14 @@ def sequence_log_probs(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_sequence_log_probs(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     average: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
@@ -79,7 +84,7 @@ def linear_sequence_log_probs(
 
     Args:
         hidden: `[..., T, H]`, the hidden states that enter the lm_head.
-        labels: int64 or int32 `[..., T]`, already shifted (`shift_labels`), in `[0, vocab_size)`;
+        labels: int64 or int32 `[..., T]`, in `[0, vocab_size)`; see `shift`;
             `ignore_index` where a token does not count.
         average: Divide by the number of labelled tokens.
 

@@ -13,6 +13,7 @@ from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
+from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths import row_state, statistics
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
@@ -74,10 +75,12 @@ _NEEDS = {
 
 @documented
 @on_all_ranks
+@shifting
 def token_statistics(
     logits: Tensor,
     labels: Tensor,
     *,
+    shift: bool = False,
     fields: Sequence[str] = FIELDS,
     ignore_index: int = -100,
     softcap: float | None = None,
@@ -117,12 +120,14 @@ def token_statistics(
 
 @documented
 @on_all_ranks
+@shifting
 def linear_token_statistics(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: bool = False,
     fields: Sequence[str] = FIELDS,
     ignore_index: int = -100,
     softcap: float | None = None,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
-from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
+from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions, budget_in_bytes
 from unilogit_kernels.fused_linear.weight_sum import rows_inside
 
 FLOPS_PER_BYTE = 266
@@ -121,8 +121,9 @@ def budget_of(shape: LinearShape, options: LinearOptions) -> int:
     On a GPU that is what the sums of the weight's gradient and a chunk of `CHUNK_TOKENS` take,
     between `MEMORY_BUDGET` and `MOST_BUDGET`, however many tokens there are.
     """
-    if options.memory_budget:
-        return options.memory_budget
+    given = budget_in_bytes(options)
+    if given:
+        return given
     least = per_device(MEMORY_BUDGET, shape.device_type)
     if shape.device_type == "cpu":
         return least
@@ -208,7 +209,7 @@ def saved_capacity(shape: LinearShape, options: LinearOptions) -> int:
     Never all of them: the last chunk of columns is always projected again. It is arithmetic of
     sizes alone, so that a compiler can trace it for an `n` that it does not know.
     """
-    budget = options.memory_budget or per_device(MEMORY_BUDGET, shape.device_type)
+    budget = budget_in_bytes(options) or per_device(MEMORY_BUDGET, shape.device_type)
     buffers = per_device(CHUNK_BYTES, shape.device_type) + per_device(TILE_BYTES, shape.device_type)
     room = torch.sym_max(0, budget - buffers - hidden_sum_bytes(shape))
     capacity = torch.sym_min(room // shape.logit_bytes, shape.n * (shape.vocab_size - 1))

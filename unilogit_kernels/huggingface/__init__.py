@@ -1,4 +1,7 @@
-"""A fused loss in the place of a Hugging Face causal LM's logits; needs the extra `unlearn`."""
+"""A fused loss in the place of a Hugging Face causal LM's logits.
+
+It imports neither transformers nor accelerate: whoever has a model has what it is made of.
+"""
 
 from unilogit_kernels.huggingface.head import (
     HeadCall,
@@ -12,6 +15,7 @@ from unilogit_kernels.huggingface.head import (
     run_head_with_auxiliary_loss,
     verify_head,
 )
+from unilogit_kernels.huggingface.trl_head import restore_trl, use_in_trl
 from unilogit_kernels.huggingface.two_heads import (
     frozen_copy,
     fused_kl_loss,
@@ -31,9 +35,11 @@ __all__ = [
     "fused_token_statistics",
     "heads_kl_loss",
     "observe_logit_transform",
+    "restore_trl",
     "run_head",
     "run_head_with_auxiliary_loss",
     "run_two_heads",
     "run_two_heads_with_auxiliary_loss",
+    "use_in_trl",
     "verify_head",
 ]

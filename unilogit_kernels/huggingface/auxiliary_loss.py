@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError
+from unilogit_kernels.huggingface.wrappers import is_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class OwnLoss:
@@ -26,17 +29,27 @@ class OwnLoss:
     """
 
     def __init__(self, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> None:
-        self._models = [module for module in modules if isinstance(module, PreTrainedModel)]
+        self._models = [cast("PreTrainedModel", each) for each in modules if is_pretrained(each)]
         asked = inputs.get("output_router_logits")
         self._wanted = any(map(_routes, self._models)) if asked is None else bool(asked)
         self._calls = 0
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The model's output; with labels, if its router's loss is switched on."""
+        """The model's output; with labels, if its router's loss is switched on.
+
+        Raises:
+            UnsupportedHeadError: it is, and this transformers is too old to find it.
+        """
         if not self._wanted:
             return model(**inputs)
         tokens = inputs.get("input_ids")
         like = inputs["inputs_embeds"][..., 0] if tokens is None else tokens
+        if not all(map(_has_loss_function, self._models)):
+            raise UnsupportedHeadError(
+                "the model's auxiliary loss (output_router_logits is set) can be told from the "
+                "loss of its logits with a newer transformers only, where a model's loss_function "
+                "can be set; pass output_router_logits=False to leave it out"
+            )
         # Nobody reads them; peft wants their shape.
         labels = torch.zeros(like.shape, dtype=torch.int64, device=like.device)
         with _loss_functions(self._models, self._no_loss):
@@ -67,6 +80,10 @@ class OwnLoss:
 def _routes(model: PreTrainedModel) -> bool:
     configs = (model.config, model.config.get_text_config())
     return any(bool(getattr(config, "output_router_logits", False)) for config in configs)
+
+
+def _has_loss_function(model: PreTrainedModel) -> bool:
+    return getattr(getattr(type(model), "loss_function", None), "fset", None) is not None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
 from unilogit_kernels.huggingface.observation import input_device, observe, observe_logit_transform
+from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
 from unilogit_kernels.huggingface.stand_in import Forward, attach, evaluating, forward_with
 
 __all__ = [
@@ -47,6 +48,7 @@ def fused_loss(
     *,
     labels: Tensor,
     objective: ObjectiveLike = "unilogit",
+    shift: bool = True,
     ignore_index: int = -100,
     reduction: str = "mean",
     token_weights: Tensor | None = None,
@@ -64,6 +66,8 @@ def fused_loss(
             `ignore_index`.
         objective: `"unilogit"`, `"unilogit_forward"`, `"cross_entropy"`, `"gradient_ascent"`, an
             `Objective` or a differentiable function of the log-odds.
+        shift: whether `labels` are those of Hugging Face, of each token itself; False for labels
+            of the positions that predict them, as `shift_labels` makes them.
         ignore_index: label of tokens that do not count.
         reduction: `"mean"` over the counted tokens, `"sum"` or `"none"`.
         token_weights: `[B, T]`, weight of each token's loss, aligned with `labels`.
@@ -101,6 +105,7 @@ def fused_loss(
         return head.objective_loss(
             labels,
             objective,
+            shift=shift,
             ignore_index=ignore_index,
             reduction=reduction,
             token_weights=token_weights,
@@ -109,6 +114,8 @@ def fused_loss(
             options=options,
         )
 
+    if shift:
+        warn_if_shifted(labels, inputs, ignore_index)
     if not auxiliary_loss:
         return replace_head(model, compute, inputs).result
     loss, added = run_head_with_auxiliary_loss(model, compute, **inputs)
@@ -135,6 +142,7 @@ def fused_log_odds(
     model: nn.Module,
     *,
     labels: Tensor,
+    shift: bool = True,
     backend: str | None = None,
     options: LinearOptions | None = None,
     **inputs: Any,
@@ -144,6 +152,8 @@ def fused_log_odds(
     Args:
         model: see `fused_loss`.
         labels: int64 `[B, T]`, not shifted; -100 does not count.
+        shift: whether `labels` are those of Hugging Face, of each token itself; False for labels
+            of the positions that predict them, as `shift_labels` makes them.
         backend: name of a backend, or None for the best available.
         options: how the loss may run: memory, dtype of the logits, skipped rows.
         inputs: what the model's forward takes.
@@ -156,8 +166,10 @@ def fused_log_odds(
     """
 
     def compute(head: HeadCall) -> Tensor:
-        return head.log_odds(labels, backend=backend, options=options)
+        return head.log_odds(labels, shift=shift, backend=backend, options=options)
 
+    if shift:
+        warn_if_shifted(labels, inputs, -100)
     return replace_head(model, compute, inputs).result
 
 
@@ -165,6 +177,7 @@ def fused_token_statistics(
     model: nn.Module,
     *,
     labels: Tensor,
+    shift: bool = True,
     fields: Sequence[str] = FIELDS,
     backend: str | None = None,
     options: LinearOptions | None = None,
@@ -175,6 +188,8 @@ def fused_token_statistics(
     Args:
         model: see `fused_loss`.
         labels: int64 `[B, T]`, not shifted; -100 does not count.
+        shift: whether `labels` are those of Hugging Face, of each token itself; False for labels
+            of the positions that predict them, as `shift_labels` makes them.
         fields: names of `TokenStatistics`; what is not among them is None and costs nothing.
         backend: name of a backend, or None for the best available.
         options: how the call may run: memory, dtype of the logits, skipped rows.
@@ -190,10 +205,16 @@ def fused_token_statistics(
     found: list[TokenStatistics] = []
 
     def compute(head: HeadCall) -> Tensor:
-        found[:] = [head.token_statistics(labels, fields=fields, backend=backend, options=options)]
+        found[:] = [
+            head.token_statistics(
+                labels, shift=shift, fields=fields, backend=backend, options=options
+            )
+        ]
         numbers = [x for x in found[0] if x is not None and x.is_floating_point()]
         return torch.stack(numbers) if numbers else head.hidden.new_zeros(0)
 
+    if shift:
+        warn_if_shifted(labels, inputs, -100)
     numbers = iter(replace_head(model, compute, inputs).result)
     return TokenStatistics(
         *(next(numbers) if x is not None and x.is_floating_point() else x for x in found[0])

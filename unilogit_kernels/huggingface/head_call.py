@@ -34,13 +34,17 @@ class _Positions(NamedTuple):
         hidden: `[B, T, H]`; with virtual tokens `[B, T + 1, H]`, since the last of them predicts
             the first token.
         virtual: whether that is so.
+        shift: whether values belong to tokens, and not to these positions already.
     """
 
     hidden: Tensor
     virtual: bool
+    shift: bool
 
     def of_tokens(self, values: Tensor, fill: int = 0) -> Tensor:
         """What belongs to each token, `[..., T]`, at the position that predicts it."""
+        if not self.shift:
+            return values
         return F.pad(values, (0, 1), value=fill) if self.virtual else shift_labels(values, fill)
 
     def of_part(self, part: str | Objective) -> str | Objective:
@@ -79,6 +83,7 @@ class HeadCall:
         objective: ObjectiveLike,
         *,
         rows: slice = slice(None),
+        shift: bool = True,
         ignore_index: int = -100,
         reduction: str = "mean",
         token_weights: Tensor | None = None,
@@ -92,6 +97,8 @@ class HeadCall:
             labels: int64 `[B', T]`, as Hugging Face takes them: not shifted.
             objective: see `linear_objective_loss`; its per-token tensors are aligned with `labels`.
             rows: which of the B sequences the labels belong to.
+            shift: whether labels are those of Hugging Face, of each token itself; False for labels
+                of the positions that predict them, as `shift_labels` makes them.
             ignore_index: label of tokens that do not count.
             reduction: `"mean"` over the counted tokens, `"sum"` or `"none"`.
             token_weights: `[B', T]`, weight of each token's loss, aligned with `labels`.
@@ -105,7 +112,7 @@ class HeadCall:
         Raises:
             UnsupportedHeadError: the labels do not belong to the model's positions.
         """
-        at = self._positions(labels, rows)
+        at = self._positions(labels, rows, shift=shift)
         if isinstance(objective, Objective):
             objective = objective.map_tokens(at.of_tokens)
         losses = linear_objective_loss(
@@ -175,11 +182,12 @@ class HeadCall:
         self,
         labels: Tensor,
         *,
+        shift: bool = True,
         backend: str | None = None,
         options: LinearOptions | None = None,
     ) -> Tensor:
         """`linear_target_log_odds`: float32 `[B, T]`, position t is about token t + 1."""
-        at = self._positions(labels)
+        at = self._positions(labels, shift=shift)
         found = linear_target_log_odds(
             at.hidden,
             self.weight,
@@ -195,12 +203,13 @@ class HeadCall:
         self,
         labels: Tensor,
         *,
+        shift: bool = True,
         fields: Sequence[str] = FIELDS,
         backend: str | None = None,
         options: LinearOptions | None = None,
     ) -> TokenStatistics:
         """`linear_token_statistics`: `[B, T]` each, position t is about token t + 1."""
-        at = self._positions(labels)
+        at = self._positions(labels, shift=shift)
         seen = linear_token_statistics(
             at.hidden,
             self.weight,
@@ -222,7 +231,11 @@ class HeadCall:
         hidden = self.hidden[rows]
         return hidden[:, self.virtual_tokens.before(labels, hidden) :]
 
-    def _positions(self, labels: Tensor, rows: slice = slice(None)) -> _Positions:
+    def _positions(
+        self, labels: Tensor, rows: slice = slice(None), *, shift: bool = True
+    ) -> _Positions:
+        if not shift:
+            return _Positions(self.hidden_of(labels, rows), virtual=False, shift=False)
         hidden = self.hidden[rows]
         virtual = self.virtual_tokens.before(labels, hidden)
-        return _Positions(hidden[:, max(virtual - 1, 0) :], virtual > 0)
+        return _Positions(hidden[:, max(virtual - 1, 0) :], virtual > 0, shift)

@@ -8,22 +8,21 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.utils.generic import TransformersKwargs
 
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError
+from unilogit_kernels.huggingface.wrappers import imported, is_pretrained, unwrapped
 
-# Names that a forward with **kwargs passes on, or takes from there.
 _COMMON = frozenset(
     (
-        *TransformersKwargs.__annotations__,
-        *FlashAttentionKwargs.__annotations__,
         *("return_dict", "use_cache", "cache_position", "token_type_ids", "mm_token_type_ids"),
         *("adapter_names", "alora_offsets"),  # of peft
     )
+)
+_TYPED = (
+    ("transformers.utils.generic", "TransformersKwargs"),
+    ("transformers.utils", "LossKwargs"),  # before 4.54
+    ("transformers.modeling_flash_attention_utils", "FlashAttentionKwargs"),
 )
 _KNOWN = "transformers.", "peft."
 
@@ -51,15 +50,15 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError("labels are not the model's to see here: give them to the loss")
     if names & {"logits_to_keep", "num_logits_to_keep"}:
         raise ValueError("logits_to_keep cannot be used here: tokens without a label cost nothing")
-    inner = extract_model_from_parallel(model)
-    models = [inner, *(m for m in inner.modules() if isinstance(m, PreTrainedModel))]
+    inner = unwrapped(model)
+    models = [inner, *(m for m in inner.modules() if is_pretrained(m))]
     classes: set[Any] = {type(module) for module in models}
     # Only these are known to do nothing with what they do not name.
     if any(_names(c).others and not c.__module__.startswith(_KNOWN) for c in classes):
         return
     arguments = frozenset[str]().union(*(_names(c).arguments for c in classes))
     if any(_names(c).others for c in classes):
-        arguments |= _COMMON
+        arguments |= _common()
     arguments -= {"num_items_in_batch"}  # of the loss, which the model does not compute
     unknown = sorted(n for n in names - arguments if not n.startswith("output_"))
     if unknown:
@@ -67,6 +66,12 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
             f"unexpected keyword {unknown[0]!r}: neither an option of this function nor an input "
             f"of {type(inner).__name__}"
         )
+
+
+def _common() -> frozenset[str]:
+    """Names that a forward with `**kwargs` passes on, or takes from there."""
+    typed = [getattr(imported(*each), "__annotations__", {}) for each in _TYPED]
+    return _COMMON.union(*typed)
 
 
 @lru_cache(maxsize=256)
@@ -97,7 +102,7 @@ class VirtualTokens:
         Raises:
             UnsupportedHeadError: the adapter weights the loss of its own prompt.
         """
-        config: Any = getattr(extract_model_from_parallel(model), "active_peft_config", None)
+        config: Any = getattr(unwrapped(model), "active_peft_config", None)
         if not getattr(config, "is_prompt_learning", False):
             return VirtualTokens()
         kind = str(getattr(config.peft_type, "value", config.peft_type))

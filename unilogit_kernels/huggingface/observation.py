@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from unilogit_kernels.huggingface import logit_transform, stand_in
@@ -18,6 +17,7 @@ from unilogit_kernels.huggingface.logit_transform import (
     HeadTransform,
     UnsupportedHeadError,
 )
+from unilogit_kernels.huggingface.wrappers import unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def observe(model: nn.Module, *, again: bool = False) -> Observation:
     Raises:
         UnsupportedHeadError: see `observe_logit_transform`.
     """
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     identity = _identity(model)
     known = _observations.get(inner)
     if again or known is None or known.identity != identity:
@@ -139,7 +139,7 @@ def _observe_on(device: torch.device, model: nn.Module, identity: tuple[Any, ...
         return hidden.new_zeros(())
 
     ids = torch.arange(math.prod(OBSERVED_TOKENS)).view(OBSERVED_TOKENS)
-    embeddings = extract_model_from_parallel(model).get_input_embeddings()
+    embeddings = unwrapped(model).get_input_embeddings()
     ids = ids % getattr(embeddings, "num_embeddings", len(ids.flatten()))
     with torch.no_grad(), stand_in.evaluating(model):
         seen = stand_in.forward_with(

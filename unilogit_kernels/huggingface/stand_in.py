@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
+from unilogit_kernels.huggingface.wrappers import unwrapped
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -122,7 +122,7 @@ def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> I
 
 def containers_of_head(model: nn.Module, head: nn.Module) -> list[nn.Module]:
     """The modules that the head is inside of, outermost first: what can touch its output."""
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     path = next((name for name, module in inner.named_modules() if module is head), "")
     names = path.split(".")
     return [inner, *(inner.get_submodule(".".join(names[:i])) for i in range(1, len(names)))]
@@ -134,7 +134,7 @@ def plain_head(model: nn.Module) -> nn.Linear:
     Raises:
         UnsupportedHeadError: it is not.
     """
-    inner = extract_model_from_parallel(model)
+    inner = unwrapped(model)
     find = getattr(inner, "get_output_embeddings", None)
     try:
         head = find() if find is not None else None

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unilogit_kernels.functional import shift_labels
 from unilogit_kernels.functional.kl import linear_kl_loss
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.huggingface.head import (
@@ -25,6 +24,7 @@ from unilogit_kernels.huggingface.head import (
     run_head_with_auxiliary_loss,
     without_auxiliary_loss,
 )
+from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
 from unilogit_kernels.huggingface.stand_in import plain_head
 from unilogit_kernels.maths.rewrites import Rewrite
 
@@ -117,6 +117,7 @@ def heads_kl_loss(
     labels: Tensor,
     *,
     rows: slice = slice(None),
+    shift: bool = True,
     rewrite: Rewrite | None = None,
     direction: str = "forward",
     temperature: float = 1.0,
@@ -135,6 +136,8 @@ def heads_kl_loss(
         teacher: those of the other.
         labels: int64 `[B', T]`, as Hugging Face takes them: not shifted.
         rows: which of the B sequences the labels belong to.
+        shift: whether labels are those of Hugging Face, of each token itself; False for labels
+            of the positions that predict them, as `shift_labels` makes them.
         rewrite: of the teacher's label entry: `Shift(gamma)`, `Uniform()`, `Mask()` or None.
         direction: `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
         temperature: divides both models' logits.
@@ -166,14 +169,14 @@ def heads_kl_loss(
         student.weight,
         teacher.hidden_of(labels, rows),
         teacher.weight,
-        shift_labels(labels, ignore_index),
+        labels,
+        shift=shift,  # A weight belongs to the token, as its label does, so it moves with it.
         rewrite=rewrite,
         direction=direction,
         temperature=temperature,
         ignore_index=ignore_index,
         reduction=reduction,
-        # A weight belongs to the token, as its label does, so it moves with it.
-        token_weights=None if token_weights is None else shift_labels(token_weights, 0),
+        token_weights=token_weights,
         num_items_in_batch=num_items_in_batch,
         backend=backend,
         options=options,
@@ -192,6 +195,7 @@ def fused_kl_loss(
     reference: nn.Module,
     *,
     labels: Tensor,
+    shift: bool = True,
     rewrite: Rewrite | None = None,
     direction: str = "forward",
     temperature: float = 1.0,
@@ -213,6 +217,8 @@ def fused_kl_loss(
             and gets no gradient: see `frozen_copy`.
         labels: int64 `[B, T]`, not shifted: usually `input_ids` with prompt and padding set to
             `ignore_index`.
+        shift: whether `labels` are those of Hugging Face, of each token itself; False for labels
+            of the positions that predict them, as `shift_labels` makes them.
         rewrite: of the teacher's label entry: `Shift(gamma)`, `Uniform()`, `Mask()` or None.
         direction: `"forward"` for KL(teacher || student), `"reverse"` for KL(student || teacher).
         temperature: divides both models' logits.
@@ -251,6 +257,7 @@ def fused_kl_loss(
             student,
             teacher,
             labels,
+            shift=shift,
             rewrite=rewrite,
             direction=direction,
             temperature=temperature,
@@ -263,5 +270,7 @@ def fused_kl_loss(
             options=options,
         )
 
+    if shift:
+        warn_if_shifted(labels, inputs, ignore_index)
     loss, added = run_two_heads_with_auxiliary_loss(model, reference, compute, **inputs)
     return add_auxiliary_loss(loss, added) if auxiliary_loss else loss

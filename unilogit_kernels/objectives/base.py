@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.maths.statistics import Statistics
@@ -279,6 +279,10 @@ def by_name(name: str, **parameters: float) -> Objective:
     return cls(**parameters)
 
 
+_OF_LOGITS = (nn.functional.cross_entropy, nn.functional.nll_loss, nn.functional.kl_div)
+"""What people pass as an objective, and is none."""
+
+
 def resolve(
     objective: str | Objective | Callable[..., Tensor],
 ) -> Objective | Callable[..., Tensor]:
@@ -290,6 +294,13 @@ def resolve(
     """
     if isinstance(objective, str):
         return by_name(objective)
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, nn.modules.loss._Loss) or any(objective is f for f in _OF_LOGITS):
+        raise TypeError(
+            "objective must be a name, an Objective instance or a function of the log-odds, got "
+            f"{objective}, which takes logits and targets: did you mean objective='cross_entropy'?"
+        )
     if isinstance(objective, type) or not callable(objective):
         raise TypeError(
             "objective must be a name, an Objective instance or a function of the log-odds, "

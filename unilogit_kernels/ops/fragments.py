@@ -22,6 +22,7 @@ _SCHEMA_TYPES: tuple[tuple[object, str], ...] = (
     (list[float], "float[]"),
     (int, "int"),
     (int | None, "int?"),
+    (int | str | None, "int?"),  # A text has become a number before a call gets here.
     (bool, "bool"),
     (str, "str"),
     (torch.dtype | None, "ScalarType?"),

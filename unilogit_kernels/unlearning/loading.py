@@ -6,9 +6,12 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -47,6 +50,7 @@ def load_encoding(
     Raises:
         RunError: there is no tokenizer, it cannot be read, or it has no chat template to use.
     """
+    _check_exists(model)
     with reading(f"no tokenizer could be loaded from {model!r}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
         tokenizer("a")
@@ -91,6 +95,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise RunError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _check_exists(model)
     # What is missing is drawn at random: in every process and on every day the same.
     with reading(f"no causal LM could be loaded from {model!r}"), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -108,6 +113,18 @@ def load_model(
             raise RunError(f"weights of {model!r} are NaN or infinite: {listed(not_finite)}")
     result: PreTrainedModel = loaded
     return result
+
+
+def _check_exists(model: str) -> None:
+    """See that what can only be a folder is one: transformers would look for it on the Hub."""
+    if Path(model).is_dir():
+        return
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise RunError(
+            f"model {model!r}: there is no such folder, and no model on the Hub has such a name"
+        ) from error
 
 
 @contextmanager

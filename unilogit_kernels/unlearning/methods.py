@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,17 +25,29 @@ class _Divergence(NamedTuple):
         rewrite: of the teacher's label entry.
         direction: of the divergence.
         defaults: the rewrite's parameters.
+        description: for lists of methods.
     """
 
     rewrite: type[Rewrite]
     direction: str
     defaults: Mapping[str, float]
+    description: str
 
 
 _DIVERGENCES = {
     # gamma as in the paper and in OpenUnlearning.
-    "undial": _Divergence(Shift, "forward", {"gamma": 10.0}),
-    "unilogit_starting_model": _Divergence(Uniform, "reverse", {}),
+    "undial": _Divergence(
+        Shift,
+        "forward",
+        {"gamma": 10.0},
+        "UnDIAL (arXiv 2402.10052): KL from the starting model with the label's logit less gamma.",
+    ),
+    "unilogit_starting_model": _Divergence(
+        Uniform,
+        "reverse",
+        {},
+        "Unilogit with the target of the starting model, the paper's ablation (arXiv 2505.06027).",
+    ),
 }
 
 RETAIN_LOSSES = ("cross_entropy", "kl")
@@ -87,15 +100,11 @@ class Method:
         if self.name not in method_names():
             known = ", ".join(method_names())
             raise MethodError(f"method must be one of {known}, got {self.name!r}")
-        divergence = _DIVERGENCES.get(self.name)
-        known_parameters = (
-            objectives.parameter_names(self.name) if divergence is None else divergence.defaults
-        )
         for parameter in self.parameters:
-            if parameter not in known_parameters:
+            if parameter not in self.defaults:
                 raise MethodError(
                     f"method {self.name!r} has no parameter {parameter!r}; "
-                    f"it has {', '.join(known_parameters) or 'none'}"
+                    f"it has {', '.join(self.defaults) or 'none'}"
                 )
         try:
             check_parameters(self.name, self.parameters)
@@ -105,6 +114,21 @@ class Method:
     @property
     def _class(self) -> type[Objective]:
         return objectives.REGISTRY.get(self.name, Objective)
+
+    @property
+    def defaults(self) -> Mapping[str, float]:
+        """Every parameter that the method has, with its default."""
+        if self.name in _DIVERGENCES:
+            return _DIVERGENCES[self.name].defaults
+        of_fields: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self._class)}
+        return {name: of_fields[name] for name in objectives.parameter_names(self.name)}
+
+    @property
+    def description(self) -> str:
+        """What the method is, in plain text of one or more lines, the first of which is enough."""
+        if self.name in _DIVERGENCES:
+            return _DIVERGENCES[self.name].description
+        return inspect.getdoc(self._class) or ""
 
     @property
     def of_sequences(self) -> bool:
@@ -123,9 +147,9 @@ class Method:
 
     def divergence(self) -> dict[str, Any]:
         """What `heads_kl_loss` takes, of a method that needs a teacher."""
-        rewrite, direction, defaults = _DIVERGENCES[self.name]
-        parameters = {**defaults, **self.parameters}
-        return {"rewrite": rewrite(**parameters), "direction": direction}
+        chosen = _DIVERGENCES[self.name]
+        parameters = {**chosen.defaults, **self.parameters}
+        return {"rewrite": chosen.rewrite(**parameters), "direction": chosen.direction}
 
     @property
     def needs_refusals(self) -> bool:
