@@ -131,9 +131,7 @@ def unilogit(model: Any, batch: Batch) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def forget_loss(
-    name: str, model: Any, reference: Any, forget: Any, labelled_only: bool
-) -> Tensor:
+def forget_loss(name: str, model: Any, reference: Any, forget: Any, labelled_only: bool) -> Tensor:
     """The literal forget loss of a trainer, with the arguments of `ARGUMENTS`."""
     if name == "FusedDPO":
         return preference(model, reference, forget["alternate"], forget["original"], 0.3)

@@ -1,4 +1,4 @@
-"""A patched model gives the loss and gradients of its own logits to whoever calls it with labels."""
+"""A patched model gives the loss and gradients of its own logits to any caller with labels."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def literal_terms(output: Any, labels: Tensor, items: int | Tensor | None) -> Te
 
 
 @pytest.mark.parametrize(
-    ("name", "items"), [("llama", 77), ("softcap", None), ("router", 77), ("adapter", None), ("prompt", 77)]
+    ("name", "items"),
+    [("llama", 77), ("softcap", None), ("router", 77), ("adapter", None), ("prompt", 77)],
 )
 def test_cross_entropy_is_the_models_own_loss(name: str, items: int | None) -> None:
     options: dict[str, Any] = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
@@ -192,7 +193,7 @@ def test_what_a_caller_may_ask_for() -> None:
     assert len(with_hidden.hidden_states) == 3
     assert model(**inputs, use_cache=True).past_key_values is not None
     assert model(**inputs).past_key_values is None
-    with pytest.raises(TypeError, match="multiple values|got some positional"):
+    with pytest.raises(TypeError, match=r"multiple values|got some positional"):
         model(inputs["input_ids"], **inputs)
     with pytest.raises(ValueError, match="shift_labels cannot be used"):
         model(**inputs, shift_labels=inputs["labels"])
@@ -216,7 +217,7 @@ def test_unpatching_leaves_nothing() -> None:
     assert model.forward == before
     assert set(vars(model)) == attributes
     assert model(**batch()).logits is not None
-    with pytest.raises(ValueError, match="is not patched$"):
+    with pytest.raises(ValueError, match=r"is not patched$"):
         unpatch(model)
     replaced = model.forward = lambda **inputs: before(**inputs)
     unpatch(patch(model))
@@ -344,3 +345,33 @@ def test_metrics_of_a_stock_trainer(tmp_path: Path) -> None:
     )
     assert trainer.evaluate()["eval_columns"] == 259
     assert seen[0][0] == len(FORGET)
+
+
+def test_what_trls_sft_trainer_takes() -> None:
+    """It divides the sum of minus `log_probs` itself, and logs entropy and accuracy."""
+    given = batch()
+    labels = given["labels"]
+    mask = labels[:, 1:] != -100
+    for objective in ("cross_entropy", "unilogit"):
+        model = patch(make_model(), objective)
+        seen = model(**given, fused_lm_head=True)
+        z = unpatch(model)(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+        z, y = z.logits[:, :-1][mask], labels[:, 1:][mask]
+        assert torch.equal(seen.label_mask, mask)
+        losses = {"cross_entropy": lambda z, y: -literal.log_p(z, y)}.get(
+            objective, literal.unilogit("reverse")
+        )
+        terms = [(losses(x, y) / 40).detach() for x in (z.double(), z)]
+        assert_sum_within_budget(-seen.log_probs.sum() / 40, *terms)
+        assert (seen.log_probs[~mask] == 0).all()
+        entropies = [literal.entropy(x).detach() for x in (z.double(), z)]
+        assert_within_budget(seen.entropy[mask], *entropies)
+        assert (seen.entropy[~mask] == 0).all()
+        assert torch.equal(seen.is_top1[mask], z.argmax(-1) == y)
+        assert not seen.is_top1[~mask].any()
+        assert not seen.entropy.requires_grad
+    routed = patch(MODELS["router"]())
+    seen = routed(**given, fused_lm_head=True)
+    assert torch.equal(seen.aux_loss, routed(**given).aux_loss)
+    with pytest.raises(ValueError, match="mean over sequences"):
+        patch(make_model(), SimNPO())(**given, fused_lm_head=True)

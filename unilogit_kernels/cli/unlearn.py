@@ -115,8 +115,10 @@ _AllowMissing = Annotated[
 def unlearn(
     model: Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")],
     forget: Annotated[Path, typer.Option(help="JSONL rows to forget.")],
-    retain: Annotated[Path, typer.Option(help="JSONL rows to keep.")],
     output: Annotated[Path, typer.Option(help="Directory for the model.")],
+    retain: Annotated[
+        Path | None, typer.Option(help="JSONL rows to keep; none with --retain-loss none.")
+    ] = None,
     method: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.method,
     alpha: Annotated[float | None, typer.Option(help="Parameter of wga, tnpo.")] = None,
     beta: Annotated[float | None, typer.Option(help="Parameter of npo, dpo, tnpo...")] = None,
@@ -152,7 +154,11 @@ def unlearn(
         float, typer.Option(help="Factor of the forget loss.")
     ] = Settings.forget_weight,
     retain_loss: Annotated[
-        str, typer.Option(help="Loss of the retain rows: cross_entropy, or kl to the model.")
+        str | None,
+        typer.Option(
+            help="Loss of the retain rows: cross_entropy, kl to the model, hidden_states (of rmu), "
+            "or none. Default: the method's."
+        ),
     ] = Settings.retain_loss,
     retain_weight: Annotated[
         float, typer.Option(help="Factor of the retain rows' loss.")

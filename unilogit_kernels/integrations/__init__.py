@@ -1,4 +1,4 @@
-"""Into other people's code: a fused loss from `model(..., labels=)`, and trainers of OpenUnlearning.
+"""Into other people's code: a fused loss from `model(..., labels=)`, OpenUnlearning's trainers.
 
 `open_unlearning` is imported by its own name.
 """

@@ -1,4 +1,4 @@
-"""`model(..., labels=)` with a fused loss and without logits, for trainers that know nothing of it."""
+"""`model(..., labels=)` with a fused loss and without logits, for any trainer that calls it so."""
 
 from __future__ import annotations
 

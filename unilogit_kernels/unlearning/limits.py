@@ -103,6 +103,9 @@ PARAMETER_RANGES: Mapping[str, Range] = {
     "z_loss": _FACTOR,
     "entropy": _OF_EITHER_SIGN,
     "weight": _OF_EITHER_SIGN,
+    "layer": Range(0.0, _LARGEST_COUNT),
+    "steering": _FACTOR,
+    "scale": _FACTOR,
 }
 """Of the methods' parameters; one without a range here may be any number of either sign."""
 

@@ -30,12 +30,14 @@ class Row:
         completion: the text that carries the loss.
         key: what an answer must contain to count as recalled, or None.
         source: file and line, for messages.
+        alternates: what to answer instead, for method `altpo`.
     """
 
     prompt: str
     completion: str
     key: str | None
     source: str
+    alternates: tuple[str, ...] = ()
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -130,7 +132,20 @@ def _parse(line: str, source: str) -> Row:
     key = record.get("key")
     if key is not None and not fold(key):
         raise DataError(f'{source}: field "key" has no visible character')
-    return Row(record.get("prompt", ""), record[fields[-1]], key, source)
+    alternates = _alternates(record.get("alternate"), source)
+    return Row(record.get("prompt", ""), record[fields[-1]], key, source, alternates)
+
+
+def _alternates(given: Any, source: str) -> tuple[str, ...]:
+    texts = given if isinstance(given, list) else [] if given is None else [given]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f'{source}: field "alternate" must be a text or a list of texts, got '
+                f"{reprlib.repr(given)}"
+            )
+        _check_characters(text, f'{source}: field "alternate"')
+    return tuple(texts)
 
 
 def _load(line: str, source: str) -> Any:

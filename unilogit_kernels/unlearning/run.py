@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
 from unilogit_kernels.unlearning.adapters import check_no_adapter
+from unilogit_kernels.unlearning.alternates import with_alternates
 from unilogit_kernels.unlearning.data import (
     Encoding,
     Example,
@@ -25,8 +26,10 @@ from unilogit_kernels.unlearning.data import (
 )
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
+from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.methods import ALTPO, RMU
 from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
 from unilogit_kernels.unlearning.record import (
     CHECKPOINTS,
@@ -38,6 +41,9 @@ from unilogit_kernels.unlearning.record import (
 )
 from unilogit_kernels.unlearning.settings import Settings
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
+
+_RMU_LAYERS = 3
+"""How many the paper trains: the one that it steers, and the two below."""
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
 
@@ -120,9 +126,11 @@ def _prepare(
     with reading("--forget"):
         forget = read_rows(settings.forget)
     with reading("--retain"):
-        retain = read_rows(settings.retain)
+        retain = [] if settings.retain is None else read_rows(settings.retain)
     with reading("--refusals"):
         refusals = [] if settings.refusals is None else read_refusals(settings.refusals, forget)
+    if settings.method == ALTPO:
+        forget, refusals = with_alternates(forget)
     check_no_adapter(settings.model)
     encoding = load_encoding(
         settings.model,
@@ -144,9 +152,7 @@ def _prepare(
     inputs = digests(model, encoding, sets, arguments.world_size)
     if record is not None:
         record.check(settings.output, "inputs", inputs)
-    if settings.train_layers is not None:
-        with reading("train_layers"):
-            train_only_top_layers(model, settings.train_layers)
+    _freeze(model, settings)
     return Prepared(
         settings,
         arguments,
@@ -159,6 +165,17 @@ def _prepare(
         resumed=record is not None,
         checkpoint=newest_checkpoint(settings.output) if record is not None else None,
     )
+
+
+def _freeze(model: PreTrainedModel, settings: Settings) -> None:
+    """Leave trainable what the settings say; RMU reaches no layer above the one that it steers."""
+    layers, below = settings.train_layers, None
+    with reading("train_layers"):
+        if settings.method == RMU:
+            below = steered_layer(model, settings.method_parameters) + 1
+            layers = min(_RMU_LAYERS, below) if layers is None else layers
+        if layers is not None:
+            train_only_top_layers(model, layers, below=below)
 
 
 def _encode(
