@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tests.support import literal
@@ -375,3 +382,48 @@ def test_what_trls_sft_trainer_takes() -> None:
     assert torch.equal(seen.aux_loss, routed(**given).aux_loss)
     with pytest.raises(ValueError, match="mean over sequences"):
         patch(make_model(), SimNPO())(**given, fused_lm_head=True)
+
+
+def test_what_accelerate_wraps_around() -> None:
+    """Its autocast and its casts of the outputs run around the patch."""
+    model, plain = patch(make_model()), make_model()
+    for each in (model, plain):
+        each.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(each.forward))
+    losses = [each(**batch()).loss for each in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    eps = torch.finfo(torch.bfloat16).eps
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=eps)
+    with pytest.raises(ValueError, match="replaced since"):
+        unpatch(model)
+
+
+def _worker(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=1)
+    torch.set_num_threads(1)
+    found = []
+    for wrap in ("nothing", "ddp", "fsdp2"):
+        model = wrapped = patch(make_model(), "unilogit")
+        if wrap == "ddp":
+            wrapped = DistributedDataParallel(model)
+        elif wrap == "fsdp2":
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            for part in (*model.model.layers, model.lm_head, model):
+                fully_shard(part, mesh=mesh)
+        # Twice: what is observed of the head is known in the second call.
+        for _ in range(2):
+            wrapped(**batch()).loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        found.append(
+            {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+        )
+    for gradients_ in found[1:]:
+        assert all(torch.equal(value, found[0][name]) for name, value in gradients_.items())
+    # Nothing is torn down: torch 2.13 may wait for ever there.
+    os._exit(0)
+
+
+@pytest.mark.prove
+def test_a_patched_model_may_be_wrapped(tmp_path: Path) -> None:
+    """By DDP and by FSDP2, whose hooks run around the forward that stands in."""
+    spawn(_worker, args=(str(tmp_path / "rendezvous"),), nprocs=1, join=True)

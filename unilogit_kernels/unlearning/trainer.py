@@ -131,6 +131,8 @@ class UnlearningTrainer(Trainer):
             )
         self._pairs, self._pad_id = PairedDataset(forget, retain, refusals), pad_id
         for name, examples in by_set("eval_dataset", options.get("eval_dataset")).items():
+            if len(examples) == 0:
+                raise DataError(f"{name} holds no examples")
             check_columns(examples, name)
         needs_teacher = self._method.needs_teacher or args.retain_loss in ("kl", HIDDEN_STATES)
         if teacher is None and needs_teacher:
