@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"sft_trainer": "trl", "lightning_module": "lightning"}
-"""What an example needs beside this package's extra `test`."""
+"""What an example needs beside this package's extra `test`: the extra `integrations`."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_an_example_runs(
     path: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path.stem in NEEDS:
-        pytest.importorskip(NEEDS[path.stem])
+        pytest.importorskip(NEEDS[path.stem], reason="needs unilogit-kernels[integrations]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path), str(folder)])
     losses = runpy.run_path(str(path), run_name="__main__")["losses"]
