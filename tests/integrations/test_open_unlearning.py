@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from tests.integrations import open_unlearning as literal
@@ -155,7 +155,6 @@ def test_steps_are_its_formulas(tmp_path: Path, name: str, options: dict[str, An
         fused_trainers(base)[name], model, tmp_path, data, **literal.ARGUMENTS[name], **options
     )
     assert isinstance(trainer, base)
-    trainer._get_train_sampler = lambda *_: SequentialSampler(data)
     trainer.train()
     losses = literal_training(exact, data.batches, name, options)
     literal_training(plain, data.batches, name, options)

@@ -69,7 +69,10 @@ def router() -> PreTrainedModel:
         output_router_logits=True,
     )
     torch.manual_seed(0)
-    return transformers.MixtralForCausalLM._from_config(config, experts_implementation="eager")
+    model: PreTrainedModel = transformers.MixtralForCausalLM._from_config(
+        config, experts_implementation="eager"
+    )
+    return model
 
 
 def with_adapter() -> nn.Module:
@@ -122,9 +125,10 @@ def test_cross_entropy_is_the_models_own_loss(name: str, items: int | None) -> N
     options: dict[str, Any] = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
     labels = batch()["labels"]
     inputs = {name: value for name, value in batch().items() if name != "labels"}
-    terms, grads = [], []
+    terms, grads = list[Tensor](), []
     for dtype in (torch.float64, torch.float32):
-        model = MODELS[name]().to(dtype)
+        model = MODELS[name]()
+        model.to(dtype)
         terms.append(literal_terms(model(**inputs), labels, items))
         terms[-1].sum().backward()
         grads.append(gradients(model))
@@ -135,14 +139,15 @@ def test_cross_entropy_is_the_models_own_loss(name: str, items: int | None) -> N
     assert output.logits is None
     assert (output.get("aux_loss") is not None) == (name == "router")
     for loss in (own, output.loss):
-        assert_sum_within_budget(loss, *terms)
+        assert_sum_within_budget(loss, terms[0], terms[1])
     assert_tensors_within_budget(gradients(model), *grads)
 
 
 def test_unilogit_is_that_of_the_logits() -> None:
     seen = []
     for dtype in (torch.float64, torch.float32):
-        model = make_model().to(dtype)
+        model = make_model()
+        model.to(dtype)
         given = batch()
         labels = given.pop("labels")[:, 1:]
         z = model(**given).logits[:, :-1][labels != -100]
@@ -368,11 +373,11 @@ def test_what_trls_sft_trainer_takes() -> None:
         losses = {"cross_entropy": lambda z, y: -literal.log_p(z, y)}.get(
             objective, literal.unilogit("reverse")
         )
-        terms = [(losses(x, y) / 40).detach() for x in (z.double(), z)]
-        assert_sum_within_budget(-seen.log_probs.sum() / 40, *terms)
+        exact, plain = ((losses(x, y) / 40).detach() for x in (z.double(), z))
+        assert_sum_within_budget(-seen.log_probs.sum() / 40, exact, plain)
         assert (seen.log_probs[~mask] == 0).all()
-        entropies = [literal.entropy(x).detach() for x in (z.double(), z)]
-        assert_within_budget(seen.entropy[mask], *entropies)
+        exact, plain = (literal.entropy(x).detach() for x in (z.double(), z))
+        assert_within_budget(seen.entropy[mask], exact, plain)
         assert (seen.entropy[~mask] == 0).all()
         assert torch.equal(seen.is_top1[mask], z.argmax(-1) == y)
         assert not seen.is_top1[~mask].any()
@@ -398,12 +403,17 @@ def test_what_accelerate_wraps_around() -> None:
         unpatch(model)
 
 
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
 def _worker(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=1)
     torch.set_num_threads(1)
     found = []
     for wrap in ("nothing", "ddp", "fsdp2"):
-        model = wrapped = patch(make_model(), "unilogit")
+        model = patch(make_model(), "unilogit")
+        wrapped: nn.Module = model
         if wrap == "ddp":
             wrapped = DistributedDataParallel(model)
         elif wrap == "fsdp2":
@@ -413,12 +423,9 @@ def _worker(rank: int, rendezvous: str) -> None:
         # Twice: what is observed of the head is known in the second call.
         for _ in range(2):
             wrapped(**batch()).loss.backward()
-        grads = {name: p.grad for name, p in model.named_parameters()}
-        found.append(
-            {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
-        )
-    for gradients_ in found[1:]:
-        assert all(torch.equal(value, found[0][name]) for name, value in gradients_.items())
+        found.append({name: _whole(grad) for name, grad in gradients(model).items()})
+    for wrapped_gradients in found[1:]:
+        assert all(torch.equal(value, wrapped_gradients[n]) for n, value in found[0].items())
     # Nothing is torn down: torch 2.13 may wait for ever there.
     os._exit(0)
 

@@ -48,12 +48,11 @@ def test_losses_and_metrics_are_those_of_the_logits(tmp_path: Path) -> None:
         compute_metrics=metrics,
     )
     found = trainer.evaluate()
-    for name, rows in (("forget", FORGET), ("kept", RETAIN)):
-        (plain, counted), (exact, _) = (
-            log_probs(model.float(), rows),
-            log_probs(model.double(), rows),
-        )
-        model.float()
+    for name, of_set in (("forget", FORGET), ("kept", RETAIN)):
+        plain, counted = log_probs(make_model(), of_set)
+        double = make_model()
+        double.double()
+        exact, _ = log_probs(double, of_set)
         prediction = seen.pop(0)
         labels = torch.as_tensor(prediction.label_ids)
         assert torch.equal(labels[:, 1:] != -100, counted)
@@ -65,8 +64,9 @@ def test_losses_and_metrics_are_those_of_the_logits(tmp_path: Path) -> None:
         assert_sum_within_budget(loss, -exact[counted] / count, -plain[counted] / count)
         mean = float(exact[counted].exp().mean())
         assert found[f"eval_{name}_probability"] == pytest.approx(mean, rel=1e-6)
-    (found,) = [trainer.predict(encoded(FORGET)).predictions]
-    assert found.shape == collate(encoded(FORGET), 0)["labels"].shape
+    rows: Any = encoded(FORGET)
+    predictions = torch.as_tensor(trainer.predict(rows).predictions)
+    assert predictions.shape == collate(rows, 0)["labels"].shape
 
 
 def test_nothing_of_the_size_of_the_logits_is_allocated(tmp_path: Path) -> None:

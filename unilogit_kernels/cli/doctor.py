@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("pytest-benchmark", "matplotlib", "cut-cross-entropy", "liger-kernel"),
     ),
     "demo": ("the demo's model", ("gguf",)),
+    "integrations": ("the examples for TRL and Lightning", ("trl", "lightning")),
 }
 """What each extra gives, and its packages."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from unilogit_kernels import objectives
 from unilogit_kernels.functional import ObjectiveLike, objective_loss, shift_labels
