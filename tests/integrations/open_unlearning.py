@@ -53,7 +53,8 @@ class GradDiff(UnlearnTrainer):
         self.ref_model = self._prepare_ref_model(self.model) if retain_loss_type == "KL" else None
 
     def _get_train_sampler(self, *args: Any) -> Any:
-        return SequentialSampler(self.train_dataset)  # An order that the test knows.
+        rows: Any = self.train_dataset
+        return SequentialSampler(rows)  # An order that the test knows.
 
     def _prepare_ref_model(self, model: Any) -> Any:
         reference = copy.deepcopy(model).to(self.accelerator.device)

@@ -146,7 +146,7 @@ def test_cross_entropy_is_the_models_own_loss(name: str, items: int | None) -> N
 def test_unilogit_is_that_of_the_logits() -> None:
     seen = []
     for dtype in (torch.float64, torch.float32):
-        model = make_model()
+        model: nn.Module = make_model()
         model.to(dtype)
         given = batch()
         labels = given.pop("labels")[:, 1:]
@@ -162,12 +162,14 @@ def test_unilogit_is_that_of_the_logits() -> None:
 
 
 def test_nothing_of_the_size_of_the_logits_is_allocated() -> None:
-    model = patch(make_model(vocab_size=50_000), "unilogit")
-    ids = torch.randint(50_000, (4, 30))
+    model = patch(make_model(vocab_size=4001), "unilogit")
+    ids = torch.randint(4001, (60, 44))
     model(input_ids=ids, labels=ids)  # What the model does to its logits is observed once.
-    with AllocationGuard(4 * 29 * 50_000 * 4 // 2 + 32 * 50_000 * 4) as guard:
+    forbidden = 60 * 43 * 4001
+    with AllocationGuard(forbidden):
         model(input_ids=ids, labels=ids).loss.backward()
-    del guard
+    with pytest.raises(AssertionError, match="elements was allocated"), AllocationGuard(forbidden):
+        model(input_ids=ids)
 
 
 @pytest.mark.parametrize("logits_in_eval", [False, True])

@@ -70,13 +70,16 @@ def test_losses_and_metrics_are_those_of_the_logits(tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_size_of_the_logits_is_allocated(tmp_path: Path) -> None:
-    model = make_model(vocab_size=60_000)
-    examples = [{"input_ids": torch.arange(64), "labels": torch.arange(64)} for _ in range(4)]
-    args = arguments(tmp_path, per_device_eval_batch_size=4)
+    model, ids = make_model(vocab_size=4001), torch.randint(4001, (60, 44))
+    args = arguments(tmp_path, per_device_eval_batch_size=60)
+    examples = [{"input_ids": row, "labels": row} for row in ids]
     trainer = make_trainer(model, args, eval_dataset=examples)
-    trainer.evaluate()
-    with AllocationGuard(4 * 63 * 60_000 * 4 // 2):
+    trainer.evaluate()  # What the model does to its logits is observed once.
+    forbidden = 60 * 43 * 4001
+    with AllocationGuard(forbidden):
         trainer.evaluate()
+    with pytest.raises(AssertionError, match="elements was allocated"), AllocationGuard(forbidden):
+        model(input_ids=ids)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
