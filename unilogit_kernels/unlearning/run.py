@@ -170,10 +170,11 @@ def _prepare(
 def _freeze(model: PreTrainedModel, settings: Settings) -> None:
     """Leave trainable what the settings say; RMU reaches no layer above the one that it steers."""
     layers, below = settings.train_layers, None
-    with reading("train_layers"):
-        if settings.method == RMU:
+    if settings.method == RMU:
+        with reading("method rmu"):
             below = steered_layer(model, settings.method_parameters) + 1
             layers = min(_RMU_LAYERS, below) if layers is None else layers
+    with reading("train_layers"):
         if layers is not None:
             train_only_top_layers(model, layers, below=below)
 
