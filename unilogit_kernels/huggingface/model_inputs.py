@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,16 +12,21 @@ from typing import Any, NamedTuple, get_args
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.utils.generic import TransformersKwargs
 
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError
+
+
+def _keywords(module: str, kind: str) -> frozenset[str]:
+    """Those that a class of transformers declares; none in versions that lack the class."""
+    declared = getattr(importlib.import_module(module), kind, None)
+    return frozenset(getattr(declared, "__annotations__", ()))
+
 
 # Names that a forward with **kwargs passes on, or takes from there.
 _COMMON = frozenset(
     (
-        *TransformersKwargs.__annotations__,
-        *FlashAttentionKwargs.__annotations__,
+        *_keywords("transformers.utils.generic", "TransformersKwargs"),
+        *_keywords("transformers.modeling_flash_attention_utils", "FlashAttentionKwargs"),
         *("return_dict", "use_cache", "cache_position", "token_type_ids", "mm_token_type_ids"),
         *("adapter_names", "alora_offsets"),  # of peft
     )

@@ -8,6 +8,7 @@ few numbers, the probe, where the logits would have been.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,9 @@ from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Call = Callable[..., Any]
+"""Runs a model's forward. What stands in that forward's place passes on what it replaced, so that
+the hooks around the model, which run already, do not run once more."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,11 +35,13 @@ class Forward(NamedTuple):
         result: what was computed in the head's place.
         logits: the probe, as it came out of the model.
         auxiliary_loss: the model's own term beside the loss of the logits, or None.
+        output: all that came out of the model, with the probe as its logits.
     """
 
     result: Tensor
     logits: Tensor
     auxiliary_loss: Tensor | None
+    output: Any
 
 
 def forward_with(
@@ -45,6 +51,7 @@ def forward_with(
     inputs: dict[str, Any],
     *,
     auxiliary: bool = False,
+    call: Call | None = None,
 ) -> Forward:
     """Run the model with `compute` in the head's place.
 
@@ -54,12 +61,14 @@ def forward_with(
         make_probe: from the rows of the weight to what the head returns, on its device.
         inputs: what the model's forward takes.
         auxiliary: also compute the model's own auxiliary loss, where it has one.
+        call: runs the model's forward; the model itself if None.
 
     Raises:
         UnsupportedHeadError: the head is no plain linear layer, or the model cannot go on from the
             probe.
     """
     head = plain_head(model)
+    run = model if call is None else call
     results: list[Tensor] = []
     returned = False
 
@@ -85,9 +94,9 @@ def forward_with(
     try:
         with _replaced_forward(head, forward):
             if own_loss is None:
-                output = model(**{"use_cache": False, **inputs})
+                output = run(**{"use_cache": False, **inputs})
             else:
-                output = own_loss.run(model, {"use_cache": False, **inputs})
+                output = own_loss.run(run, {"use_cache": False, **inputs})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         if returned and not isinstance(e, (UnsupportedHeadError, torch.OutOfMemoryError)):
             raise UnsupportedHeadError(failed_after_head(e)) from e
@@ -102,7 +111,18 @@ def forward_with(
         raise UnsupportedHeadError(
             f"the model returned a {type(output).__name__} without a tensor of logits"
         )
-    return Forward(results[0], logits, None if own_loss is None else own_loss.value(output))
+    auxiliary_loss = None if own_loss is None else own_loss.value(output)
+    return Forward(results[0], logits, auxiliary_loss, output)
+
+
+_replaced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The heads in whose place something is being computed."""
+
+
+def is_stood_in_for(model: nn.Module) -> bool:
+    """Whether something is being computed in the place of the model's lm_head right now."""
+    head = getattr(extract_model_from_parallel(model), "get_output_embeddings", lambda: None)()
+    return head in _replaced
 
 
 @contextmanager
@@ -111,9 +131,11 @@ def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> I
     attribute = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
     previous = vars(head).get(attribute)
     setattr(head, attribute, forward)
+    _replaced.add(head)
     try:
         yield
     finally:
+        _replaced.discard(head)
         if previous is None:
             delattr(head, attribute)
         else:
@@ -232,7 +254,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, output: Tensor) -> Tensor:
         ctx.like = (output.shape, output.dtype, output.device)
-        return result.view_as(result)
+        # No view, which could not be changed in place, as trainers do that scale their loss.
+        return result.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

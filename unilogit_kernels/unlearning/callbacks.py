@@ -21,6 +21,9 @@ class Training(Protocol):
     def begin(self) -> None:
         """A training begins."""
 
+    def end(self) -> None:
+        """It has taken its last step."""
+
     def share_of(self, count: int) -> list[int]:
         """The positions of `count` things that this process takes."""
 
@@ -32,7 +35,7 @@ class Training(Protocol):
 
 
 class Begin(TrainerCallback):
-    """Tells the Trainer when a training begins: also one that is resumed, or is its second.
+    """Tells the Trainer when a training begins, also one that is resumed or its second, and ends.
 
     Args:
         trainer: is told.
@@ -50,6 +53,16 @@ class Begin(TrainerCallback):
     ) -> None:
         """Tell it."""
         self.trainer.begin()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tell it."""
+        self.trainer.end()
 
 
 class StopAtProbability(TrainerCallback):

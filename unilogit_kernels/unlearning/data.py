@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,13 @@ def check_columns(examples: Sequence[Features], name: str) -> list[str]:
     return first
 
 
+def by_set(name: str, examples: Any) -> dict[str, Sequence[Features]]:
+    """Examples, or a dict of them by the name of their set, each under a name for messages."""
+    if isinstance(examples, dict):
+        return {f"{name} {of_set!r}": found for of_set, found in examples.items()}
+    return {} if examples is None else {name: examples}
+
+
 def count_labels(example: Features) -> int:
     """How many labels of an example carry loss; the first never does, as nothing precedes it."""
     return int((example["labels"][1:] != IGNORED).sum())
@@ -123,12 +131,12 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
 
     Args:
         forget: at least one example, and at least one label that carries loss among them.
-        retain: the same, or none at all, where no retain rows go with the forget rows.
+        retain: the same; or no example, where nothing is to be kept.
         refusals: what the model should say instead, one for each forget example; or none at all.
 
     Raises:
-        DataError: a set is empty or has no label that carries loss, there is not one refusal for
-            each forget example, or the examples' columns do not go together.
+        DataError: there is no forget example, a set has no label that carries loss, there is not
+            one refusal for each forget example, or the examples' columns do not go together.
     """
 
     def __init__(
@@ -143,7 +151,7 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
                 f"got {len(refusals)}"
             )
         if not forget:
-            raise DataError(f"there must be forget examples, got none, and {len(retain)} to retain")
+            raise DataError("there must be at least one forget example")
         self.forget, self.retain, self.refusals = forget, retain, refusals
         columns = {name: check_columns(examples, name) for name, examples in self._sets().items()}
         for name, found in columns.items():
@@ -202,9 +210,15 @@ def rows_of_pairs(pairs: Sequence[tuple[list[Features], list[Features]]]) -> lis
     return rows + [example for _, retain in pairs for example in retain]
 
 
-def collate_pairs(pairs: Sequence[tuple[list[Features], list[Features]]], pad_id: int) -> Features:
-    """A batch of `rows_of_pairs`."""
-    return collate(rows_of_pairs(pairs), pad_id)
+Pair = tuple[list[Features], list[Features]]
+"""What a forget row brings into a batch: it and its refusal, and its retain rows."""
+
+
+def collate_pairs(items: Sequence[Pair] | Sequence[Features], pad_id: int) -> Features:
+    """A batch of `rows_of_pairs`, or, in an evaluation, of plain examples."""
+    examples = [item for item in items if isinstance(item, dict)]
+    pairs = [item for item in items if not isinstance(item, dict)]
+    return collate(examples or rows_of_pairs(pairs), pad_id)
 
 
 class PairSampler(Sampler[PairIndex]):
@@ -216,7 +230,7 @@ class PairSampler(Sampler[PairIndex]):
 
     Args:
         dataset: whose rows are drawn.
-        retain_per_forget: retain rows for each forget row.
+        retain_per_forget: retain rows for each forget row, 0 for none.
         seed: of both orders.
     """
 
@@ -238,7 +252,7 @@ class PairSampler(Sampler[PairIndex]):
             yield forget, tuple(next(chain) for _ in range(self.retain_per_forget))
 
     def _retain_chain(self, start: int) -> Iterator[int]:
-        cycle, skipped = divmod(start, self.retain_size)
+        cycle, skipped = divmod(start, max(self.retain_size, 1))
         while True:
             yield from self._permutation("retain", cycle, self.retain_size)[skipped:]
             cycle, skipped = cycle + 1, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -239,11 +239,9 @@ def token_log_probabilities(
     found = [torch.zeros(len(example["labels"]), dtype=torch.float64) for example in examples]
     with torch.no_grad(), evaluating(model):
         for chosen, labels, inputs in in_batches(model, examples, pad_id, batch_size):
-            log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
-            counted = labels[:, 1:] != IGNORED
-            log_p = F.logsigmoid(log_odds).masked_fill(~counted, 0.0).cpu()
+            log_p = label_log_probabilities(model, labels, inputs).cpu()
             for position, row in zip(chosen, log_p, strict=True):
-                found[position][1:] = row[: len(found[position]) - 1]
+                found[position][:] = row[: len(found[position])]
     return found
 
 
@@ -268,6 +266,22 @@ def in_batches(
         batch = collate([examples[position] for position in chosen], pad_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         yield chosen, batch.pop("labels"), dict(batch)
+
+
+def label_log_probabilities(model: nn.Module, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`log p` of each label of a batch, without logits.
+
+    Args:
+        model: a Hugging Face causal LM, wrapped or not, as it is: no mode is changed.
+        labels: int64 `[B, T]`, not shifted.
+        inputs: of the model's forward.
+
+    Returns:
+        float64 `[B, T]`, aligned with the labels; 0 where a label does not count.
+    """
+    log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
+    log_p = F.logsigmoid(log_odds).masked_fill(labels[:, 1:] == IGNORED, 0.0)
+    return F.pad(log_p, (1, 0))
 
 
 def _score(row: Row, answer: Generated, before: str) -> Answer:

@@ -18,8 +18,10 @@ from unilogit_kernels.unlearning.adapters import check_no_adapter
 from unilogit_kernels.unlearning.data import Encoding, Example, Row, padding_id
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
+from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.methods import RMU
 from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
 from unilogit_kernels.unlearning.record import (
     CHECKPOINTS,
@@ -32,6 +34,9 @@ from unilogit_kernels.unlearning.record import (
 from unilogit_kernels.unlearning.settings import Settings
 from unilogit_kernels.unlearning.sources import LEARNED, read_sets
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
+
+_RMU_LAYERS = 3
+"""How many the paper trains: the one that it steers, and the two below."""
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
 
@@ -134,9 +139,7 @@ def _prepare(
     inputs = digests(model, encoding, sets, arguments.world_size)
     if record is not None:
         record.check(settings.output, "inputs", inputs)
-    if settings.train_layers is not None:
-        with reading("train_layers"):
-            train_only_top_layers(model, settings.train_layers)
+    _freeze(model, settings)
     return Prepared(
         settings,
         arguments,
@@ -148,6 +151,18 @@ def _prepare(
         resumed=record is not None,
         checkpoint=newest_checkpoint(settings.output) if record is not None else None,
     )
+
+
+def _freeze(model: PreTrainedModel, settings: Settings) -> None:
+    """Leave trainable what the settings say; RMU reaches no layer above the one that it steers."""
+    layers, below = settings.train_layers, None
+    if settings.method == RMU:
+        with reading("method rmu"):
+            below = steered_layer(model, settings.method_parameters) + 1
+            layers = min(_RMU_LAYERS, below) if layers is None else layers
+    with reading("train_layers"):
+        if layers is not None:
+            train_only_top_layers(model, layers, below=below)
 
 
 def _encode(

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -30,12 +30,19 @@ from unilogit_kernels.unlearning.data import (
     Features,
     PairedDataset,
     PairSampler,
+    by_set,
+    check_columns,
     collate_pairs,
     rows_of_pairs,
 )
 from unilogit_kernels.unlearning.dual import DualRetainWeight
-from unilogit_kernels.unlearning.evaluation import token_log_probabilities
-from unilogit_kernels.unlearning.methods import MethodError
+from unilogit_kernels.unlearning.evaluation import (
+    label_log_probabilities,
+    token_log_probabilities,
+)
+from unilogit_kernels.unlearning.hidden_states import Rmu
+from unilogit_kernels.unlearning.methods import HIDDEN_STATES, MethodError
+from unilogit_kernels.unlearning.task_vector import TaskVector
 
 __all__ = ["UnlearningArguments", "UnlearningTrainer"]
 
@@ -71,15 +78,17 @@ class UnlearningTrainer(Trainer):
         model: a Hugging Face causal LM.
         args: the settings.
         forget: examples to forget: `input_ids` (or `inputs_embeds`) and `labels`, `[T]` each.
-        retain: examples whose loss keeps the rest of the model in place; none where
-            `retain_per_forget` is 0, and then the loss is the method's alone.
-        refusals: for methods that take them (DPO, FLAT): what the model should say instead of each
-            forget example, in their order.
+        retain: examples whose loss keeps the rest of the model in place; none where `retain_loss`
+            is `"none"`.
+        refusals: for methods that take them (DPO, AltPO, FLAT): what the model should say instead
+            of each forget example, in their order.
         teacher: the model to compare with, where one is needed: any causal LM with the same
             tokenizer. Default: a copy of the model as it is given, whole on each device.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
-        options: passed on to `Trainer`: `callbacks`, `optimizers` or `optimizer_cls_and_kwargs`.
+        options: passed on to `Trainer`: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`;
+            `eval_dataset`, examples or a dict of them by name; and `compute_metrics`, which is
+            given the log-probabilities of the labels as `predictions` (see `prediction_step`).
 
     Raises:
         DataError: see `PairedDataset`.
@@ -110,18 +119,22 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         refuse_options(options)
         args.check_run(len(forget))
-        if bool(retain) != (args.retain_per_forget > 0):
-            raise DataError(
-                f"there are {len(retain)} retain examples, and retain_per_forget is "
-                f"{args.retain_per_forget}: it is 0 where there are none, and only there"
-            )
         check_saves_what_it_trains(model)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
             takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"
             raise MethodError(f"method {args.method!r} {takes} forget example")
+        if bool(retain) != bool(args.retain_rows):
+            raise DataError(
+                f"retain_loss {args.retain_loss!r} takes "
+                + ("no retain examples" if retain else "at least one retain example, or be 'none'")
+            )
         self._pairs, self._pad_id = PairedDataset(forget, retain, refusals), pad_id
-        needs_teacher = self._method.needs_teacher or args.retain_loss == "kl"
+        for name, examples in by_set("eval_dataset", options.get("eval_dataset")).items():
+            if len(examples) == 0:
+                raise DataError(f"{name} holds no examples")
+            check_columns(examples, name)
+        needs_teacher = self._method.needs_teacher or args.retain_loss in ("kl", HIDDEN_STATES)
         if teacher is None and needs_teacher:
             teacher = frozen_copy(model)
         for name, given in (("teacher", teacher), ("vocab_size", args.vocab_size)):
@@ -132,6 +145,11 @@ class UnlearningTrainer(Trainer):
         self._teacher = teacher
         self._has_reference = False
         self._batch_loss = BatchLoss(self._method, args)
+        self._rmu: Rmu | None = None
+        if self._method.of_hidden_states:
+            parameters = self._method.parameters
+            self._rmu = Rmu.of(model, teacher, parameters, args.forget_weight, args.rows_seed)
+        self._task_vector: TaskVector | None = None
         self._step_losses: Tensor | None = None  # by `_LOGGED`, of the step that is being taken
         self._losses: Tensor | None = None  # the same, summed since they were last logged
         self._logged_step = 0
@@ -162,16 +180,29 @@ class UnlearningTrainer(Trainer):
                     stacklevel=2,
                 )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: use `evaluation.evaluate_rows`."""
-        raise NotImplementedError("use evaluation.evaluate_rows(model, rows, encoding)")
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Features,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What an evaluation sees of a batch of `eval_dataset`, without logits.
 
-    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: use `evaluation.token_probabilities`."""
-        raise NotImplementedError("use evaluation.token_probabilities(model, examples)")
+        Returns:
+            The mean of `-log p` of its labels; and, for `compute_metrics`, float32 `[B, T]`, the
+            `log p` of each label, 0 where there is none, and the labels.
+        """
+        inputs = self._prepare_inputs(dict(inputs))
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            log_p = label_log_probabilities(model, labels, inputs)
+        count = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        loss = (-log_p.sum() / count).float()
+        return (loss, None, None) if prediction_loss_only else (loss, log_p.float(), labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
-        return PairSampler(self._pairs, self.args.retain_per_forget, self.args.rows_seed)
+        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed)
 
     @contextmanager
     def evaluating_as_in_training(self) -> Iterator[nn.Module]:
@@ -193,16 +224,31 @@ class UnlearningTrainer(Trainer):
         """Called at the start of each `train`, once the model is as it will train."""
         self._step_losses, self._losses, self._to_log = None, None, {}
         self._logged_step = self.state.global_step
-        if self._method.needs_reference and not self._has_reference and self.state.global_step > 0:
+        needs = self._method.needs_reference or self._method.is_negated
+        seen = self._has_reference or self._task_vector is not None
+        if needs and not seen and self.state.global_step > 0:
             raise ValueError(
                 f"method {self._method.name!r} needs the starting model, but the checkpoint was "
                 "loaded into it first (as DeepSpeed does): start the run anew"
             )
-        self._add_reference()
+        self._see_start()
+
+    def end(self) -> None:
+        """Called at the end of each `train`, once the best checkpoint is loaded, if it is to be."""
+        if self._task_vector is not None and self.model is not None:
+            scale = self._method.parameters.get("scale", 1.0)
+            self._task_vector.negate(self.model, scale)
+            self._task_vector = None
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._add_reference()
+        self._see_start()
         super()._load_from_checkpoint(*args, **kwargs)
+
+    def _see_start(self) -> None:
+        """Take what the method needs of the starting model, while the model is that one."""
+        if self._method.is_negated and self._task_vector is None and self.model is not None:
+            self._task_vector = TaskVector(self.model)
+        self._add_reference()
 
     def _add_reference(self) -> None:
         """Have each batch hold `log p` of its labels under the model as it is now.
@@ -257,7 +303,7 @@ class UnlearningTrainer(Trainer):
         Args:
             model: the model, as accelerate wrapped it.
             inputs: a batch: refusals, if the method takes them, then forget rows, then
-                `retain_per_forget` times as many retain rows.
+                `retain_rows` times as many retain rows.
             return_outputs: not supported, since there are no logits to return.
             num_items_in_batch: `[forget, retain]`, what the step's means are over; those of
                 the batch if None.
@@ -279,7 +325,12 @@ class UnlearningTrainer(Trainer):
 
         # The model's own forward has the Trainer's autocast already; the teacher's has not.
         with self.accelerator.autocast():
-            if self._teacher is None:
+            if self._rmu is not None:
+                count = self._batch_loss.forget_rows(targets.labels)
+                losses, auxiliary = self._rmu(
+                    model, inputs, targets.labels, count, num_items_in_batch, self.retain_weight
+                )
+            elif self._teacher is None:
                 losses, auxiliary = run_head_with_auxiliary_loss(model, compute, **inputs)
             else:
                 losses, auxiliary = run_two_heads_with_auxiliary_loss(
@@ -304,6 +355,8 @@ class UnlearningTrainer(Trainer):
         if self.control.should_log and steps > 0 and self._losses is not None:
             means = self.accelerator.reduce(self._losses / steps, reduction="mean").tolist()
             self._to_log |= dict(zip(_LOGGED, means, strict=False))
+            if not self.args.retain_rows:
+                del self._to_log["retain_loss"]
             self._losses, self._logged_step = None, self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
