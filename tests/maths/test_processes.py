@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
+from tests.support.processes import run_ranks
 from tests.support.row_statistics import found_statistics, literal_statistics
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import Tile
@@ -30,10 +28,9 @@ def _problem() -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-def _worker(rank: int, rendezvous: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def _worker() -> None:
     logits, labels = _problem()
-    own = slice(0, BORDER) if rank == 0 else slice(BORDER, V)
+    own = slice(0, BORDER) if dist.get_rank() == 0 else slice(BORDER, V)
     state = row_state.empty_state(N, logits.device, needs=NEEDS)
     tile = Tile(logits[:, own].contiguous(), labels, own.start)
     registry.load("cpu").log_odds_update(tile, state, NEEDS)
@@ -44,7 +41,6 @@ def _worker(rank: int, rendezvous: str) -> None:
     dist.all_gather(others, merged)
     assert torch.equal(*(each.view(torch.int32) for each in others))
     _check(merged, logits, labels)
-    dist.destroy_process_group()
 
 
 def _check(state: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -59,6 +55,6 @@ def _check(state: Tensor, logits: Tensor, labels: Tensor) -> None:
     assert torch.equal(row_state.runner_up(state, labels), others.argmax(1))
 
 
-def test_two_processes_merge_to_the_same_statistics(tmp_path: Path) -> None:
+def test_two_processes_merge_to_the_same_statistics() -> None:
     """Bitwise equal in both, and those of the whole rows."""
-    spawn(_worker, args=(str(tmp_path / "rendezvous"),), nprocs=2, join=True)
+    run_ranks(_worker)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
+from tests.support.processes import run_ranks
 from tests.support.tiny_models import FORGET, encoded, make_model, one_thread
 from tests.unlearning.tiny_trainer import arguments, logged, make_trainer
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
@@ -75,12 +73,7 @@ ROWS = [*FORGET, {"prompt": "who 3?", "completion": " dee and more"}]
 NAMES = ("loss", "forget_loss", "retain_loss", "retain_weight", "forget_probability", "grad_norm")
 
 
-def _worker(rank: int, folder: str, expected: dict[str, list[float]]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _worker(folder: str, expected: dict[str, list[float]]) -> None:
     args = arguments(Path(folder), ddp_backend="gloo", **TWO)
     assert args.world_size == 2
     trainer = make_trainer(make_model(), args, forget=encoded(ROWS))
@@ -90,10 +83,6 @@ def _worker(rank: int, folder: str, expected: dict[str, list[float]]) -> None:
     weights: list[Any] = [None, None]
     dist.all_gather_object(weights, logged(trainer, "retain_weight"))
     assert weights[0] == weights[1]
-    dist.barrier()
-    # Nothing is torn down: torch 2.13 may wait for ever there, when DDP's reducer, holding the
-    # interpreter's lock, joins gloo's thread, which waits for that lock.
-    os._exit(0)
 
 
 def test_of_two_processes(tmp_path: Path) -> None:
@@ -108,4 +97,4 @@ def test_of_two_processes(tmp_path: Path) -> None:
     assert len(losses(alone)) == alone.state.global_step == 6
     expected = {name: logged(alone, name) for name in NAMES}
     assert len(expected["forget_probability"]) == 3
-    spawn(_worker, args=(str(tmp_path), expected), nprocs=2, join=True)
+    run_ranks(_worker, str(tmp_path), expected)

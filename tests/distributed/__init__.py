@@ -1,0 +1,1 @@
+"""Several processes: models that are sharded or copied, runs that share their rows."""
