@@ -15,6 +15,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError
+from unilogit_kernels.huggingface.sharding import class_of
 
 # Names that a forward with **kwargs passes on, or takes from there.
 _COMMON = frozenset(
@@ -53,7 +54,7 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError("logits_to_keep cannot be used here: tokens without a label cost nothing")
     inner = extract_model_from_parallel(model)
     models = [inner, *(m for m in inner.modules() if isinstance(m, PreTrainedModel))]
-    classes: set[Any] = {type(module) for module in models}
+    classes: set[Any] = {class_of(module) for module in models}
     # Only these are known to do nothing with what they do not name.
     if any(_names(c).others and not c.__module__.startswith(_KNOWN) for c in classes):
         return
@@ -65,7 +66,7 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
     if unknown:
         raise TypeError(
             f"unexpected keyword {unknown[0]!r}: neither an option of this function nor an input "
-            f"of {type(inner).__name__}"
+            f"of {class_of(inner).__name__}"
         )
 
 

@@ -1,0 +1,103 @@
+"""Causal LMs copied or sharded over the ranks of a group, and the collectives of their steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BFLOAT16 = MixedPrecisionPolicy(
+    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16
+)
+
+
+def _root(model: Any, **policy: Any) -> nn.Module:
+    sharded: nn.Module = fully_shard(model, **policy)
+    return sharded
+
+
+def _modules(model: Any, **policy: Any) -> nn.Module:
+    """Layers and lm_head, each a module of its own; a tied head is in one with the embedding."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in inner.model.layers:
+        fully_shard(layer, **policy)
+    if inner.config.tie_word_embeddings:
+        fully_shard([inner.model.embed_tokens, inner.lm_head], **policy)
+    else:
+        fully_shard(inner.lm_head, **policy)
+    return _root(model, **policy)
+
+
+WAYS: dict[str, Callable[[Any], nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "fsdp root": _root,
+    "fsdp modules": _modules,
+    "fsdp bfloat16": lambda model: _modules(model, mp_policy=BFLOAT16),
+    "fsdp offloaded": lambda model: _modules(
+        model, offload_policy=CPUOffloadPolicy(pin_memory=False)
+    ),
+}
+"""What makes a model one of several processes."""
+
+
+class Collectives(NamedTuple):
+    """Of a piece of work.
+
+    Attributes:
+        gathers: of weights.
+        reductions: of gradients.
+    """
+
+    gathers: int
+    reductions: int
+
+
+class Counting(TorchDispatchMode):
+    """Counts the collectives that are started while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith(("c10d.", "c10d::")):
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Counting:
+        super().__enter__()
+        return self
+
+    def total(self) -> Collectives:
+        """Until now."""
+        kinds = ("gather", "reduce")
+        return Collectives(*(sum(n for k, n in self.seen.items() if kind in k) for kind in kinds))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, from all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole, in float32, by the names of the model before it was wrapped; 0 where there is none."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return {
+        name: (torch.zeros(p.shape) if p.grad is None else whole(p.grad)).float()
+        for name, p in inner.named_parameters()
+        if p.requires_grad
+    }
+
+
+def share(rows: list[Any]) -> list[Any]:
+    """This rank's."""
+    return rows[dist.get_rank() :: dist.get_world_size()]
