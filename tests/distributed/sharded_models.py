@@ -36,10 +36,20 @@ def _modules(model: Any, **policy: Any) -> nn.Module:
     return _root(model, **policy)
 
 
+def _tail(model: Any) -> nn.Module:
+    """As accelerate does: last norm, tied embedding and lm_head in one group that stays whole."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    tied = [model.model.embed_tokens] if model.config.tie_word_embeddings else []
+    fully_shard([model.model.norm, *tied, model.lm_head], reshard_after_forward=False)
+    return _root(model)
+
+
 WAYS: dict[str, Callable[[Any], nn.Module]] = {
     "ddp": DistributedDataParallel,
     "fsdp root": _root,
     "fsdp modules": _modules,
+    "fsdp tail": _tail,
     "fsdp bfloat16": lambda model: _modules(model, mp_policy=BFLOAT16),
     "fsdp offloaded": lambda model: _modules(
         model, offload_policy=CPUOffloadPolicy(pin_memory=False)

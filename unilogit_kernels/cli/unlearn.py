@@ -14,13 +14,15 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from unilogit_kernels.cli.doctor import main as diagnose
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
 from unilogit_kernels.unlearning.data import Row, read_rows
-from unilogit_kernels.unlearning.encoding import parse_template_arguments
+from unilogit_kernels.unlearning.encoding import Encoding, parse_template_arguments
 from unilogit_kernels.unlearning.errors import (
     INPUT_ERRORS,
+    LostProcessError,
     RunError,
     TrainingError,
     check_writable,
@@ -30,7 +32,14 @@ from unilogit_kernels.unlearning.errors import (
 from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
 from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
-from unilogit_kernels.unlearning.processes import check_alone, is_first
+from unilogit_kernels.unlearning.processes import (
+    check_alone,
+    is_first,
+    join,
+    tells,
+    together,
+    voice,
+)
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
 app = typer.Typer(
@@ -71,18 +80,24 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _report(error: Exception, message: str, code: int) -> None:
-    if is_first():
-        _say(f"error: {' '.join(message.splitlines())}", err=True)
+    if tells(error):
+        speaker = "" if is_first() and not isinstance(error, LostProcessError) else voice()
+        _print(f"error: {speaker}{' '.join(message.splitlines())}", err=True)
     if os.environ.get(_DEBUG, "0") != "0":
         traceback.print_exception(error)
     raise typer.Exit(code) from error
 
 
 def _say(message: str, err: bool = False) -> None:
-    """Print a line in the first process; what the terminal's encoding lacks is escaped."""
+    """Print a line in the first process."""
     if is_first():
-        encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-        typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
+        _print(message, err)
+
+
+def _print(message: str, err: bool) -> None:
+    """Print a line; what the terminal's encoding lacks is escaped."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def _note(message: str) -> None:
@@ -292,25 +307,32 @@ def evaluate(
     ] = None,
     allow_missing_weights: _AllowMissing = Settings.allow_missing_weights,
 ) -> None:
-    """Measure how well a model knows sets of rows."""
+    """Measure how well a model knows sets of rows; `torchrun` shares them among processes."""
     with reporting_errors():
-        check_alone("evaluate")
+        device = join()
         with reading("evaluate"):
             check_numbers({"batch_size": batch_size, "max_length": max_length})
         if json_file is not None:
             check_writable(json_file, folder=False, option="--json")
         quieten_libraries()
-        sets = _read_sets(data)
         stops = [text.replace("\\n", "\n") for text in stop or []]
         if "" in stops:
             raise RunError("--stop takes a text that ends an answer, got an empty one")
         arguments = parse_template_arguments(template_arg or [])
-        encoding = load_encoding(model, max_length, chat_template, arguments)
-        examples = [encode(encoding, rows) for rows in sets.values()]
-        loaded = load_model(model, dtype, allow_missing=allow_missing_weights, note=_note)
-        check_fits(loaded, encoding, examples)
-        with reading(f"the model of {model!r} fails on these rows"):
-            evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
+
+        def load() -> tuple[PreTrainedModel, Encoding, dict[str, list[Row]]]:
+            sets = _read_sets(data)
+            encoding = load_encoding(model, max_length, chat_template, arguments)
+            examples = [encode(encoding, rows) for rows in sets.values()]
+            loaded = load_model(
+                model, dtype, device=device, allow_missing=allow_missing_weights, note=_note
+            )
+            check_fits(loaded, encoding, examples)
+            with reading(f"the model of {model!r} fails on these rows"):
+                evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=generate)
+            return loaded, encoding, sets
+
+        loaded, encoding, sets = together(load)
         reports = {
             name: evaluate_rows(
                 loaded,
@@ -320,6 +342,7 @@ def evaluate(
                 generate=generate,
                 stop=stops,
                 max_new_tokens=max_new_tokens,
+                share_rows=True,
             )
             for name, rows in sets.items()
         }
@@ -329,8 +352,9 @@ def evaluate(
                     f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
                     "in time; --max-new-tokens gives them more, --stop ends them"
                 )
-        Console().print(report_table("What the model knows", {Path(model).name: reports}))
-        if json_file is not None:
+        if is_first():
+            Console().print(report_table("What the model knows", {Path(model).name: reports}))
+        if json_file is not None and is_first():
             figures = {name: report.as_dict() for name, report in reports.items()}
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps({"model": model, "sets": figures}, indent=2))

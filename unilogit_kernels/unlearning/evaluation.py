@@ -23,6 +23,7 @@ from unilogit_kernels.unlearning.data import (
     padding_id,
 )
 from unilogit_kernels.unlearning.generation import Generated, generate_greedily
+from unilogit_kernels.unlearning.processes import over_rows
 from unilogit_kernels.unlearning.recall import holds_key, rouge_l
 from unilogit_kernels.unlearning.thoughts import after_thought
 
@@ -91,6 +92,7 @@ def evaluate_rows(
     generate: bool = True,
     stop: Sequence[str] = (),
     max_new_tokens: int | None = None,
+    share_rows: bool = False,
 ) -> SetReport:
     """Measure what a model knows of some rows.
 
@@ -104,12 +106,15 @@ def evaluate_rows(
             question of its own; what follows is not scored.
         max_new_tokens: of an answer; by default a little more than the longest completion has,
             which is too little for a model that thinks first.
+        share_rows: every process of the run calls this with the same rows; each measures its share,
+            and all return the same report. Each needs the model whole where answers are generated.
 
     Returns:
         The measurements. Nothing random is drawn, and the model's modes are left as they were.
 
     Raises:
         DataError: a row cannot be encoded, see `Encoding.example`.
+        RunError, LostProcessError: another process failed, or is gone, see `processes.over_rows`.
         ValueError: an empty stop string, or `max_new_tokens` below 1.
     """
     if "" in stop:
@@ -117,28 +122,33 @@ def evaluate_rows(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     examples = encoding.encode(rows)
-    log_probability, lengths = _log_probabilities(
-        model,
-        [example.features() for example in examples],
-        pad_id=padding_id(encoding.tokenizer),
-        batch_size=batch_size,
-    )
-    asked = [(row, example) for row, example in zip(rows, examples, strict=True) if row.prompt]
-    answers = []
-    if generate and asked:
-        longest = max(sum(label != IGNORED for label in e.labels) for _, e in asked)
-        generated = generate_greedily(
+    asked = [example for row, example in zip(rows, examples, strict=True) if row.prompt]
+    longest = max((sum(label != IGNORED for label in e.labels) for e in asked), default=0)
+
+    def measure(mine: Sequence[int]) -> list[tuple[float, float, Answer | None]]:
+        log_p, lengths = _log_probabilities(
             model,
-            [encoding.prompt_ids(row) for row, _ in asked],
+            [examples[position].features() for position in mine],
+            pad_id=padding_id(encoding.tokenizer),
+            batch_size=batch_size,
+        )
+        with_prompt = [position for position in mine if rows[position].prompt and generate]
+        answers = _answers(
+            model,
+            [rows[position] for position in with_prompt],
             encoding,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens or longest + _EXTRA_TOKENS,
             stop=stop,
         )
-        answers = [
-            _score(row, answer, encoding.answer_start(row))
-            for (row, _), answer in zip(asked, generated, strict=True)
-        ]
+        by_row = dict(zip(with_prompt, answers, strict=True))
+        of_rows = zip(mine, log_p.tolist(), lengths.tolist(), strict=True)
+        return [(of_row, length, by_row.get(position)) for position, of_row, length in of_rows]
+
+    positions = list(range(len(rows)))
+    measured = over_rows(positions, measure) if share_rows else measure(positions)
+    log_probability, lengths = torch.tensor([of[:2] for of in measured], dtype=torch.float64).T
+    answers = [answer for _, _, answer in measured if answer is not None]
     recalled = [answer.recalled for answer in answers if answer.recalled is not None]
     return SetReport(
         rows=len(rows),
@@ -149,6 +159,18 @@ def evaluate_rows(
         unfinished=sum(not answer.finished for answer in answers),
         answers=answers,
     )
+
+
+def _answers(
+    model: PreTrainedModel, rows: Sequence[Row], encoding: Encoding, **options: Any
+) -> list[Answer]:
+    """What the model answers to each row's prompt, scored."""
+    prompts = [encoding.prompt_ids(row) for row in rows]
+    generated = generate_greedily(model, prompts, encoding, **options)
+    return [
+        _score(row, answer, encoding.answer_start(row))
+        for row, answer in zip(rows, generated, strict=True)
+    ]
 
 
 def token_probabilities(

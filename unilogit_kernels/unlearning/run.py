@@ -27,9 +27,16 @@ from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
-from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
+from unilogit_kernels.unlearning.processes import (
+    check_launch,
+    check_world,
+    hearing_all,
+    on_cpu,
+    together,
+)
 from unilogit_kernels.unlearning.record import (
     CHECKPOINTS,
+    PROCESSES,
     Record,
     digests,
     newest_checkpoint,
@@ -144,6 +151,7 @@ def _prepare(
     inputs = digests(model, encoding, sets, arguments.world_size)
     if record is not None:
         record.check(settings.output, "inputs", inputs)
+        _keep_steps(arguments, record, note)
     if settings.train_layers is not None:
         with reading("train_layers"):
             train_only_top_layers(model, settings.train_layers)
@@ -159,6 +167,21 @@ def _prepare(
         resumed=record is not None,
         checkpoint=newest_checkpoint(settings.output) if record is not None else None,
     )
+
+
+def _keep_steps(
+    arguments: UnlearningArguments, record: Record, note: Callable[[str], None]
+) -> None:
+    """Have a step take the batches that it took when the run started, in whatever processes."""
+    before = arguments.gradient_accumulation_steps
+    now = record.accumulation(before, arguments.world_size)
+    if now != before:
+        note(
+            f"the run was started in {record.inputs[PROCESSES]} processes and goes on in "
+            f"{arguments.world_size}: gradient accumulation {now} in place of {before} keeps its "
+            "steps"
+        )
+        arguments.gradient_accumulation_steps = now
 
 
 def _encode(
@@ -203,6 +226,7 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     Raises:
         TrainingError: a loss or gradient became NaN or infinite; the newest checkpoint stays.
+        LostProcessError: another process ended, or did not answer in time.
         RunError: the output cannot be written, or the checkpoint not read.
     """
     settings = prepared.settings
@@ -226,14 +250,16 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     together(claim)
     if prepared.checkpoint is None:
-        trainer.train()
+        with hearing_all():
+            trainer.train()
     else:
-        with started.reading(prepared.checkpoint):
+        with started.reading(prepared.checkpoint), hearing_all():
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
-    trainer.save_model(str(settings.output))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    with hearing_all():
+        trainer.save_model(str(settings.output))
+        if trainer.is_world_process_zero():
+            shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     return {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
 

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +27,9 @@ from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     Features,
+    FillerPair,
     PairedDataset,
+    PairIndex,
     PairSampler,
     collate_pairs,
     rows_of_pairs,
@@ -35,6 +37,7 @@ from unilogit_kernels.unlearning.data import (
 from unilogit_kernels.unlearning.dual import DualRetainWeight
 from unilogit_kernels.unlearning.evaluation import token_log_probabilities
 from unilogit_kernels.unlearning.methods import MethodError
+from unilogit_kernels.unlearning.processes import over_rows
 
 __all__ = ["UnlearningArguments", "UnlearningTrainer"]
 
@@ -164,23 +167,21 @@ class UnlearningTrainer(Trainer):
         raise NotImplementedError("use evaluation.token_probabilities(model, examples)")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
-        return PairSampler(self._pairs, self.args.retain_per_forget, self.args.rows_seed)
+        # A batch for each process, or none: accelerate would have some rows count twice.
+        share = self.args.world_size * self._train_batch_size
+        fill = share if self.args.world_size > 1 and not self.args.dataloader_drop_last else 1
+        return PairSampler(self._pairs, self.args.retain_per_forget, self.args.rows_seed, fill)
 
     @contextmanager
     def evaluating_as_in_training(self) -> Iterator[nn.Module]:
         """The model as it trains: wrapped, on its device, and in the precision of a step."""
+        model = self.model_wrapped
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            yield self.model_wrapped
-
-    def share_of(self, count: int) -> list[int]:
-        """The positions of `count` things that this process takes.
-
-        Processes must run their models equally often, so they all take equally many: where
-        positions run out, they begin again.
-        """
-        world = self.accelerator.num_processes
-        start = self.accelerator.process_index
-        return [(start + world * turn) % count for turn in range(-(-count // world))]
+            yield model
+        # No backward follows, after which FSDP2 would do it: parameters are to be shards again.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def begin(self) -> None:
         """Called at the start of each `train`, once the model is as it will train."""
@@ -207,20 +208,30 @@ class UnlearningTrainer(Trainer):
             return
         order, size = list(self._get_train_sampler()), self._train_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def of_batches(mine: list[list[PairIndex]]) -> list[dict[int, tuple[Tensor, ...]]]:
+            with self.evaluating_as_in_training() as model:
+                return [self._reference_of(model, batch) for batch in mine]
+
         found: dict[int, tuple[Tensor, ...]] = {}
-        with self.evaluating_as_in_training() as model:
-            for position in self.share_of(len(batches)):
-                batch = batches[position]
-                rows = rows_of_pairs([self._pairs[pair] for pair in batch])
-                log_p = token_log_probabilities(
-                    model, rows, pad_id=self._pad_id, batch_size=len(rows)
-                )
-                members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
-                of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
-                found.update(zip([forget for forget, _ in batch], of_rows, strict=True))
-        found = dict(gather_object(list(found.items())))
+        for of_batch in over_rows(batches, of_batches):
+            found |= of_batch
         self._pairs.add_column(_REFERENCE, [found[row] for row in range(len(self._pairs))])
         self._has_reference = True
+
+    def _reference_of(
+        self, model: nn.Module, batch: list[PairIndex]
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """`log p` of the labels of each forget row, after those of its refusal."""
+        rows = rows_of_pairs([self._pairs[pair] for pair in batch])
+        log_p = token_log_probabilities(model, rows, pad_id=self._pad_id, batch_size=len(rows))
+        members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
+        of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
+        return {
+            pair[0]: values
+            for pair, values in zip(batch, of_rows, strict=True)
+            if not isinstance(pair, FillerPair)
+        }
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Features], device: torch.device
