@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,3 +112,67 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def share(rows: list[Any]) -> list[Any]:
     """This rank's."""
     return rows[dist.get_rank() :: dist.get_world_size()]
+
+
+class Partitioned:
+    """Has a model's weights gathered by hooks of the modules that own them, as ZeRO-3 does.
+
+    What DeepSpeed's engine does, without it: outside of its module's forward and backward a
+    parameter is empty and has a `ds_shape`; each rank keeps a part.
+
+    Attributes:
+        gathers: of each module by name, since the list was last emptied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts: dict[nn.Parameter, Tensor] = {}
+        self.gathers: list[str] = []
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            for parameter in own:
+                self._partition(parameter)
+            if own:
+                gather = partial(self._gather, name, own)
+                module.register_forward_pre_hook(lambda *_, gather=gather: gather())
+                module.register_forward_hook(partial(self._after, own, gather))
+
+    def _partition(self, parameter: Any) -> None:
+        if parameter not in self.parts:
+            parameter.ds_shape = parameter.shape
+            flat = parameter.detach().flatten()
+            flat = torch.cat([flat, flat.new_zeros(-len(flat) % dist.get_world_size())])
+            self.parts[parameter] = flat.chunk(dist.get_world_size())[dist.get_rank()].clone()
+            parameter.data = parameter.new_empty(0)
+
+    def _gather(self, name: str, own: list[Any]) -> None:
+        self.gathers.append(name)
+        for parameter in own:
+            parts = [torch.empty_like(self.parts[parameter]) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, self.parts[parameter])
+            numbers = torch.cat(parts)[: parameter.ds_shape.numel()]
+            parameter.data = numbers.view(parameter.ds_shape)
+
+    def _after(
+        self, own: list[Any], gather: Callable[[], None], module: nn.Module, _: Any, output: Tensor
+    ) -> Tensor:
+        free(own)
+        regathered: Tensor = _BeforeBackward.apply(gather, output)
+        return regathered
+
+
+def free(parameters: Iterable[nn.Parameter]) -> None:
+    """Leave nothing of them but their parts."""
+    for parameter in parameters:
+        parameter.data = parameter.new_empty(0)
+
+
+class _BeforeBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gather: Callable[[], None], output: Tensor) -> Tensor:
+        ctx.gather = gather
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        ctx.gather()
+        return None, grad

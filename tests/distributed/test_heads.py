@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.sharded_models import BFLOAT16, WAYS, Counting, gradients, share
+from tests.distributed.sharded_models import (
+    BFLOAT16,
+    WAYS,
+    Counting,
+    Partitioned,
+    free,
+    gradients,
+    share,
+)
 from tests.huggingface.model_errors import assert_same_gradients, assert_same_loss
 from tests.huggingface.test_head import ARCHITECTURES, make_batch
 from tests.huggingface.test_head import make_model as make_other_model
@@ -255,6 +263,33 @@ def test_adapters_and_quantised_heads(way: str) -> None:
         assert "merge_and_unload() first" in adapter
         assert "tests.distributed.test_heads.QuantisedLinear, not a plain" in quantised
         assert "modules_to_not_convert" in quantised
+
+
+def _partitioned(tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied, vocab_size=VOCAB)
+    batches: list[dict[str, Any]] = [dict(collate(encoded(ROWS)[rank::2], 0)) for rank in range(2)]
+    exact, plain = (expected(model, batches, each) for each in (torch.float64, torch.float32))
+    partitioned, rank = Partitioned(model), dist.get_rank()
+    for _ in range(2):  # the first call looks at the model once, in a forward of its own
+        model.zero_grad()
+        partitioned.gathers.clear()
+        loss = fused_loss(model, options=SMALL, **batches[rank])
+        forward = partitioned.gathers.count("lm_head")
+        loss.backward()
+        free(model.parameters())
+    assert (forward, partitioned.gathers.count("lm_head")) == (1, 2)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad.div_(2)
+    assert_same_loss(loss, exact[0][rank], plain[0][rank])
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, exact[1], plain[1])
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.prove)])
+def test_weights_that_hooks_gather_as_zero_3_does(tied: bool) -> None:
+    run_ranks(_partitioned, tied)
 
 
 def test_a_partition_that_nobody_gathered_is_an_error() -> None:

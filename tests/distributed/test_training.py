@@ -32,6 +32,7 @@ from tests.unlearning.tiny_trainer import arguments, logged, make_trainer
 from unilogit_kernels.cli.unlearn import app
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.errors import LostProcessError, RunError
+from unilogit_kernels.unlearning.processes import over_rows
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
@@ -250,3 +251,27 @@ def test_an_evaluation_is_shared(
     shared, alone = (json.loads(Path(f"{name}.json").read_text()) for name in ("shared", "alone"))
     assert shared == alone
     assert len(shared["sets"]["retain"]["answers"]) == 5
+
+
+def _share(rows: list[int], wrong: int | None) -> tuple[list[int], list[int]]:
+    mine: list[int] = []
+
+    def work(share: list[int]) -> list[int]:
+        mine.extend(share)
+        if wrong in share:
+            raise ZeroDivisionError(f"row {wrong}")
+        return [row * row for row in share]
+
+    return over_rows(rows, work), mine
+
+
+def test_rows_are_shared_and_their_results_are_everywhere() -> None:
+    """All take equally many, of 5 rows and of fewer rows than processes."""
+    for rows in ([3, 1, 4, 1, 5], [7, 9]):
+        for found, mine in run_ranks(_share, rows, None, ranks=3):
+            assert found == [row * row for row in rows]
+            assert len(mine) == -(-len(rows) // 3)
+    assert _share([2, 3], None) == ([4, 9], [2, 3])
+    failed = rank_outcomes(_share, [3, 1, 4], 4, ranks=3)
+    assert [type(outcome.error) for outcome in failed] == [RunError, RunError, ZeroDivisionError]
+    assert "process 2 failed: ZeroDivisionError: row 4" in str(failed[0].error)
