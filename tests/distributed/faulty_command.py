@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback
 
@@ -29,14 +29,14 @@ class KillOnce(TrainerCallback):
 
 
 def command() -> None:
-    wanted = os.environ.get(KILL)
-    execute = unlearn.execute
+    wanted, module = os.environ.get(KILL), cast(Any, unlearn)
+    execute = module.execute
 
     def faulty(prepared: Any, callbacks: Any = ()) -> dict[str, Any]:
         more = [KillOnce(*wanted.split(","))] if wanted else []
         return execute(prepared, [*callbacks, *more])
 
-    unlearn.execute = faulty
+    module.execute = faulty
     main()
 
 

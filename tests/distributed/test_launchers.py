@@ -21,13 +21,13 @@ from unilogit_kernels.unlearning.run import Settings, execute, prepare
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d "
-TORCHRUN += "--rdzv_endpoint 127.0.0.1:0 --monitor_interval 0.2"
+TORCHRUN += "--rdzv_endpoint 127.0.0.1:0 --monitor_interval 2"
 UNLEARN = "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out"
 UNLEARN += " --epochs 3 --batch-size 1 --checkpoint-steps 2 --lr 1e-3 --warmup-steps 0"
 
 
 def launch(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Start a command in a folder with a model and two data files."""
+    """Run a command to its end, in a folder with a model and two data files."""
     save_model(folder / "model")
     write_rows(folder / "forget.jsonl", FORGET)
     write_rows(folder / "retain.jsonl", RETAIN)
@@ -88,6 +88,7 @@ def test_a_killed_worker_and_an_elastic_restart(tmp_path: Path) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.prove
 def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
     """Its error is torchrun's, and that of the process that missed it, within a minute."""
     killed = tmp_path / "killed"
