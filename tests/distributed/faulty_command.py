@@ -34,7 +34,8 @@ def command() -> None:
 
     def faulty(prepared: Any, callbacks: Any = ()) -> dict[str, Any]:
         more = [KillOnce(*wanted.split(","))] if wanted else []
-        return execute(prepared, [*callbacks, *more])
+        done: dict[str, Any] = execute(prepared, [*callbacks, *more])
+        return done
 
     module.execute = faulty
     main()
