@@ -310,7 +310,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, method: 
 
 
 def test_alternates_are_rows_of_their_own(settings: Settings) -> None:
-    rows = read_rows(settings.forget)
+    rows = read_rows(str(settings.forget))
     assert [row.alternates for row in rows] == [("no",), ("idk", "hm"), ("so",)]
     prepared = prepare(replaced(settings, method="altpo"))
     forget, refusals = prepared.sets["forget"], prepared.sets["refusal"]

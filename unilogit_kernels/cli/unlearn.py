@@ -19,11 +19,12 @@ from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
 from unilogit_kernels.unlearning.encoding import parse_template_arguments
 from unilogit_kernels.unlearning.errors import (
     INPUT_ERRORS,
+    LostProcessError,
     RunError,
     TrainingError,
     one_line,
 )
-from unilogit_kernels.unlearning.processes import check_alone, is_first
+from unilogit_kernels.unlearning.processes import check_alone, is_first, tells, voice
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
 app = typer.Typer(
@@ -64,18 +65,24 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _report(error: Exception, message: str, code: int) -> None:
-    if is_first():
-        say(f"error: {' '.join(message.splitlines())}", err=True)
+    if tells(error):
+        speaker = "" if is_first() and not isinstance(error, LostProcessError) else voice()
+        _print(f"error: {speaker}{' '.join(message.splitlines())}", err=True)
     if os.environ.get(_DEBUG, "0") != "0":
         traceback.print_exception(error)
     raise typer.Exit(code) from error
 
 
 def say(message: str, err: bool = False) -> None:
-    """Print a line in the first process; what the terminal's encoding lacks is escaped."""
+    """Print a line in the first process."""
     if is_first():
-        encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-        typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
+        _print(message, err)
+
+
+def _print(message: str, err: bool) -> None:
+    """Print a line; what the terminal's encoding lacks is escaped."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def note(message: str) -> None:

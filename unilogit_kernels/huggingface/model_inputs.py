@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError
+from unilogit_kernels.huggingface.sharding import class_of
 
 
 def _keywords(module: str, kind: str) -> frozenset[str]:
@@ -59,7 +60,7 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError("logits_to_keep cannot be used here: tokens without a label cost nothing")
     inner = extract_model_from_parallel(model)
     models = [inner, *(m for m in inner.modules() if isinstance(m, PreTrainedModel))]
-    classes: set[Any] = {type(module) for module in models}
+    classes: set[Any] = {class_of(module) for module in models}
     # Only these are known to do nothing with what they do not name.
     if any(_names(c).others and not c.__module__.startswith(_KNOWN) for c in classes):
         return
@@ -71,7 +72,7 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
     if unknown:
         raise TypeError(
             f"unexpected keyword {unknown[0]!r}: neither an option of this function nor an input "
-            f"of {type(inner).__name__}"
+            f"of {class_of(inner).__name__}"
         )
 
 

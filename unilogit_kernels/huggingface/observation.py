@@ -18,6 +18,7 @@ from unilogit_kernels.huggingface.logit_transform import (
     HeadTransform,
     UnsupportedHeadError,
 )
+from unilogit_kernels.huggingface.sharding import kinds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,7 @@ def observe_logit_transform(model: nn.Module) -> HeadTransform:
 
 def _identity(model: nn.Module) -> tuple[Any, ...]:
     head = stand_in.plain_head(model)
+    containers = stand_in.containers_of_head(model, head)
     around = tuple(
         (
             weakref.ref(module),
@@ -111,13 +113,9 @@ def _identity(model: nn.Module) -> tuple[Any, ...]:
             tuple(module._forward_pre_hooks),
             tuple(module._forward_hooks),
         )
-        for module in [*stand_in.containers_of_head(model, head), head]
+        for module in [*containers, head]
     )
-    tensors = tuple(
-        (name, type(tensor), tensor.shape, tensor.dtype, tensor.device)
-        for name, tensor in head.named_parameters()
-    )
-    return around, tensors
+    return around, kinds_of(head, containers)
 
 
 def _observe(

@@ -20,6 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
+from unilogit_kernels.huggingface.sharding import (
+    class_of,
+    require_gathered,
+    without_output_casts,
+)
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Call = Callable[..., Any]
@@ -91,8 +96,9 @@ def forward_with(
         return cast(Tensor, output)
 
     own_loss = OwnLoss(containers_of_head(model, head), inputs) if auxiliary else None
+    inner = extract_model_from_parallel(model)
     try:
-        with _replaced_forward(head, forward):
+        with _replaced_forward(head, forward), without_output_casts(inner, head):
             if own_loss is None:
                 output = run(**{"use_cache": False, **inputs})
             else:
@@ -168,13 +174,14 @@ def plain_head(model: nn.Module) -> nn.Linear:
         )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UnsupportedHeadError(f"{type(inner).__name__} is an encoder-decoder, not a causal LM")
-    kind = f"{type(head).__module__}.{type(head).__qualname__}"
+    head_class = class_of(head)
+    kind = f"{head_class.__module__}.{head_class.__qualname__}"
     if kind.startswith("peft."):
         raise UnsupportedHeadError(
             f"the lm_head is wrapped by peft ({kind}): its adapter would be lost. Leave lm_head "
             "out of target_modules and modules_to_save, or call merge_and_unload() first"
         )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not isinstance(head, nn.Linear) or head_class.forward is not nn.Linear.forward:
         raise UnsupportedHeadError(
             f"the lm_head is a {kind}, not a plain torch.nn.Linear{_DEQUANTISE}"
         )
@@ -189,8 +196,8 @@ def plain_head(model: nn.Module) -> nn.Linear:
             "there are none: remove them first"
         )
     for name, tensor in head.named_parameters():
-        # A DTensor may be whole inside the forward, where it is looked at again.
-        if not isinstance(tensor, DTensor):
+        # A shard is whole inside the forward, where it is looked at again.
+        if not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_shape"):
             _require_plain(name, tensor)
     return head
 
@@ -205,11 +212,7 @@ def _require_plain(name: str, tensor: Tensor | None) -> None:
     """Refuse a tensor that is not just its numbers, whatever class the module has."""
     if tensor is None:
         return
-    if isinstance(tensor, DTensor):
-        raise UnsupportedHeadError(
-            f"the lm_head's {name} is a DTensor inside its own forward, so it is sharded over the "
-            "vocabulary: leave lm_head out of the tensor-parallel plan"
-        )
+    require_gathered(name, tensor)
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
         raise UnsupportedHeadError(
             f"the lm_head's {name} is a {type(tensor).__module__}.{type(tensor).__qualname__} of "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "Encoding",
     "Example",
     "Features",
+    "FillerPair",
     "PairIndex",
     "PairSampler",
     "PairedDataset",
@@ -108,11 +109,24 @@ def check_columns(examples: Sequence[Features], name: str) -> list[str]:
     return first
 
 
-def by_set(name: str, examples: Any) -> dict[str, Sequence[Features]]:
-    """Examples, or a dict of them by the name of their set, each under a name for messages."""
+def check_sets(name: str, examples: Any) -> None:
+    """Check examples, or a dict of them by the name of their set; None is none.
+
+    Args:
+        name: of the argument, for messages.
+        examples: see above.
+
+    Raises:
+        DataError: a set holds none, or see `check_columns`.
+    """
+    sets = {name: examples}
     if isinstance(examples, dict):
-        return {f"{name} {of_set!r}": found for of_set, found in examples.items()}
-    return {} if examples is None else {name: examples}
+        sets = {f"{name} {of_set!r}": found for of_set, found in examples.items()}
+    for each, found in sets.items():
+        if found is not None and len(found) == 0:
+            raise DataError(f"{each} holds no examples")
+        if found is not None:
+            check_columns(found, each)
 
 
 def count_labels(example: Features) -> int:
@@ -122,6 +136,13 @@ def count_labels(example: Features) -> int:
 
 PairIndex = tuple[int, tuple[int, ...]]
 """A forget row, and the retain rows that go with it."""
+
+
+class FillerPair(NamedTuple):
+    """A `PairIndex` that only fills a batch: its rows carry no loss, and are counted nowhere."""
+
+    forget: int
+    retain: tuple[int, ...]
 
 
 class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
@@ -201,7 +222,15 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
         """The refusal, where there are any, and the forget example; the retain examples."""
         forget, retain = index
         members = [self.refusals[forget]] if self.refusals else []
-        return [*members, self.forget[forget]], [self.retain[position] for position in retain]
+        members = [*members, self.forget[forget]]
+        kept = [self.retain[position] for position in retain]
+        if isinstance(index, FillerPair):
+            return _without_labels(members), _without_labels(kept)
+        return members, kept
+
+
+def _without_labels(examples: Sequence[Features]) -> list[Features]:
+    return [{**e, "labels": torch.full_like(e["labels"], IGNORED)} for e in examples]
 
 
 def rows_of_pairs(pairs: Sequence[tuple[list[Features], list[Features]]]) -> list[Features]:
@@ -228,15 +257,21 @@ class PairSampler(Sampler[PairIndex]):
     is seen equally often however many there are. Both are functions of seed and epoch alone, so a
     resumed run draws what an uninterrupted one does.
 
+    Processes that share an epoch take whole batches of it in turn. Where its rows run out, pairs
+    without loss fill the last ones, so that no row counts twice and a step is that of one process.
+
     Args:
         dataset: whose rows are drawn.
         retain_per_forget: retain rows for each forget row, 0 for none.
         seed: of both orders.
+        multiple_of: what the number of pairs is filled up to a multiple of.
     """
 
-    def __init__(self, dataset: PairedDataset, retain_per_forget: int, seed: int) -> None:
+    def __init__(
+        self, dataset: PairedDataset, retain_per_forget: int, seed: int, multiple_of: int = 1
+    ) -> None:
         self.forget_size, self.retain_size = len(dataset.forget), len(dataset.retain)
-        self.retain_per_forget, self.seed = retain_per_forget, seed
+        self.retain_per_forget, self.seed, self.multiple_of = retain_per_forget, seed, multiple_of
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -244,12 +279,14 @@ class PairSampler(Sampler[PairIndex]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.forget_size
+        return -(-self.forget_size // self.multiple_of) * self.multiple_of
 
     def __iter__(self) -> Iterator[PairIndex]:
         chain = self._retain_chain(self.epoch * self.forget_size * self.retain_per_forget)
         for forget in self._permutation("forget", self.epoch, self.forget_size):
             yield forget, tuple(next(chain) for _ in range(self.retain_per_forget))
+        for _ in range(len(self) - self.forget_size):
+            yield FillerPair(0, (0,) * self.retain_per_forget)
 
     def _retain_chain(self, start: int) -> Iterator[int]:
         cycle, skipped = divmod(start, max(self.retain_size, 1))

@@ -22,9 +22,16 @@ from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
 from unilogit_kernels.unlearning.methods import RMU
-from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
+from unilogit_kernels.unlearning.processes import (
+    check_launch,
+    check_world,
+    hearing_all,
+    on_cpu,
+    together,
+)
 from unilogit_kernels.unlearning.record import (
     CHECKPOINTS,
+    PROCESSES,
     Record,
     digests,
     newest_checkpoint,
@@ -139,6 +146,7 @@ def _prepare(
     inputs = digests(model, encoding, sets, arguments.world_size)
     if record is not None:
         record.check(settings.output, "inputs", inputs)
+        _keep_steps(arguments, record, note)
     _freeze(model, settings)
     return Prepared(
         settings,
@@ -163,6 +171,21 @@ def _freeze(model: PreTrainedModel, settings: Settings) -> None:
     with reading("train_layers"):
         if layers is not None:
             train_only_top_layers(model, layers, below=below)
+
+
+def _keep_steps(
+    arguments: UnlearningArguments, record: Record, note: Callable[[str], None]
+) -> None:
+    """Have a step take the batches that it took when the run started, in whatever processes."""
+    before = arguments.gradient_accumulation_steps
+    now = record.accumulation(before, arguments.world_size)
+    if now != before:
+        note(
+            f"the run was started in {record.inputs[PROCESSES]} processes and goes on in "
+            f"{arguments.world_size}: gradient accumulation {now} in place of {before} keeps its "
+            "steps"
+        )
+        arguments.gradient_accumulation_steps = now
 
 
 def _encode(
@@ -205,6 +228,7 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     Raises:
         TrainingError: a loss or gradient became NaN or infinite; the newest checkpoint stays.
+        LostProcessError: another process ended, or did not answer in time.
         RunError: the output cannot be written, or the checkpoint not read.
     """
     settings = prepared.settings
@@ -233,14 +257,16 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     together(claim)
     if prepared.checkpoint is None:
-        trainer.train()
+        with hearing_all():
+            trainer.train()
     else:
-        with started.reading(prepared.checkpoint):
+        with started.reading(prepared.checkpoint), hearing_all():
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
-    trainer.save_model(str(settings.output))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    with hearing_all():
+        trainer.save_model(str(settings.output))
+        if trainer.is_world_process_zero():
+            shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     return {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
 

@@ -22,8 +22,9 @@ def read_sets(settings: Settings) -> dict[str, list[Row]]:
         settings: of the run, checked.
 
     Returns:
-        By name: `"forget"`, `"retain"` and `"refusal"`, of which the last two may be empty; or `"data"`
-        alone, where rows are learned and none forgotten: those of the files, then the benchmark's.
+        By name: `"forget"`, `"retain"` and `"refusal"`, of which the last two may be empty; or
+        `"data"` alone, where rows are learned and none forgotten: those of the files, then the
+        benchmark's.
 
     Raises:
         DataError: a file cannot be read, or holds no rows.

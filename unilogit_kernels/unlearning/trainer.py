@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,20 +28,19 @@ from unilogit_kernels.unlearning.data import (
     IGNORED,
     DataError,
     Features,
+    FillerPair,
     PairedDataset,
+    PairIndex,
     PairSampler,
-    by_set,
-    check_columns,
+    check_sets,
     collate_pairs,
     rows_of_pairs,
 )
 from unilogit_kernels.unlearning.dual import DualRetainWeight
-from unilogit_kernels.unlearning.evaluation import (
-    label_log_probabilities,
-    token_log_probabilities,
-)
+from unilogit_kernels.unlearning.evaluation import label_log_probabilities, token_log_probabilities
 from unilogit_kernels.unlearning.hidden_states import Rmu
 from unilogit_kernels.unlearning.methods import HIDDEN_STATES, MethodError
+from unilogit_kernels.unlearning.processes import over_rows
 from unilogit_kernels.unlearning.task_vector import TaskVector
 
 __all__ = ["UnlearningArguments", "UnlearningTrainer"]
@@ -130,10 +129,7 @@ class UnlearningTrainer(Trainer):
                 + ("no retain examples" if retain else "at least one retain example, or be 'none'")
             )
         self._pairs, self._pad_id = PairedDataset(forget, retain, refusals), pad_id
-        for name, examples in by_set("eval_dataset", options.get("eval_dataset")).items():
-            if len(examples) == 0:
-                raise DataError(f"{name} holds no examples")
-            check_columns(examples, name)
+        check_sets("eval_dataset", options.get("eval_dataset"))
         needs_teacher = self._method.needs_teacher or args.retain_loss in ("kl", HIDDEN_STATES)
         if teacher is None and needs_teacher:
             teacher = frozen_copy(model)
@@ -195,30 +191,28 @@ class UnlearningTrainer(Trainer):
         """
         inputs = self._prepare_inputs(dict(inputs))
         labels = inputs.pop("labels")
-        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+        with torch.no_grad(), self.evaluating_as_in_training():
             log_p = label_log_probabilities(model, labels, inputs)
         count = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         loss = (-log_p.sum() / count).float()
         return (loss, None, None) if prediction_loss_only else (loss, log_p.float(), labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
-        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed)
+        # A batch for each process, or none: accelerate would have some rows count twice.
+        share = self.args.world_size * self._train_batch_size
+        fill = share if self.args.world_size > 1 and not self.args.dataloader_drop_last else 1
+        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill)
 
     @contextmanager
     def evaluating_as_in_training(self) -> Iterator[nn.Module]:
         """The model as it trains: wrapped, on its device, and in the precision of a step."""
+        model = self.model_wrapped
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            yield self.model_wrapped
-
-    def share_of(self, count: int) -> list[int]:
-        """The positions of `count` things that this process takes.
-
-        Processes must run their models equally often, so they all take equally many: where
-        positions run out, they begin again.
-        """
-        world = self.accelerator.num_processes
-        start = self.accelerator.process_index
-        return [(start + world * turn) % count for turn in range(-(-count // world))]
+            yield model
+        # No backward follows, after which FSDP2 would do it: parameters are to be shards again.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def begin(self) -> None:
         """Called at the start of each `train`, once the model is as it will train."""
@@ -236,8 +230,7 @@ class UnlearningTrainer(Trainer):
     def end(self) -> None:
         """Called at the end of each `train`, once the best checkpoint is loaded, if it is to be."""
         if self._task_vector is not None and self.model is not None:
-            scale = self._method.parameters.get("scale", 1.0)
-            self._task_vector.negate(self.model, scale)
+            self._task_vector.negate(self.model, self._method.parameters.get("scale", 1.0))
             self._task_vector = None
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -260,20 +253,30 @@ class UnlearningTrainer(Trainer):
             return
         order, size = list(self._get_train_sampler()), self._train_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def of_batches(mine: list[list[PairIndex]]) -> list[dict[int, tuple[Tensor, ...]]]:
+            with self.evaluating_as_in_training() as model:
+                return [self._reference_of(model, batch) for batch in mine]
+
         found: dict[int, tuple[Tensor, ...]] = {}
-        with self.evaluating_as_in_training() as model:
-            for position in self.share_of(len(batches)):
-                batch = batches[position]
-                rows = rows_of_pairs([self._pairs[pair] for pair in batch])
-                log_p = token_log_probabilities(
-                    model, rows, pad_id=self._pad_id, batch_size=len(rows)
-                )
-                members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
-                of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
-                found.update(zip([forget for forget, _ in batch], of_rows, strict=True))
-        found = dict(gather_object(list(found.items())))
+        for of_batch in over_rows(batches, of_batches):
+            found |= of_batch
         self._pairs.add_column(_REFERENCE, [found[row] for row in range(len(self._pairs))])
         self._has_reference = True
+
+    def _reference_of(
+        self, model: nn.Module, batch: list[PairIndex]
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """`log p` of the labels of each forget row, after those of its refusal."""
+        rows = rows_of_pairs([self._pairs[pair] for pair in batch])
+        log_p = token_log_probabilities(model, rows, pad_id=self._pad_id, batch_size=len(rows))
+        members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
+        of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
+        return {
+            pair[0]: values
+            for pair, values in zip(batch, of_rows, strict=True)
+            if not isinstance(pair, FillerPair)
+        }
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Features], device: torch.device
