@@ -48,7 +48,11 @@ WORKING = {
     "several processes": "accelerator_config parallelism_config ddp_find_unused_parameters "
     "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
     "fsdp_config deepspeed local_rank",
-    "of this package": "per_device_eval_batch_size remove_unused_columns label_smoothing_factor",
+    "evaluation": "eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches "
+    "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
+    "prediction_loss_only bf16_full_eval fp16_full_eval load_best_model_at_end "
+    "metric_for_best_model greater_is_better per_device_eval_batch_size",
+    "of this package": "remove_unused_columns label_smoothing_factor",
     "read by scripts alone, as Hugging Face says": "do_train do_eval do_predict "
     "resume_from_checkpoint",
 }
@@ -70,10 +74,6 @@ def test_every_option_is_handed_on_or_refused() -> None:
     ("options", "message"),
     [
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy would.*data_seed"),
-        ({"eval_strategy": "steps"}, "eval_strategy would have no effect.*evaluate_rows"),
-        ({"eval_on_start": True}, "eval_on_start would have no effect.*`unilogit evaluate`"),
-        ({"save_strategy": "best", "eval_strategy": "no"}, "save_strategy must not be 'best'"),
-        ({"bf16_full_eval": True}, "bf16_full_eval would have no effect"),
         ({"label_names": ["targets"]}, "label_names would have no effect.*`labels`"),
         ({"use_cache": True}, "use_cache would have no effect"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),
@@ -108,7 +108,7 @@ def test_arguments_without_effect_are_refused(
 
 def test_arguments_that_are_set_later_are_checked_too(tmp_path: Path) -> None:
     for name, value, message in (
-        ("eval_on_start", True, "eval_on_start would have no effect"),
+        ("label_names", ["targets"], "label_names would have no effect"),
         ("label_smoothing_factor", 2.0, "label_smoothing_factor must be at most 1, got 2.0"),
         ("dual_warmup_epochs", 3, "dual_warmup_epochs would have no effect"),
     ):
@@ -127,8 +127,7 @@ def test_arguments_that_are_set_later_are_checked_too(tmp_path: Path) -> None:
     ("option", "error", "message"),
     [
         ("compute_loss_func", ValueError, "compute_loss_func has no place here; the loss is"),
-        ("eval_dataset", ValueError, "eval_dataset has no place here; nothing is evaluated"),
-        ("compute_metrics", ValueError, "compute_metrics has no place here"),
+        ("preprocess_logits_for_metrics", ValueError, "has no place here; there are no logits"),
         ("model_init", ValueError, "pass it as model"),
         ("data_collator", ValueError, "data_collator has no place here"),
         ("calbacks", TypeError, "no option 'calbacks'; it hands on callbacks, optimizers"),
@@ -146,12 +145,9 @@ def test_hugging_face_smooths_nothing(tmp_path: Path) -> None:
     assert make_trainer(make_model(), args).label_smoother is None
 
 
-def test_evaluation_says_what_to_call(tmp_path: Path) -> None:
-    trainer = make_trainer(make_model(), arguments(tmp_path))
-    with pytest.raises(NotImplementedError, match="evaluate_rows"):
-        trainer.evaluate()
-    with pytest.raises(NotImplementedError, match="token_probabilities"):
-        trainer.predict([])
+def test_an_evaluation_needs_examples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_dataset"):
+        make_trainer(make_model(), arguments(tmp_path, eval_strategy="steps"))
 
 
 def test_the_seed_of_the_rows(tmp_path: Path) -> None:

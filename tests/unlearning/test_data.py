@@ -12,6 +12,7 @@ import torch
 
 from tests.support.tiny_models import FORGET, TEMPLATE, make_tokenizer, write_rows
 from unilogit_kernels.unlearning.data import (
+    IGNORED,
     DataError,
     Encoding,
     PairedDataset,
@@ -196,7 +197,7 @@ def make_pairs(forget: int, retain: int) -> PairedDataset:
 
 
 def test_an_empty_set_is_refused() -> None:
-    with pytest.raises(DataError, match="must be forget examples, got none, and 2 to retain"):
+    with pytest.raises(DataError, match="at least one forget example"):
         make_pairs(0, 2)
 
 
@@ -222,3 +223,20 @@ def test_an_epoch_is_a_function_of_the_seed() -> None:
         return list(sampler)
 
     assert epoch(1) == epoch(1) != epoch(2)
+
+
+def test_an_epoch_is_filled_up_with_pairs_that_count_nowhere() -> None:
+    pairs = make_pairs(5, 3)
+    plain, filled = (PairSampler(pairs, 2, 1, multiple_of) for multiple_of in (1, 4))
+    for epoch in range(3):
+        for sampler in (plain, filled):
+            sampler.set_epoch(epoch)
+        own, more = list(plain), list(filled)
+        assert more[:5] == own
+        assert len(more) == len(filled) == 8
+        for index in more[5:]:
+            members, kept = pairs[index]
+            rows = [*members, *kept]
+            assert len(rows) == 3
+            assert all(bool((row["labels"] == IGNORED).all()) for row in rows)
+    assert not all(bool((row["labels"] == IGNORED).all()) for row in pairs.forget)

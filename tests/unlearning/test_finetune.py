@@ -32,7 +32,7 @@ from unilogit_kernels.cli.finetune import finetune
 from unilogit_kernels.cli.unlearn import unlearn
 from unilogit_kernels.testing import assert_tensors_within_budget
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
-from unilogit_kernels.unlearning.data import DataError, Encoding, collate
+from unilogit_kernels.unlearning.data import Encoding, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
 from unilogit_kernels.unlearning.measuring.store import load_records
 from unilogit_kernels.unlearning.rows import Row
@@ -112,9 +112,7 @@ def test_a_step_is_that_of_cross_entropy(tmp_path: Path) -> None:
     """Loss and gradients of a batch against the model's own."""
     rows = encoded([*FORGET, *RETAIN])
     options: dict[str, Any] = {"method": "cross_entropy", "forget_weight": 1.0}
-    args = arguments(
-        tmp_path, retain_per_forget=0, per_device_train_batch_size=len(rows), **options
-    )
+    args = arguments(tmp_path, retain_loss="none", per_device_train_batch_size=len(rows), **options)
     model = make_model()
     trainer = UnlearningTrainer(model, args, forget=rows)
     batch: dict[str, Any] = dict(collate(rows, 0))
@@ -136,7 +134,7 @@ def test_a_step_is_that_of_cross_entropy(tmp_path: Path) -> None:
     trainer.train()
     (loss,) = logged(trainer, "loss")
     assert loss == pytest.approx(float(ours["loss"]), abs=1e-3)
-    assert logged(trainer, "retain_loss") == [0.0]
+    assert logged(trainer, "retain_loss") == []
 
 
 @pytest.mark.parametrize("method", ["gradient_ascent", "npo", "idk_dpo", "undial"])
@@ -144,13 +142,12 @@ def test_methods_do_without_retain_rows(tmp_path: Path, method: str) -> None:
     """The loss is the method's alone, whichever way it goes."""
 
     def loss(**rows: Any) -> float:
-        per_forget = len(rows["retain"]) // len(FORGET)
         args = arguments(
             tmp_path,
             method=method,
             forget_weight=1.0,
             retain_weight=0.0,
-            retain_per_forget=per_forget,
+            retain_loss="cross_entropy" if rows["retain"] else "none",
             per_device_train_batch_size=len(FORGET),
         )
         if method == "idk_dpo":
@@ -160,33 +157,6 @@ def test_methods_do_without_retain_rows(tmp_path: Path, method: str) -> None:
         return logged(trainer, "forget_loss")[0]
 
     assert loss(retain=()) == pytest.approx(loss(retain=encoded(RETAIN[:3])), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "retain", "message"),
-    [
-        ({"retain_per_forget": 0}, RETAIN, "5 retain examples, and retain_per_forget is 0"),
-        ({}, [], "0 retain examples, and retain_per_forget is 1"),
-    ],
-)
-def test_retain_rows_go_with_their_number(
-    tmp_path: Path, options: dict[str, Any], retain: list[dict[str, str]], message: str
-) -> None:
-    args = arguments(tmp_path, **options)
-    with pytest.raises(DataError, match=message):
-        UnlearningTrainer(make_model(), args, forget=encoded(FORGET), retain=encoded(retain))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"retain_loss": "kl"}, {"z_loss": 0.1}, {"dual_step_size": 1.0}],
-)
-def test_what_retain_rows_alone_have_is_refused_without(
-    tmp_path: Path, option: dict[str, Any]
-) -> None:
-    (name,) = option
-    with pytest.raises(ValueError, match=f"{name} would have no effect with retain_per_forget 0"):
-        arguments(tmp_path, retain_per_forget=0, **option)
 
 
 def test_a_resumed_fine_tuning_ends_as_an_uninterrupted_one(folder: Path) -> None:
@@ -241,6 +211,8 @@ def test_where_the_rows_come_from(folder: Path) -> None:
     assert start == {"data": [*kept, *general, *dropped]}
     both = answers(Settings(forget=None, retain=None, **given))
     assert both == {"forget": dropped, "retain": kept, "refusal": []}
+    alone = answers(Settings(forget=None, retain=None, retain_loss="none", **given))
+    assert alone == {"forget": dropped, "retain": [], "refusal": []}
     # A file in place of the benchmark's rows.
     own = answers(Settings(forget=None, retain=folder / "b.jsonl", **given))
     assert own["forget"] == dropped
@@ -264,7 +236,10 @@ def test_where_the_rows_come_from(folder: Path) -> None:
             "forget05: no such table",
         ),
         ("unlearn --model model --output out", "name the rows to forget: --forget FILE"),
-        ("unlearn --model model --output out --forget a.jsonl", "name the rows to retain"),
+        (
+            "unlearn --model model --output out --forget a.jsonl",
+            "needs rows to keep: --retain FILE",
+        ),
         (
             "unlearn --model model --output out --forget a.jsonl --retain b.jsonl"
             " --retain-per-forget 0",

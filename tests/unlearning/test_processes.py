@@ -92,14 +92,18 @@ def test_an_error_in_one_process_is_one_in_all(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("line", "environment", "message"),
     [
-        (UNLEARN, {"WORLD_SIZE": "2"}, "WORLD_SIZE says that 2 processes share the work"),
+        (UNLEARN, {"WORLD_SIZE": "2"}, "WORLD_SIZE says that 2 processes"),
         (UNLEARN, {"WORLD_SIZE": "two"}, "WORLD_SIZE must be an integer, got 'two'"),
         (
             UNLEARN,
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
             "torchrun --nproc_per_node N",
         ),
-        (EVALUATE, {"WORLD_SIZE": "2", "RANK": "0"}, "evaluate runs in one process"),
+        (
+            EVALUATE,
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "WORLD_SIZE says that 2 processes share the work",
+        ),
     ],
 )
 def test_processes_that_would_not_find_each_other(

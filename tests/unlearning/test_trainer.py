@@ -231,8 +231,8 @@ def test_only_the_top_layers_are_trained() -> None:
 
 
 def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="retain_per_forget must be at least 0"):
-        arguments(tmp_path, retain_per_forget=-1)
+    with pytest.raises(ValueError, match="retain_per_forget must be at least 1"):
+        arguments(tmp_path, retain_per_forget=0)
     with pytest.raises(ValueError, match="stop_at_probability must be between 0 and 1"):
         arguments(tmp_path, stop_at_probability=1.5)
 
@@ -360,7 +360,7 @@ def test_an_output_that_is_taken(settings: Settings) -> None:
     ("change", "message"),
     [
         ({"model": "no/such/model"}, "no tokenizer could be loaded from 'no/such/model'"),
-        ({"method": "forgetting"}, "method must be one of ceu, cross_entropy"),
+        ({"method": "forgetting"}, "method must be one of altpo, ceu, cross_entropy"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"stop_at_probability": 1.0}, "stop_at_probability must be between 0 and 1"),

@@ -33,6 +33,8 @@ def arguments(folder: Path, **options: Any) -> UnlearningArguments:
 def make_trainer(model: nn.Module, args: UnlearningArguments, **options: Any) -> UnlearningTrainer:
     """Over FORGET and RETAIN, and REFUSALS where the method takes them."""
     rows: dict[str, Any] = {"forget": encoded(FORGET), "retain": encoded(RETAIN)}
+    if args.retain_rows == 0:
+        rows["retain"] = ()
     if args.resolved_method().needs_refusals:
         rows["refusals"] = encoded(REFUSALS)
     return UnlearningTrainer(model, args, **{**rows, **options})

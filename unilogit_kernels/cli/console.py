@@ -30,8 +30,7 @@ def reporting_errors() -> Iterator[None]:
         raise
     except Exception as error:
         message, code = _told(error)
-        # Of several processes the first speaks.
-        say(f"error: {' '.join(message.splitlines())}", err=True)
+        _tell(error, " ".join(message.splitlines()))
         if os.environ.get(_DEBUG, "0") != "0":
             traceback.print_exception(error)
         raise typer.Exit(code) from error
@@ -51,13 +50,28 @@ def _told(error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {one_line(error)} ({hint})", _FAILED
 
 
+def _tell(error: Exception, message: str) -> None:
+    """Print an error, of several processes in the one that has to."""
+    from unilogit_kernels.unlearning.errors import LostProcessError
+    from unilogit_kernels.unlearning.processes import is_first, tells, voice
+
+    if tells(error):
+        speaker = "" if is_first() and not isinstance(error, LostProcessError) else voice()
+        _print(f"error: {speaker}{message}", err=True)
+
+
 def say(message: str, err: bool = False) -> None:
-    """Print a line in the first process; what the terminal's encoding lacks is escaped."""
+    """Print a line in the first process."""
     from unilogit_kernels.unlearning.processes import is_first
 
     if is_first():
-        encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-        typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
+        _print(message, err)
+
+
+def _print(message: str, err: bool) -> None:
+    """Print a line; what the terminal's encoding lacks is escaped."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(message.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def note(message: str) -> None:

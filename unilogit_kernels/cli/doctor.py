@@ -36,6 +36,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "demo": ("the demo's model", ("gguf",)),
     "parquet": ("rows in parquet files", ("pyarrow",)),
+    "integrations": ("the examples for TRL and Lightning", ("trl", "lightning")),
 }
 """What each extra gives, and its packages."""
 

@@ -7,24 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from unilogit_kernels.cli import options
 from unilogit_kernels.cli.console import note, say
 from unilogit_kernels.cli.progress import quieten_libraries, stages_bar
 from unilogit_kernels.unlearning.benchmarks import Generation, load_benchmark
 from unilogit_kernels.unlearning.data import Row, read_rows
-from unilogit_kernels.unlearning.encoding import parse_template_arguments
+from unilogit_kernels.unlearning.encoding import Encoding, parse_template_arguments
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.evaluation import evaluate_rows, report_table
 from unilogit_kernels.unlearning.limits import check_numbers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
 from unilogit_kernels.unlearning.measuring import Report, Request, measure, sets_of_rows
-from unilogit_kernels.unlearning.processes import check_alone
+from unilogit_kernels.unlearning.processes import is_first, join, together
 
 _INTERRUPTED = 130
 
@@ -71,8 +73,11 @@ def evaluate(
     ] = None,
     allow_missing_weights: options.AllowMissing = Request.allow_missing_weights,
 ) -> None:
-    """Measure how well a model knows sets of rows, and with --output all that they allow."""
-    check_alone("evaluate")
+    """Measure how well a model knows sets of rows, and with --output all that they allow.
+
+    `torchrun` shares the rows among processes.
+    """
+    device = join()
     stops = tuple(text.replace("\\n", "\n") for text in stop or [])
     if "" in stops:
         raise RunError("--stop takes a text that ends an answer, got an empty one")
@@ -95,7 +100,9 @@ def evaluate(
         ):
             if value is not None:
                 raise RunError(f"{name} needs a folder for results: pass --output")
-        _look(Request(sets=(), output=Path(), **common), _read_sets(data), generation, json_file)
+        request = Request(sets=(), output=Path(), **common)
+        sets = together(lambda: _read_sets(data))
+        _look(request, sets, generation, json_file, device)
         return
     if json_file is not None:
         raise RunError("--json goes without --output, which has files of its own")
@@ -106,8 +113,8 @@ def evaluate(
         "convention": convention,
     }
     with reading("--benchmark" if benchmark else "--data"):
-        asked = _asked(data, benchmark, data_dir, generation)
-    _measure(Request(**common, **compared, **asked))
+        asked = together(lambda: _asked(data, benchmark, data_dir, generation))
+    _measure(Request(**common, **compared, **asked), device)
 
 
 def _asked(
@@ -142,7 +149,11 @@ def _read_sets(data: list[str] | None) -> dict[str, list[Row]]:
 
 
 def _look(
-    request: Request, sets: Mapping[str, Sequence[Row]], how: Generation, json_file: Path | None
+    request: Request,
+    sets: Mapping[str, Sequence[Row]],
+    how: Generation,
+    json_file: Path | None,
+    device: torch.device,
 ) -> None:
     """A quick look: probability, ROUGE-L and key recall of each set, with no files but one."""
     model = request.model
@@ -151,16 +162,24 @@ def _look(
     if json_file is not None:
         check_writable(json_file, folder=False, option="--json")
     quieten_libraries()
-    encoding = load_encoding(
-        model, request.max_length, request.chat_template, dict(request.template_arguments)
-    )
-    examples = [encode(encoding, rows) for rows in sets.values()]
-    loaded = load_model(
-        model, request.dtype, allow_missing=request.allow_missing_weights, note=note
-    )
-    check_fits(loaded, encoding, examples)
-    with reading(f"the model of {model!r} fails on these rows"):
-        evaluate_rows(loaded, next(iter(sets.values()))[:1], encoding, generate=request.generate)
+    arguments, some = dict(request.template_arguments), next(iter(sets.values()))[:1]
+
+    def load() -> tuple[PreTrainedModel, Encoding]:
+        encoding = load_encoding(model, request.max_length, request.chat_template, arguments)
+        examples = [encode(encoding, rows) for rows in sets.values()]
+        loaded = load_model(
+            model,
+            request.dtype,
+            device=device,
+            allow_missing=request.allow_missing_weights,
+            note=note,
+        )
+        check_fits(loaded, encoding, examples)
+        with reading(f"the model of {model!r} fails on these rows"):
+            evaluate_rows(loaded, some, encoding, generate=request.generate)
+        return loaded, encoding
+
+    loaded, encoding = together(load)
     reports = {
         name: evaluate_rows(
             loaded,
@@ -170,6 +189,7 @@ def _look(
             generate=request.generate,
             stop=how.stop,
             max_new_tokens=how.max_new_tokens,
+            share_rows=True,
         )
         for name, rows in sets.items()
     }
@@ -179,6 +199,8 @@ def _look(
                 f"{report.unfinished} of {len(report.answers)} answers to {name} did not end "
                 "in time; --max-new-tokens gives them more, --stop ends them"
             )
+    if not is_first():
+        return
     Console().print(report_table("What the model knows", {Path(model).name: reports}))
     if json_file is not None:
         figures = {name: report.as_dict() for name, report in reports.items()}
@@ -187,15 +209,16 @@ def _look(
         say(f"figures and answers are in {json_file}")
 
 
-def _measure(request: Request) -> None:
+def _measure(request: Request, device: torch.device) -> None:
     quieten_libraries()
     try:
         with stages_bar() as progress:
-            report = measure(request, _Stages(progress))
+            report = measure(request, _Stages(progress), device)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on with the next set", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    Console().print(_table(report))
+    if is_first():
+        Console().print(_table(report))
     for name, lacking in report.missing.items():
         note(f"not computed: {name}, for want of {lacking}")
     say(f"results and what they were computed from are in {request.output}")

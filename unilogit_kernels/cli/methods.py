@@ -58,7 +58,10 @@ def _described(method: Method) -> dict[str, Any]:
 
 
 def _parameters(method: Method) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in method.defaults.items())
+    return ", ".join(
+        f"{name} by the model" if value is None else f"{name}={value:g}"
+        for name, value in method.defaults.items()
+    )
 
 
 def _needs(method: Method) -> str:

@@ -23,7 +23,9 @@ def unlearn(
     model: options.Model,
     output: options.Output,
     forget: Annotated[Path | None, typer.Option(help="File of the rows to forget.")] = None,
-    retain: Annotated[Path | None, typer.Option(help="File of the rows to keep.")] = None,
+    retain: Annotated[
+        Path | None, typer.Option(help="File of the rows to keep; none with --retain-loss none.")
+    ] = None,
     benchmark: options.Benchmark = Settings.benchmark,
     data_dir: options.DataDir = Settings.data_dir,
     method: Annotated[str, typer.Option(help="Loss of the forget rows.")] = Settings.method,
@@ -55,7 +57,11 @@ def unlearn(
         float, typer.Option(help="Factor of the forget loss.")
     ] = Settings.forget_weight,
     retain_loss: Annotated[
-        str, typer.Option(help="Loss of the retain rows: cross_entropy, or kl to the model.")
+        str | None,
+        typer.Option(
+            help="Loss of the retain rows: cross_entropy, kl to the model, hidden_states (of rmu), "
+            "or none. Default: the method's."
+        ),
     ] = Settings.retain_loss,
     retain_weight: Annotated[
         float, typer.Option(help="Factor of the retain rows' loss.")

@@ -34,7 +34,7 @@ class OwnLoss:
         self._wanted = any(map(_routes, self._models)) if asked is None else bool(asked)
         self._calls = 0
 
-    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def run(self, model: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """The model's output; with labels, if its router's loss is switched on.
 
         Raises:

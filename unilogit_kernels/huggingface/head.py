@@ -26,7 +26,7 @@ from unilogit_kernels.huggingface.logit_transform import HeadTransform, Unsuppor
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
 from unilogit_kernels.huggingface.observation import input_device, observe, observe_logit_transform
 from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
-from unilogit_kernels.huggingface.stand_in import Forward, attach, evaluating, forward_with
+from unilogit_kernels.huggingface.stand_in import Call, Forward, attach, evaluating, forward_with
 
 __all__ = [
     "HeadCall",
@@ -287,6 +287,7 @@ def replace_head(
     inputs: dict[str, Any],
     *,
     auxiliary: bool = False,
+    call: Call | None = None,
 ) -> Forward:
     """Run a causal LM with `compute` in its lm_head's place, and see that nothing is lost.
 
@@ -295,15 +296,18 @@ def replace_head(
         compute: see `run_head`.
         inputs: what the model's forward takes.
         auxiliary: whether the model's auxiliary loss is wanted; otherwise it is left out.
+        call: runs the model's forward, with inputs that are then not checked; the model itself if
+            None.
 
     Raises:
         UnsupportedHeadError, TypeError, ValueError: see `run_head`.
     """
-    check_inputs(model, inputs)
+    if call is None:
+        check_inputs(model, inputs)
     virtual_tokens = VirtualTokens.of(model)
     difference = None
     for again in (False, True):
-        observation = observe(model, again=again)
+        observation = observe(model, again=again, call=call)
 
         def compute_head(
             hidden: Tensor,
@@ -313,7 +317,14 @@ def replace_head(
         ) -> Tensor:
             return compute(HeadCall(hidden, weight, bias, transform, virtual_tokens))
 
-        done = forward_with(model, compute_head, observation.probe_of, inputs, auxiliary=auxiliary)
+        done = forward_with(
+            model,
+            compute_head,
+            observation.probe_of,
+            inputs,
+            auxiliary=auxiliary,
+            call=call,
+        )
         difference = observation.difference(done.logits)
         if difference is None:
             return done._replace(result=attach(done.result, done.logits))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 from torch import Tensor, nn
 
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError
+from unilogit_kernels.huggingface.sharding import class_of
 from unilogit_kernels.huggingface.wrappers import imported, is_pretrained, unwrapped
 
 _COMMON = frozenset(
@@ -52,7 +53,7 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError("logits_to_keep cannot be used here: tokens without a label cost nothing")
     inner = unwrapped(model)
     models = [inner, *(m for m in inner.modules() if is_pretrained(m))]
-    classes: set[Any] = {type(module) for module in models}
+    classes: set[Any] = {class_of(module) for module in models}
     # Only these are known to do nothing with what they do not name.
     if any(_names(c).others and not c.__module__.startswith(_KNOWN) for c in classes):
         return
@@ -64,7 +65,7 @@ def check_inputs(model: nn.Module, names: Iterable[str]) -> None:
     if unknown:
         raise TypeError(
             f"unexpected keyword {unknown[0]!r}: neither an option of this function nor an input "
-            f"of {type(inner).__name__}"
+            f"of {class_of(inner).__name__}"
         )
 
 

@@ -17,6 +17,7 @@ from unilogit_kernels.huggingface.logit_transform import (
     HeadTransform,
     UnsupportedHeadError,
 )
+from unilogit_kernels.huggingface.sharding import kinds_of
 from unilogit_kernels.huggingface.wrappers import unwrapped
 
 
@@ -58,7 +59,9 @@ class Observation:
 _observations: weakref.WeakKeyDictionary[nn.Module, Observation] = weakref.WeakKeyDictionary()
 
 
-def observe(model: nn.Module, *, again: bool = False) -> Observation:
+def observe(
+    model: nn.Module, *, again: bool = False, call: stand_in.Call | None = None
+) -> Observation:
     """The model's observation, made by one forward over a few tokens unless there is one.
 
     An observation is used again for the same head, with tensors of the same kind, and the same
@@ -68,6 +71,7 @@ def observe(model: nn.Module, *, again: bool = False) -> Observation:
     Args:
         model: a Hugging Face causal LM, wrapped or not.
         again: make a new one in any case.
+        call: runs the model's forward; the model itself if None.
 
     Raises:
         UnsupportedHeadError: see `observe_logit_transform`.
@@ -77,7 +81,7 @@ def observe(model: nn.Module, *, again: bool = False) -> Observation:
     known = _observations.get(inner)
     if again or known is None or known.identity != identity:
         _observations.pop(inner, None)
-        _observations[inner] = known = _observe(model, identity)
+        _observations[inner] = known = _observe(model, identity, call)
     return known
 
 
@@ -101,6 +105,7 @@ def observe_logit_transform(model: nn.Module) -> HeadTransform:
 
 def _identity(model: nn.Module) -> tuple[Any, ...]:
     head = stand_in.plain_head(model)
+    containers = stand_in.containers_of_head(model, head)
     around = tuple(
         (
             weakref.ref(module),
@@ -108,27 +113,30 @@ def _identity(model: nn.Module) -> tuple[Any, ...]:
             tuple(module._forward_pre_hooks),
             tuple(module._forward_hooks),
         )
-        for module in [*stand_in.containers_of_head(model, head), head]
+        for module in [*containers, head]
     )
-    tensors = tuple(
-        (name, type(tensor), tensor.shape, tensor.dtype, tensor.device)
-        for name, tensor in head.named_parameters()
-    )
-    return around, tensors
+    return around, kinds_of(head, containers)
 
 
-def _observe(model: nn.Module, identity: tuple[Any, ...]) -> Observation:
+def _observe(
+    model: nn.Module, identity: tuple[Any, ...], call: stand_in.Call | None
+) -> Observation:
     try:
-        return _observe_on(torch.device("cpu"), model, identity)
+        return _observe_on(torch.device("cpu"), model, identity, call)
     except UnsupportedHeadError as error:
         device = head_device(model)
         # Some models combine their logits with tensors of their own, on their own device.
         if device.type == "cpu" or not isinstance(error.__cause__, RuntimeError):
             raise
-        return _observe_on(device, model, identity)
+        return _observe_on(device, model, identity, call)
 
 
-def _observe_on(device: torch.device, model: nn.Module, identity: tuple[Any, ...]) -> Observation:
+def _observe_on(
+    device: torch.device,
+    model: nn.Module,
+    identity: tuple[Any, ...],
+    call: stand_in.Call | None,
+) -> Observation:
     probes: list[Tensor] = []
 
     def make_probe(rows: int) -> Tensor:
@@ -143,7 +151,7 @@ def _observe_on(device: torch.device, model: nn.Module, identity: tuple[Any, ...
     ids = ids % getattr(embeddings, "num_embeddings", len(ids.flatten()))
     with torch.no_grad(), stand_in.evaluating(model):
         seen = stand_in.forward_with(
-            model, no_result, make_probe, {"input_ids": ids.to(input_device(model))}
+            model, no_result, make_probe, {"input_ids": ids.to(input_device(model))}, call=call
         )
     transform = logit_transform.transform_of(seen.logits, probes[0])
     return Observation(transform, probes[0].shape[-1], device, identity)

@@ -8,6 +8,7 @@ few numbers, the probe, where the logits would have been.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -18,9 +19,17 @@ from torch.distributed.tensor import DTensor
 
 from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
+from unilogit_kernels.huggingface.sharding import (
+    class_of,
+    require_gathered,
+    without_output_casts,
+)
 from unilogit_kernels.huggingface.wrappers import unwrapped
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Call = Callable[..., Any]
+"""Runs a model's forward. What stands in that forward's place passes on what it replaced, so that
+the hooks around the model, which run already, do not run once more."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,11 +40,13 @@ class Forward(NamedTuple):
         result: what was computed in the head's place.
         logits: the probe, as it came out of the model.
         auxiliary_loss: the model's own term beside the loss of the logits, or None.
+        output: all that came out of the model, with the probe as its logits.
     """
 
     result: Tensor
     logits: Tensor
     auxiliary_loss: Tensor | None
+    output: Any
 
 
 def forward_with(
@@ -45,6 +56,7 @@ def forward_with(
     inputs: dict[str, Any],
     *,
     auxiliary: bool = False,
+    call: Call | None = None,
 ) -> Forward:
     """Run the model with `compute` in the head's place.
 
@@ -54,12 +66,14 @@ def forward_with(
         make_probe: from the rows of the weight to what the head returns, on its device.
         inputs: what the model's forward takes.
         auxiliary: also compute the model's own auxiliary loss, where it has one.
+        call: runs the model's forward; the model itself if None.
 
     Raises:
         UnsupportedHeadError: the head is no plain linear layer, or the model cannot go on from the
             probe.
     """
     head = plain_head(model)
+    run = model if call is None else call
     results: list[Tensor] = []
     returned = False
 
@@ -82,12 +96,13 @@ def forward_with(
         return cast(Tensor, output)
 
     own_loss = OwnLoss(containers_of_head(model, head), inputs) if auxiliary else None
+    inner = unwrapped(model)
     try:
-        with _replaced_forward(head, forward):
+        with _replaced_forward(head, forward), without_output_casts(inner, head):
             if own_loss is None:
-                output = model(**{"use_cache": False, **inputs})
+                output = run(**{"use_cache": False, **inputs})
             else:
-                output = own_loss.run(model, {"use_cache": False, **inputs})
+                output = own_loss.run(run, {"use_cache": False, **inputs})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         if returned and not isinstance(e, (UnsupportedHeadError, torch.OutOfMemoryError)):
             raise UnsupportedHeadError(failed_after_head(e)) from e
@@ -102,7 +117,18 @@ def forward_with(
         raise UnsupportedHeadError(
             f"the model returned a {type(output).__name__} without a tensor of logits"
         )
-    return Forward(results[0], logits, None if own_loss is None else own_loss.value(output))
+    auxiliary_loss = None if own_loss is None else own_loss.value(output)
+    return Forward(results[0], logits, auxiliary_loss, output)
+
+
+_replaced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The heads in whose place something is being computed."""
+
+
+def is_stood_in_for(model: nn.Module) -> bool:
+    """Whether something is being computed in the place of the model's lm_head right now."""
+    head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
+    return head in _replaced
 
 
 @contextmanager
@@ -111,9 +137,11 @@ def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> I
     attribute = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
     previous = vars(head).get(attribute)
     setattr(head, attribute, forward)
+    _replaced.add(head)
     try:
         yield
     finally:
+        _replaced.discard(head)
         if previous is None:
             delattr(head, attribute)
         else:
@@ -146,13 +174,14 @@ def plain_head(model: nn.Module) -> nn.Linear:
         )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UnsupportedHeadError(f"{type(inner).__name__} is an encoder-decoder, not a causal LM")
-    kind = f"{type(head).__module__}.{type(head).__qualname__}"
+    head_class = class_of(head)
+    kind = f"{head_class.__module__}.{head_class.__qualname__}"
     if kind.startswith("peft."):
         raise UnsupportedHeadError(
             f"the lm_head is wrapped by peft ({kind}): its adapter would be lost. Leave lm_head "
             "out of target_modules and modules_to_save, or call merge_and_unload() first"
         )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not isinstance(head, nn.Linear) or head_class.forward is not nn.Linear.forward:
         raise UnsupportedHeadError(
             f"the lm_head is a {kind}, not a plain torch.nn.Linear{_DEQUANTISE}"
         )
@@ -167,8 +196,8 @@ def plain_head(model: nn.Module) -> nn.Linear:
             "there are none: remove them first"
         )
     for name, tensor in head.named_parameters():
-        # A DTensor may be whole inside the forward, where it is looked at again.
-        if not isinstance(tensor, DTensor):
+        # A shard is whole inside the forward, where it is looked at again.
+        if not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_shape"):
             _require_plain(name, tensor)
     return head
 
@@ -183,11 +212,7 @@ def _require_plain(name: str, tensor: Tensor | None) -> None:
     """Refuse a tensor that is not just its numbers, whatever class the module has."""
     if tensor is None:
         return
-    if isinstance(tensor, DTensor):
-        raise UnsupportedHeadError(
-            f"the lm_head's {name} is a DTensor inside its own forward, so it is sharded over the "
-            "vocabulary: leave lm_head out of the tensor-parallel plan"
-        )
+    require_gathered(name, tensor)
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
         raise UnsupportedHeadError(
             f"the lm_head's {name} is a {type(tensor).__module__}.{type(tensor).__qualname__} of "
@@ -232,7 +257,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, output: Tensor) -> Tensor:
         ctx.like = (output.shape, output.dtype, output.device)
-        return result.view_as(result)
+        # No view, which could not be changed in place, as trainers do that scale their loss.
+        return result.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def run_two_heads_with_auxiliary_loss(
 def heads_kl_loss(
     student: HeadCall,
     teacher: HeadCall,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     rows: slice = slice(None),
     shift: bool = True,
@@ -134,7 +134,8 @@ def heads_kl_loss(
     Args:
         student: the inputs of the student's head.
         teacher: those of the other.
-        labels: int64 `[B', T]`, as Hugging Face takes them: not shifted.
+        labels: int64 `[B', T]`, as Hugging Face takes them: not shifted. None: every position of
+            every sequence counts, virtual tokens too.
         rows: which of the B sequences the labels belong to.
         shift: whether labels are those of Hugging Face, of each token itself; False for labels
             of the positions that predict them, as `shift_labels` makes them.
@@ -164,13 +165,18 @@ def heads_kl_loss(
             "share a tokenizer and pad it differently, pass the number of real tokens as "
             "vocab_size, with the Trainer as UnlearningArguments(vocab_size=...)"
         )
+    hidden = [
+        head.hidden[rows] if labels is None else head.hidden_of(labels, rows)
+        for head in (student, teacher)
+    ]
     return linear_kl_loss(
-        student.hidden_of(labels, rows),
+        hidden[0],
         student.weight,
-        teacher.hidden_of(labels, rows),
+        hidden[1],
         teacher.weight,
         labels,
-        shift=shift,  # A weight belongs to the token, as its label does, so it moves with it.
+        # A weight belongs to the token, as its label does, so it moves with it.
+        shift=shift and labels is not None,
         rewrite=rewrite,
         direction=direction,
         temperature=temperature,

@@ -15,12 +15,14 @@ from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import CrossEntropy
 from unilogit_kernels.unlearning.dual import check_dual
 from unilogit_kernels.unlearning.limits import check_choice, check_numbers
-from unilogit_kernels.unlearning.methods import Method, check_retain_loss
-
-_EVALUATION = (
-    "nothing is evaluated inside training: call evaluation.evaluate_rows from a TrainerCallback, "
-    "or run `unilogit evaluate` on the saved model"
+from unilogit_kernels.unlearning.methods import (
+    NONE,
+    Method,
+    check_goes_together,
+    check_retain_loss,
+    default_retain_loss,
 )
+
 _ORDER = (
     "forget rows are shuffled each epoch and retain rows go round on their own: choose the order "
     "by data_seed"
@@ -34,33 +36,13 @@ REFUSED_ARGUMENTS: Mapping[str, str] = {
     "length_column_name": _ORDER,
     "label_names": _LABELS,
     "use_cache": "no step of training reads a key-value cache: leave it False",
-    **dict.fromkeys(
-        (
-            "eval_strategy",
-            "eval_steps",
-            "eval_delay",
-            "eval_on_start",
-            "eval_do_concat_batches",
-            "eval_use_gather_object",
-            "eval_accumulation_steps",
-            "include_for_metrics",
-            "batch_eval_metrics",
-            "prediction_loss_only",
-            "bf16_full_eval",
-            "fp16_full_eval",
-            "load_best_model_at_end",
-            "metric_for_best_model",
-            "greater_is_better",
-        ),
-        _EVALUATION,
-    ),
 }
 """Arguments of `TrainingArguments` that would be without effect, and what to do instead."""
 
 REFUSED_OPTIONS: Mapping[str, str] = {
-    "eval_dataset": _EVALUATION,
-    "compute_metrics": _EVALUATION,
-    "preprocess_logits_for_metrics": _EVALUATION,
+    "preprocess_logits_for_metrics": (
+        "there are no logits: compute_metrics is given the log-probabilities of the labels"
+    ),
     "compute_loss_func": _LOSS,
     "model_init": "the starting model is the one that is given: pass it as model",
     "data_collator": "rows are padded by data.collate: pass examples that it takes",
@@ -69,7 +51,13 @@ REFUSED_OPTIONS: Mapping[str, str] = {
 }
 """Options of `Trainer` that would be without effect, and what to do instead."""
 
-ACCEPTED_OPTIONS = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
+ACCEPTED_OPTIONS = (
+    "callbacks",
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "eval_dataset",
+    "compute_metrics",
+)
 """Options that are handed on to `Trainer`."""
 
 
@@ -91,14 +79,6 @@ _CHECKED = (
 """Numbers that this class adds or gives a meaning to, and must lie in their ranges."""
 
 
-_OF_RETAIN_ROWS: Mapping[str, Any] = {
-    "retain_loss": "cross_entropy",
-    "label_smoothing_factor": 0.0,
-    "z_loss": 0.0,
-    "dual_step_size": 0.0,
-}
-"""Arguments without effect where there are no retain rows, and the value that says nothing."""
-
 LOGITS_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -112,8 +92,9 @@ class UnlearningArguments(TrainingArguments):
     """`TrainingArguments`, and what unlearning adds.
 
     `per_device_train_batch_size` counts forget rows; the retain rows come on top.
-    `per_device_eval_batch_size` counts the rows in a forward of the early stop. `data_seed`, or
-    `seed` without one, decides the order of the rows. `remove_unused_columns` is always False.
+    `per_device_eval_batch_size` counts the rows in a forward of an evaluation and of the early
+    stop. `data_seed`, or `seed` without one, decides the order of the rows. `remove_unused_columns`
+    is always False.
     `label_smoothing_factor` is that of the retain rows' cross-entropy, as PyTorch defines it.
 
     Attributes:
@@ -122,11 +103,13 @@ class UnlearningArguments(TrainingArguments):
         forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
             cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
             of 1.
-        retain_loss: loss of the retain rows: `"cross_entropy"`, or `"kl"` for the divergence
-            KL(starting model || model), as in KL minimisation and NPO-KL.
+        retain_loss: loss of the retain rows: `"cross_entropy"`; `"kl"` for the divergence
+            KL(starting model || model), as in KL minimisation and NPO-KL; `"hidden_states"`, which
+            belongs to method `rmu`; or `"none"`, and then there are no retain rows. None for that
+            of the method: `"hidden_states"` for `rmu`, `"none"` for `task_vector`, else
+            `"cross_entropy"`.
         retain_weight: factor of that loss; where it is dual, the one that a training starts with.
-        retain_per_forget: retain rows for each forget row; 0 for a Trainer without any, whose loss
-            is the method's alone.
+        retain_per_forget: retain rows for each forget row, where there are retain rows.
         z_loss: weight of the squared logsumexp of the logits in the retain rows' cross-entropy.
         dual_step_size: of the retain weight, which then follows the retain loss as in PDU: after
             each update it is `max(0, retain_weight + dual_step_size * (retain loss - target))`,
@@ -153,7 +136,7 @@ class UnlearningArguments(TrainingArguments):
     method: str = field(default="unilogit")
     method_parameters: dict[str, float] = field(default_factory=dict)
     forget_weight: float = field(default=0.1)
-    retain_loss: str = field(default="cross_entropy")
+    retain_loss: str | None = field(default=None)
     retain_weight: float = field(default=1.0)
     retain_per_forget: int = field(default=1)
     z_loss: float = field(default=0.0)
@@ -174,6 +157,8 @@ class UnlearningArguments(TrainingArguments):
         # The columns of a batch are for compute_loss, which knows them all.
         self.remove_unused_columns = False
         super().__post_init__()
+        if self.retain_loss is None:
+            self.retain_loss = default_retain_loss(self.method)
         self.resolved_method()
         self._check_losses()
         if self.logits_dtype is not None:
@@ -199,6 +184,11 @@ class UnlearningArguments(TrainingArguments):
         return CrossEntropy(label_smoothing=self.label_smoothing_factor, z_loss=self.z_loss)
 
     @property
+    def retain_rows(self) -> int:
+        """How many go with each forget row: 0 where there is no loss of them."""
+        return 0 if self.retain_loss == NONE else self.retain_per_forget
+
+    @property
     def rows_seed(self) -> int:
         """Seed of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -206,14 +196,9 @@ class UnlearningArguments(TrainingArguments):
     def _check_losses(self) -> None:
         check_numbers(vars(self), _CHECKED)
         of_labels = ("label_smoothing_factor", "z_loss")
-        check_retain_loss(self.retain_loss, {name: getattr(self, name) for name in of_labels})
-        if self.retain_per_forget == 0:
-            for name, idle in _OF_RETAIN_ROWS.items():
-                if getattr(self, name) != idle:
-                    raise ValueError(
-                        f"{name} would have no effect with retain_per_forget 0, got "
-                        f"{getattr(self, name)}: leave it {idle!r}"
-                    )
+        retain_loss = str(self.retain_loss)
+        check_retain_loss(retain_loss, {name: getattr(self, name) for name in of_labels})
+        check_goes_together(self.method, retain_loss, self.dual_step_size, self.stop_at_probability)
         epochs = math.inf if self.max_steps > 0 else self.num_train_epochs
         check_dual(vars(self), epochs)
 
@@ -225,8 +210,6 @@ class UnlearningArguments(TrainingArguments):
                     f"{known.name} would have no effect here, got {given!r}; "
                     f"{REFUSED_ARGUMENTS[known.name]}"
                 )
-        if self.save_strategy == "best":
-            raise ValueError(f"save_strategy must not be 'best', since {_EVALUATION}")
         if _setting(self.accelerator_config, "dispatch_batches"):
             raise ValueError(
                 "accelerator_config's dispatch_batches must not be True: it cuts a batch between "

@@ -59,7 +59,7 @@ class BatchLoss:
     def forget_rows(self, labels: Tensor) -> int:
         """How many rows of a batch are forget rows, or refusals; they come first."""
         members = 2 if self.method.needs_refusals else 1
-        return len(labels) * members // (members + self.args.retain_per_forget)
+        return len(labels) * members // (members + self.args.retain_rows)
 
     def __call__(self, heads: Heads, targets: Targets, retain_weight: float) -> Tensor:
         """The loss, the forget rows' and the retain rows', `[3]`; the first is differentiable.
@@ -71,9 +71,17 @@ class BatchLoss:
         """
         # A mixture does not compute what has no weight; a weight that may grow has to see it.
         unseen = retain_weight == 0 and self.args.dual_step_size != 0
+        if self.args.retain_rows == 0:
+            return self._of_forget_rows(heads, targets)
         if self.method.needs_refusals or heads.teacher is not None or unseen:
             return self._apart(heads, targets, retain_weight)
         return self._together(heads.model, targets, retain_weight)
+
+    def _of_forget_rows(self, heads: Heads, targets: Targets) -> Tensor:
+        items = None if targets.counts is None else targets.counts[0]
+        every = slice(None)
+        dropped = self._of_rows(heads, targets, every, self._forget_loss(targets, every), items)
+        return torch.stack([self.args.forget_weight * dropped, dropped, torch.zeros_like(dropped)])
 
     def _together(self, head: HeadCall, targets: Targets, retain_weight: float) -> Tensor:
         """From one call of the lm_head."""
@@ -100,9 +108,7 @@ class BatchLoss:
         items = (None, None) if targets.counts is None else targets.counts.unbind()
         losses = self._forget_loss(targets, forget), self._retain_loss()
         dropped = self._of_rows(heads, targets, forget, losses[0], items[0])
-        kept = torch.zeros_like(dropped)
-        if self.args.retain_per_forget > 0:
-            kept = self._of_rows(heads, targets, retain, losses[1], items[1])
+        kept = self._of_rows(heads, targets, retain, losses[1], items[1])
         loss = self.args.forget_weight * dropped + retain_weight * kept
         return torch.stack([loss, dropped, kept])
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from unilogit_kernels.unlearning.arguments import UnlearningArguments
 from unilogit_kernels.unlearning.data import Features, count_labels
 from unilogit_kernels.unlearning.evaluation import token_probabilities
+from unilogit_kernels.unlearning.processes import over_rows
 
 
 class Training(Protocol):
@@ -21,8 +21,8 @@ class Training(Protocol):
     def begin(self) -> None:
         """A training begins."""
 
-    def share_of(self, count: int) -> list[int]:
-        """The positions of `count` things that this process takes."""
+    def end(self) -> None:
+        """It has taken its last step."""
 
     def evaluating_as_in_training(self) -> AbstractContextManager[nn.Module]:
         """The model as it trains."""
@@ -32,7 +32,7 @@ class Training(Protocol):
 
 
 class Begin(TrainerCallback):
-    """Tells the Trainer when a training begins: also one that is resumed, or is its second.
+    """Tells the Trainer when a training begins, also one that is resumed or its second, and ends.
 
     Args:
         trainer: is told.
@@ -50,6 +50,16 @@ class Begin(TrainerCallback):
     ) -> None:
         """Tell it."""
         self.trainer.begin()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tell it."""
+        self.trainer.end()
 
 
 class StopAtProbability(TrainerCallback):
@@ -85,15 +95,10 @@ class StopAtProbability(TrainerCallback):
 
     def _mean_probability(self, batch_size: int) -> float:
         """Over all rows, each read by one process; the same number in each."""
-        share = self.trainer.share_of(len(self.forget))
-        with self.trainer.evaluating_as_in_training() as model:
-            found = token_probabilities(
-                model,
-                [self.forget[position] for position in share],
-                pad_id=self.pad_id,
-                batch_size=batch_size,
-            )
-        by_row: dict[int, float] = dict(
-            gather_object(list(zip(share, found.tolist(), strict=True)))
-        )
-        return sum(by_row[position] for position in range(len(self.forget))) / len(self.forget)
+
+        def of_rows(mine: list[Features]) -> list[float]:
+            with self.trainer.evaluating_as_in_training() as model:
+                found = token_probabilities(model, mine, pad_id=self.pad_id, batch_size=batch_size)
+            return found.tolist()
+
+        return sum(over_rows(self.forget, of_rows)) / len(self.forget)

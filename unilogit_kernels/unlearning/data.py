@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "Encoding",
     "Example",
     "Features",
+    "FillerPair",
     "PairIndex",
     "PairSampler",
     "PairedDataset",
@@ -107,6 +109,26 @@ def check_columns(examples: Sequence[Features], name: str) -> list[str]:
     return first
 
 
+def check_sets(name: str, examples: Any) -> None:
+    """Check examples, or a dict of them by the name of their set; None is none.
+
+    Args:
+        name: of the argument, for messages.
+        examples: see above.
+
+    Raises:
+        DataError: a set holds none, or see `check_columns`.
+    """
+    sets = {name: examples}
+    if isinstance(examples, dict):
+        sets = {f"{name} {of_set!r}": found for of_set, found in examples.items()}
+    for each, found in sets.items():
+        if found is not None and len(found) == 0:
+            raise DataError(f"{each} holds no examples")
+        if found is not None:
+            check_columns(found, each)
+
+
 def count_labels(example: Features) -> int:
     """How many labels of an example carry loss; the first never does, as nothing precedes it."""
     return int((example["labels"][1:] != IGNORED).sum())
@@ -116,6 +138,13 @@ PairIndex = tuple[int, tuple[int, ...]]
 """A forget row, and the retain rows that go with it."""
 
 
+class FillerPair(NamedTuple):
+    """A `PairIndex` that only fills a batch: its rows carry no loss, and are counted nowhere."""
+
+    forget: int
+    retain: tuple[int, ...]
+
+
 class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
     """Forget examples, each with retain examples; which ones, the index says (`PairSampler`).
 
@@ -123,12 +152,12 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
 
     Args:
         forget: at least one example, and at least one label that carries loss among them.
-        retain: the same, or none at all, where no retain rows go with the forget rows.
+        retain: the same; or no example, where nothing is to be kept.
         refusals: what the model should say instead, one for each forget example; or none at all.
 
     Raises:
-        DataError: a set is empty or has no label that carries loss, there is not one refusal for
-            each forget example, or the examples' columns do not go together.
+        DataError: there is no forget example, a set has no label that carries loss, there is not
+            one refusal for each forget example, or the examples' columns do not go together.
     """
 
     def __init__(
@@ -143,7 +172,7 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
                 f"got {len(refusals)}"
             )
         if not forget:
-            raise DataError(f"there must be forget examples, got none, and {len(retain)} to retain")
+            raise DataError("there must be at least one forget example")
         self.forget, self.retain, self.refusals = forget, retain, refusals
         columns = {name: check_columns(examples, name) for name, examples in self._sets().items()}
         for name, found in columns.items():
@@ -193,7 +222,15 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
         """The refusal, where there are any, and the forget example; the retain examples."""
         forget, retain = index
         members = [self.refusals[forget]] if self.refusals else []
-        return [*members, self.forget[forget]], [self.retain[position] for position in retain]
+        members = [*members, self.forget[forget]]
+        kept = [self.retain[position] for position in retain]
+        if isinstance(index, FillerPair):
+            return _without_labels(members), _without_labels(kept)
+        return members, kept
+
+
+def _without_labels(examples: Sequence[Features]) -> list[Features]:
+    return [{**e, "labels": torch.full_like(e["labels"], IGNORED)} for e in examples]
 
 
 def rows_of_pairs(pairs: Sequence[tuple[list[Features], list[Features]]]) -> list[Features]:
@@ -202,9 +239,15 @@ def rows_of_pairs(pairs: Sequence[tuple[list[Features], list[Features]]]) -> lis
     return rows + [example for _, retain in pairs for example in retain]
 
 
-def collate_pairs(pairs: Sequence[tuple[list[Features], list[Features]]], pad_id: int) -> Features:
-    """A batch of `rows_of_pairs`."""
-    return collate(rows_of_pairs(pairs), pad_id)
+Pair = tuple[list[Features], list[Features]]
+"""What a forget row brings into a batch: it and its refusal, and its retain rows."""
+
+
+def collate_pairs(items: Sequence[Pair] | Sequence[Features], pad_id: int) -> Features:
+    """A batch of `rows_of_pairs`, or, in an evaluation, of plain examples."""
+    examples = [item for item in items if isinstance(item, dict)]
+    pairs = [item for item in items if not isinstance(item, dict)]
+    return collate(examples or rows_of_pairs(pairs), pad_id)
 
 
 class PairSampler(Sampler[PairIndex]):
@@ -214,15 +257,21 @@ class PairSampler(Sampler[PairIndex]):
     is seen equally often however many there are. Both are functions of seed and epoch alone, so a
     resumed run draws what an uninterrupted one does.
 
+    Processes that share an epoch take whole batches of it in turn. Where its rows run out, pairs
+    without loss fill the last ones, so that no row counts twice and a step is that of one process.
+
     Args:
         dataset: whose rows are drawn.
-        retain_per_forget: retain rows for each forget row.
+        retain_per_forget: retain rows for each forget row, 0 for none.
         seed: of both orders.
+        multiple_of: what the number of pairs is filled up to a multiple of.
     """
 
-    def __init__(self, dataset: PairedDataset, retain_per_forget: int, seed: int) -> None:
+    def __init__(
+        self, dataset: PairedDataset, retain_per_forget: int, seed: int, multiple_of: int = 1
+    ) -> None:
         self.forget_size, self.retain_size = len(dataset.forget), len(dataset.retain)
-        self.retain_per_forget, self.seed = retain_per_forget, seed
+        self.retain_per_forget, self.seed, self.multiple_of = retain_per_forget, seed, multiple_of
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -230,15 +279,17 @@ class PairSampler(Sampler[PairIndex]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.forget_size
+        return -(-self.forget_size // self.multiple_of) * self.multiple_of
 
     def __iter__(self) -> Iterator[PairIndex]:
         chain = self._retain_chain(self.epoch * self.forget_size * self.retain_per_forget)
         for forget in self._permutation("forget", self.epoch, self.forget_size):
             yield forget, tuple(next(chain) for _ in range(self.retain_per_forget))
+        for _ in range(len(self) - self.forget_size):
+            yield FillerPair(0, (0,) * self.retain_per_forget)
 
     def _retain_chain(self, start: int) -> Iterator[int]:
-        cycle, skipped = divmod(start, self.retain_size)
+        cycle, skipped = divmod(start, max(self.retain_size, 1))
         while True:
             yield from self._permutation("retain", cycle, self.retain_size)[skipped:]
             cycle, skipped = cycle + 1, 0

@@ -22,6 +22,10 @@ class TrainingError(RuntimeError):
     """A run ended before its last step, through no fault of its inputs that could be seen."""
 
 
+class LostProcessError(TrainingError):
+    """Another process of the run has ended, or does not answer."""
+
+
 INPUT_ERRORS = (RunError, DataError, UnsupportedHeadError)
 """What is raised where inputs do not fit: the message is all that a user needs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from unilogit_kernels.unlearning.data import (
     padding_id,
 )
 from unilogit_kernels.unlearning.generation import Generated, generate_greedily
+from unilogit_kernels.unlearning.processes import over_rows
 from unilogit_kernels.unlearning.recall import holds_key, rouge_l
 from unilogit_kernels.unlearning.thoughts import answer_after_thought
 
@@ -94,6 +95,7 @@ def evaluate_rows(
     generate: bool = True,
     stop: Sequence[str] = (),
     max_new_tokens: int | None = None,
+    share_rows: bool = False,
 ) -> SetReport:
     """Measure what a model knows of some rows.
 
@@ -107,21 +109,26 @@ def evaluate_rows(
             question of its own; what follows is not scored.
         max_new_tokens: of an answer; by default a little more than the longest completion has,
             which is too little for a model that thinks first.
+        share_rows: every process of the run calls this with the same rows; each measures its share,
+            and all return the same report. Each needs the model whole where answers are generated.
 
     Returns:
         The measurements. Nothing random is drawn, and the model's modes are left as they were.
 
     Raises:
         DataError: a row cannot be encoded, see `Encoding.example`.
+        RunError, LostProcessError: another process failed, or is gone, see `processes.over_rows`.
         ValueError: an empty stop string, or `max_new_tokens` below 1.
     """
-    examples = encoding.encode(rows)
-    log_probability, lengths = _log_probabilities(
-        model,
-        [example.features() for example in examples],
-        pad_id=padding_id(encoding.tokenizer),
-        batch_size=batch_size,
-    )
+    features = [example.features() for example in encoding.encode(rows)]
+
+    def of_rows(mine: list[Features]) -> list[list[float]]:
+        pad_id = padding_id(encoding.tokenizer)
+        of_mine = _log_probabilities(model, mine, pad_id=pad_id, batch_size=batch_size)
+        return torch.stack(of_mine, dim=1).tolist()
+
+    measured = over_rows(features, of_rows) if share_rows else of_rows(features)
+    log_probability, lengths = torch.tensor(measured, dtype=torch.float64).T
     answers = []
     if generate:
         answers = answer_rows(
@@ -131,6 +138,7 @@ def evaluate_rows(
             batch_size=batch_size,
             stop=stop,
             max_new_tokens=max_new_tokens,
+            share_rows=share_rows,
         )
     recalled = [answer.recalled for answer in answers if answer.recalled is not None]
     return SetReport(
@@ -153,6 +161,7 @@ def answer_rows(
     stop: Sequence[str] = (),
     max_new_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
+    share_rows: bool = False,
 ) -> list[Answer]:
     """Answer the prompts of some rows greedily.
 
@@ -164,9 +173,10 @@ def answer_rows(
         stop: see `evaluate_rows`.
         max_new_tokens: see `evaluate_rows`.
         progress: is told after each batch how many prompts it held.
+        share_rows: see `evaluate_rows`.
 
     Raises:
-        DataError, ValueError: see `evaluate_rows`.
+        DataError, RunError, LostProcessError, ValueError: see `evaluate_rows`.
     """
     if "" in stop:
         raise ValueError("a stop string must not be empty")
@@ -179,19 +189,23 @@ def answer_rows(
         labels = [encoding.example(row).labels for row in asked]
         longest = max(sum(label != IGNORED for label in each) for each in labels)
         max_new_tokens = longest + _EXTRA_TOKENS
-    generated = generate_greedily(
-        model,
-        [encoding.prompt_ids(row) for row in asked],
-        encoding,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        progress=progress,
-    )
-    return [
-        _score(row, answer, encoding.answer_start(row))
-        for row, answer in zip(asked, generated, strict=True)
-    ]
+
+    def of_rows(mine: list[Row]) -> list[Answer]:
+        generated = generate_greedily(
+            model,
+            [encoding.prompt_ids(row) for row in mine],
+            encoding,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            progress=progress,
+        )
+        return [
+            _score(row, answer, encoding.answer_start(row))
+            for row, answer in zip(mine, generated, strict=True)
+        ]
+
+    return over_rows(asked, of_rows) if share_rows else of_rows(asked)
 
 
 def token_probabilities(
@@ -239,11 +253,9 @@ def token_log_probabilities(
     found = [torch.zeros(len(example["labels"]), dtype=torch.float64) for example in examples]
     with torch.no_grad(), evaluating(model):
         for chosen, labels, inputs in in_batches(model, examples, pad_id, batch_size):
-            log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
-            counted = labels[:, 1:] != IGNORED
-            log_p = F.logsigmoid(log_odds).masked_fill(~counted, 0.0).cpu()
+            log_p = label_log_probabilities(model, labels, inputs).cpu()
             for position, row in zip(chosen, log_p, strict=True):
-                found[position][1:] = row[: len(found[position]) - 1]
+                found[position][:] = row[: len(found[position])]
     return found
 
 
@@ -268,6 +280,22 @@ def in_batches(
         batch = collate([examples[position] for position in chosen], pad_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         yield chosen, batch.pop("labels"), dict(batch)
+
+
+def label_log_probabilities(model: nn.Module, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`log p` of each label of a batch, without logits.
+
+    Args:
+        model: a Hugging Face causal LM, wrapped or not, as it is: no mode is changed.
+        labels: int64 `[B, T]`, not shifted.
+        inputs: of the model's forward.
+
+    Returns:
+        float64 `[B, T]`, aligned with the labels; 0 where a label does not count.
+    """
+    log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
+    log_p = F.logsigmoid(log_odds).masked_fill(labels[:, 1:] == IGNORED, 0.0)
+    return F.pad(log_p, (1, 0))
 
 
 def _score(row: Row, answer: Generated, before: str) -> Answer:

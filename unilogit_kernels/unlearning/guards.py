@@ -75,7 +75,7 @@ class Started(TrainerCallback):
         try:
             yield
         except Exception as error:
-            if self.seen:
+            if self.seen or isinstance(error, TrainingError):
                 raise
             advice = "cannot be resumed from; delete it to resume from an older one, or start anew"
             with reading(f"{checkpoint} {advice}"):

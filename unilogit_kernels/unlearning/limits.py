@@ -66,7 +66,7 @@ _SHARE = Range(0.0, 1.0)
 RANGES: Mapping[str, Range] = {
     "forget_weight": _FACTOR,
     "retain_weight": _FACTOR,
-    "retain_per_forget": _count(0),
+    "retain_per_forget": _count(),
     "label_smoothing": _SHARE,
     "label_smoothing_factor": _SHARE,
     "z_loss": _FACTOR,
@@ -104,6 +104,9 @@ PARAMETER_RANGES: Mapping[str, Range] = {
     "z_loss": _FACTOR,
     "entropy": _OF_EITHER_SIGN,
     "weight": _OF_EITHER_SIGN,
+    "layer": Range(0.0, _LARGEST_COUNT),
+    "steering": _FACTOR,
+    "scale": _FACTOR,
 }
 """Of the methods' parameters; one without a range here may be any number of either sign."""
 

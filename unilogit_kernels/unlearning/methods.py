@@ -50,8 +50,33 @@ _DIVERGENCES = {
     ),
 }
 
-RETAIN_LOSSES = ("cross_entropy", "kl")
-"""Losses of the retain rows: of their labels, or the divergence from the starting model."""
+_ALIASES = {"altpo": "idk_dpo", "task_vector": "cross_entropy"}
+"""Methods whose loss is another's: they differ in the rows, or in what is done after training."""
+
+RMU, ALTPO, TASK_VECTOR = "rmu", "altpo", "task_vector"
+_OWN_PARAMETERS: Mapping[str, Mapping[str, float | None]] = {
+    RMU: {"layer": None, "steering": 20.0},
+    TASK_VECTOR: {"scale": 1.0},
+}
+"""Of methods that are not losses of the logits alone, with defaults: None for one that depends on
+the model. RMU's `steering` is OpenUnlearning's; the paper's depends on the model, 6.5 for
+Zephyr 7B."""
+
+_DESCRIPTIONS = {
+    RMU: "RMU (arXiv 2403.03218): hidden states of a middle layer to a random direction.",
+    ALTPO: "AltPO (arXiv 2409.13474): IdkDPO to an alternate answer of each row's own.",
+    TASK_VECTOR: "Negation of a task vector (arXiv 2212.04089): learn the rows, then subtract.",
+}
+
+HIDDEN_STATES, NONE = "hidden_states", "none"
+RETAIN_LOSSES = ("cross_entropy", "kl", HIDDEN_STATES, NONE)
+"""Losses of the retain rows: of their labels, the divergence from the starting model, the distance
+of hidden states from the starting model's, or none, and then no rows."""
+
+
+def default_retain_loss(method: str) -> str:
+    """The loss of the retain rows that belongs to a method."""
+    return {RMU: HIDDEN_STATES, TASK_VECTOR: NONE}.get(method, "cross_entropy")
 
 
 def check_retain_loss(retain_loss: str, of_labels: Mapping[str, float]) -> None:
@@ -68,14 +93,48 @@ def check_retain_loss(retain_loss: str, of_labels: Mapping[str, float]) -> None:
     for name, value in of_labels.items():
         if value and retain_loss != "cross_entropy":
             raise ValueError(
-                f"{name} would have no effect with retain_loss {retain_loss!r}, got {value}: a "
-                "divergence sees no labels. Leave it 0, or take retain_loss 'cross_entropy'"
+                f"{name} would have no effect with retain_loss {retain_loss!r}, got {value}, which "
+                "sees no labels. Leave it 0, or take retain_loss 'cross_entropy'"
             )
+
+
+def check_goes_together(
+    method: str, retain_loss: str, dual_step_size: float, stop_at_probability: float | None
+) -> None:
+    """See that a method can run with the loss of the retain rows, and that nothing is idle.
+
+    Args:
+        method: its name.
+        retain_loss: by name.
+        dual_step_size: of a retain weight that follows the retain loss; 0 for none.
+        stop_at_probability: of forget tokens; None for no such stop.
+
+    Raises:
+        ValueError: it cannot, or a setting would have no effect.
+    """
+    allowed = {RMU: (HIDDEN_STATES, NONE), TASK_VECTOR: (NONE,)}.get(
+        method, tuple(loss for loss in RETAIN_LOSSES if loss != HIDDEN_STATES)
+    )
+    if retain_loss not in allowed:
+        raise ValueError(
+            f"retain_loss of method {method!r} must be one of {', '.join(allowed)}, got "
+            f"{retain_loss!r}"
+        )
+    if retain_loss == NONE and dual_step_size != 0:
+        raise ValueError(
+            f"dual_step_size would have no effect with retain_loss 'none', got {dual_step_size}: "
+            "there is no retain loss to follow"
+        )
+    if method == TASK_VECTOR and stop_at_probability is not None:
+        raise ValueError(
+            f"stop_at_probability would end method {method!r} at once, got {stop_at_probability}: "
+            "it learns the forget rows, and what it learned is taken away after the last step"
+        )
 
 
 def method_names() -> list[str]:
     """Every method by name."""
-    return sorted([*objectives.REGISTRY, *_DIVERGENCES])
+    return sorted({*objectives.REGISTRY, *_DIVERGENCES, *_ALIASES, *_OWN_PARAMETERS})
 
 
 class MethodError(ValueError):
@@ -87,8 +146,10 @@ class Method:
     """A method with its parameters.
 
     Attributes:
-        name: a key of `objectives.REGISTRY`; or `"undial"`, with the starting model as teacher, or
-            `"unilogit_starting_model"`, Unilogit with the starting model's target.
+        name: a key of `objectives.REGISTRY`; or `"undial"`, with the starting model as teacher,
+            `"unilogit_starting_model"`, Unilogit with the starting model's target, `"rmu"`, of
+            hidden states, `"altpo"`, IdkDPO with an alternate of each row's own, or
+            `"task_vector"`, which learns the rows and then goes as far in the other direction.
         parameters: its float parameters, where they differ from the defaults.
     """
 
@@ -113,22 +174,41 @@ class Method:
 
     @property
     def _class(self) -> type[Objective]:
-        return objectives.REGISTRY.get(self.name, Objective)
+        return objectives.REGISTRY.get(_ALIASES.get(self.name, self.name), Objective)
 
     @property
-    def defaults(self) -> Mapping[str, float]:
-        """Every parameter that the method has, with its default."""
+    def of_hidden_states(self) -> bool:
+        """Whether its losses are of hidden states, and no lm_head is needed."""
+        return self.name == RMU
+
+    @property
+    def is_negated(self) -> bool:
+        """Whether training learns what is to be forgotten, and arithmetic then takes it away."""
+        return self.name == TASK_VECTOR
+
+    @property
+    def defaults(self) -> Mapping[str, float | None]:
+        """Every parameter that the method has, with its default; None where the model decides."""
         if self.name in _DIVERGENCES:
             return _DIVERGENCES[self.name].defaults
+        if self.name in _OWN_PARAMETERS:
+            return _OWN_PARAMETERS[self.name]
         of_fields: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self._class)}
-        return {name: of_fields[name] for name in objectives.parameter_names(self.name)}
+        known = objectives.parameter_names(_ALIASES.get(self.name, self.name))
+        return {name: of_fields[name] for name in known}
+
+    @property
+    def settled(self) -> Mapping[str, float]:
+        """Its parameters, with defaults where none are given and no model decides."""
+        known = {name: value for name, value in self.defaults.items() if value is not None}
+        return {**known, **self.parameters}
 
     @property
     def description(self) -> str:
         """What the method is, in plain text of one or more lines, the first of which is enough."""
         if self.name in _DIVERGENCES:
             return _DIVERGENCES[self.name].description
-        return inspect.getdoc(self._class) or ""
+        return _DESCRIPTIONS.get(self.name) or inspect.getdoc(self._class) or ""
 
     @property
     def of_sequences(self) -> bool:
@@ -166,7 +246,8 @@ class Method:
         tensors: dict[str, Tensor] = {}
         if reference is not None and self.needs_reference:
             tensors[_REFERENCE] = reference.sum(-1) if self.of_sequences else reference
-        return self._class(**self.parameters, **tensors)
+        own = {} if self.name in _OWN_PARAMETERS else self.parameters
+        return self._class(**own, **tensors)
 
     def items(self, counted: Tensor) -> Tensor:
         """How many losses the mean is over, 0-d, where `counted` `[B, T]` are its labels."""

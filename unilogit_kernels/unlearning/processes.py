@@ -1,22 +1,35 @@
-"""A run of several processes: one world, one voice, one error for all."""
+"""A run of several processes: one world, one voice, one error for all, and rows that are shared."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import distributed
 
-from unilogit_kernels.unlearning.errors import INPUT_ERRORS, RunError
+from unilogit_kernels.unlearning.errors import (
+    INPUT_ERRORS,
+    LostProcessError,
+    RunError,
+    TrainingError,
+    one_line,
+)
 
 _T = TypeVar("_T")
+_Row = TypeVar("_Row")
 
 _WORLD_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+"""Parts of what torch says where another process is gone and the error has no class of its own."""
+_TOLD = "_unilogit_told_by_all"
+"""The attribute of an error that every process knows of, so that the first one tells it."""
 _YES = ("1", "true", "yes", "on", "y", "t")
 
 
@@ -102,6 +115,121 @@ def check_world(size: int) -> None:
         )
 
 
+def join() -> torch.device:
+    """Meet the other processes that were launched, if there are any.
+
+    Returns:
+        The device of this one.
+
+    Raises:
+        RunError: they would not find each other; see `check_launch` and `check_world`.
+    """
+    check_launch()
+    if launched() == 1:
+        cpu = torch.device("cpu")
+        return cpu if on_cpu() else torch.accelerator.current_accelerator() or cpu
+    state = PartialState(cpu=on_cpu())
+    check_world(state.num_processes)
+    device: torch.device = state.device
+    return device
+
+
+def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) -> list[_T]:
+    """Share rows among the processes, and have the results of all in each of them.
+
+    Every process calls this, with the same rows. All take equally many, so that models which are
+    sharded run equally often: where rows run out, they begin again.
+
+    Args:
+        rows: any number.
+        work: from the rows of this process to a result for each; results are pickled, so tensors
+            in them should be on the CPU. Without other processes it gets all rows.
+
+    Returns:
+        The results in the order of the rows, the same in each process.
+
+    Raises:
+        RunError: the work failed in another process.
+        LostProcessError: another process is gone.
+        Exception: what it raised in this one.
+    """
+    if not _connected() or not rows:
+        return list(work(list(rows)))
+    world, own = distributed.get_world_size(), distributed.get_rank()
+    mine = [(own + world * turn) % len(rows) for turn in range(-(-len(rows) // world))]
+    found = together(lambda: list(work([rows[position] for position in mine])))
+    every: list[Any] = [None] * world
+    with hearing_all():
+        distributed.all_gather_object(every, list(zip(mine, found, strict=True)))
+    by_row = {position: result for each in every for position, result in each}
+    return [by_row[position] for position in range(len(rows))]
+
+
+def size() -> int:
+    """How many processes share the work: 1 where none has met another."""
+    return distributed.get_world_size() if _connected() else 1
+
+
+def from_first(work: Callable[[], _T]) -> _T:
+    """Do something in the first process alone, and have what came out in each of them.
+
+    Args:
+        work: what to do; its result is pickled, and no collective belongs in it.
+
+    Raises:
+        RunError: it failed in the first process, where this is another.
+        LostProcessError: another process is gone.
+        Exception: what it raised, where this is the first.
+    """
+    if not _connected():
+        return work()
+    first = distributed.get_rank() == 0
+    found: list[Any] = [together(lambda: work() if first else None)]
+    with hearing_all():
+        distributed.broadcast_object_list(found, src=0)
+    result: _T = found[0]
+    return result
+
+
+@contextmanager
+def hearing_all() -> Iterator[None]:
+    """Say plainly that another process is gone, where torch fails because of that.
+
+    Raises:
+        LostProcessError: it is gone, or has not answered before the group's timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or not _is_loss(error):
+            raise
+        raise LostProcessError(
+            f"another process of the run has ended, or has not answered in time ({one_line(error)})"
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    of_torch = getattr(distributed, "DistError", ())  # of NCCL, and of the store
+    return isinstance(error, of_torch) or any(part in str(error) for part in _LOST)
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process is the one to tell of an error: of its own, if the others know it not.
+
+    Args:
+        error: that ended the work of this process.
+    """
+    if isinstance(error, LostProcessError):
+        return True  # The first one may be the one that is gone.
+    shared = isinstance(error, (*INPUT_ERRORS, TrainingError)) or hasattr(error, _TOLD)
+    return is_first() or not shared
+
+
+def voice() -> str:
+    """Which process speaks, for what several may say: empty where it is the only one."""
+    return f"process {_first(_RANK_VARIABLES, 0)}: " if _connected() and launched() > 1 else ""
+
+
 def together(work: Callable[[], _T]) -> _T:
     """Do the same in every process, and fail in all if it fails in one.
 
@@ -115,6 +243,7 @@ def together(work: Callable[[], _T]) -> _T:
 
     Raises:
         RunError: it failed in another process.
+        LostProcessError: another process is gone.
         Exception: what it raised in this one.
     """
     if not _connected():
@@ -127,8 +256,10 @@ def together(work: Callable[[], _T]) -> _T:
         mine = error
     told = mine and (type(mine).__name__, str(mine), isinstance(mine, INPUT_ERRORS))
     every: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, told)
+    with hearing_all():
+        distributed.all_gather_object(every, told)
     if mine is not None:
+        setattr(mine, _TOLD, True)
         raise mine
     for rank, other in enumerate(every):
         if other is not None:

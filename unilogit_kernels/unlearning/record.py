@@ -25,6 +25,8 @@ from unilogit_kernels.unlearning.errors import RunError, reading
 _FILE = "unlearning.json"
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints, in its output folder."""
+PROCESSES = "processes"
+"""The name, among a run's inputs, of how many processes shared it when it started."""
 _PARTS = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 """Of a checkpoint: what the Trainer leaves as it is where there is none of it."""
 
@@ -72,8 +74,30 @@ class Record:
                 )
             return Record(settings, inputs, datetime.fromisoformat(content["date"]))
 
+    def accumulation(self, started_with: int, processes: int) -> int:
+        """Batches that each process takes in a step, so that a step is that of the run's start.
+
+        Args:
+            started_with: the run's gradient accumulation, in each of the processes of its start.
+            processes: that go on with it.
+
+        Raises:
+            RunError: they cannot share a step's batches evenly.
+        """
+        before = int(self.inputs.get(PROCESSES, processes))
+        each, left = divmod(before * started_with, processes)
+        if left:
+            raise RunError(
+                f"a step of this run is {before * started_with} batches (processes: {before}, "
+                f"gradient accumulation: {started_with}), which {processes} processes cannot share "
+                f"evenly: start a number of them that divides {before * started_with}"
+            )
+        return each
+
     def check(self, output: Path, kind: str, now: dict[str, Any]) -> None:
         """See that a run that goes on does so with what it was started with.
+
+        The number of processes may differ: see `accumulation`.
 
         Args:
             output: its folder, for the message.
@@ -84,6 +108,7 @@ class Record:
             RunError: something differs; the message names it.
         """
         before: dict[str, Any] = getattr(self, kind)
+        now = {name: value for name, value in now.items() if name != PROCESSES}
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:
             details = ", ".join(f"{name} ({before.get(name)} -> {now[name]})" for name in changed)
@@ -153,7 +178,7 @@ def digests(
         "unilogit-kernels": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "processes": str(processes),
+        PROCESSES: str(processes),
     }
 
 

@@ -54,6 +54,7 @@ class Row:
         frame: how the prompt is written where it goes through no chat template, with `{}` in its
             place; completions then follow after a space. Empty: as it is.
         lead: what an answer is begun with, in training and in generation; it carries no loss.
+        alternates: what to answer instead, for method `altpo`.
     """
 
     prompt: str
@@ -70,6 +71,7 @@ class Row:
     history: tuple[tuple[str, str], ...] = ()
     frame: str = ""
     lead: str = ""
+    alternates: tuple[str, ...] = ()
 
     def unframed(self) -> Row:
         """The row as it is written where it goes through no chat template."""
@@ -234,6 +236,7 @@ class _Fields:
             "paraphrased_prompt": self.optional("paraphrased_prompt", "paraphrased_question"),
             "wrong": self.texts("wrong" if self.has("wrong") else "perturbed_answer"),
             "id": "" if name is None else str(name),
+            "alternates": self.texts("alternate"),
         }
 
     def _string(self, value: Any, what: str, may_be_empty: bool) -> str:

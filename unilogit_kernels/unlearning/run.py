@@ -18,11 +18,20 @@ from unilogit_kernels.unlearning.adapters import check_no_adapter
 from unilogit_kernels.unlearning.data import Encoding, Example, Row, padding_id
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
+from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
-from unilogit_kernels.unlearning.processes import check_launch, check_world, on_cpu, together
+from unilogit_kernels.unlearning.methods import RMU
+from unilogit_kernels.unlearning.processes import (
+    check_launch,
+    check_world,
+    hearing_all,
+    on_cpu,
+    together,
+)
 from unilogit_kernels.unlearning.record import (
     CHECKPOINTS,
+    PROCESSES,
     Record,
     digests,
     newest_checkpoint,
@@ -32,6 +41,9 @@ from unilogit_kernels.unlearning.record import (
 from unilogit_kernels.unlearning.settings import Settings
 from unilogit_kernels.unlearning.sources import LEARNED, read_sets
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
+
+_RMU_LAYERS = 3
+"""How many the paper trains: the one that it steers, and the two below."""
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
 
@@ -134,9 +146,8 @@ def _prepare(
     inputs = digests(model, encoding, sets, arguments.world_size)
     if record is not None:
         record.check(settings.output, "inputs", inputs)
-    if settings.train_layers is not None:
-        with reading("train_layers"):
-            train_only_top_layers(model, settings.train_layers)
+        _keep_steps(arguments, record, note)
+    _freeze(model, settings)
     return Prepared(
         settings,
         arguments,
@@ -148,6 +159,33 @@ def _prepare(
         resumed=record is not None,
         checkpoint=newest_checkpoint(settings.output) if record is not None else None,
     )
+
+
+def _freeze(model: PreTrainedModel, settings: Settings) -> None:
+    """Leave trainable what the settings say; RMU reaches no layer above the one that it steers."""
+    layers, below = settings.train_layers, None
+    if settings.method == RMU:
+        with reading("method rmu"):
+            below = steered_layer(model, settings.method_parameters) + 1
+            layers = min(_RMU_LAYERS, below) if layers is None else layers
+    with reading("train_layers"):
+        if layers is not None:
+            train_only_top_layers(model, layers, below=below)
+
+
+def _keep_steps(
+    arguments: UnlearningArguments, record: Record, note: Callable[[str], None]
+) -> None:
+    """Have a step take the batches that it took when the run started, in whatever processes."""
+    before = arguments.gradient_accumulation_steps
+    now = record.accumulation(before, arguments.world_size)
+    if now != before:
+        note(
+            f"the run was started in {record.inputs[PROCESSES]} processes and goes on in "
+            f"{arguments.world_size}: gradient accumulation {now} in place of {before} keeps its "
+            "steps"
+        )
+        arguments.gradient_accumulation_steps = now
 
 
 def _encode(
@@ -190,6 +228,7 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     Raises:
         TrainingError: a loss or gradient became NaN or infinite; the newest checkpoint stays.
+        LostProcessError: another process ended, or did not answer in time.
         RunError: the output cannot be written, or the checkpoint not read.
     """
     settings = prepared.settings
@@ -218,14 +257,16 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
     together(claim)
     if prepared.checkpoint is None:
-        trainer.train()
+        with hearing_all():
+            trainer.train()
     else:
-        with started.reading(prepared.checkpoint):
+        with started.reading(prepared.checkpoint), hearing_all():
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
-    trainer.save_model(str(settings.output))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    with hearing_all():
+        trainer.save_model(str(settings.output))
+        if trainer.is_world_process_zero():
+            shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     return {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
 

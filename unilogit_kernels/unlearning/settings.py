@@ -10,7 +10,14 @@ from typing import Any
 from unilogit_kernels.unlearning.dual import check_dual
 from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.limits import check_choice, check_numbers
-from unilogit_kernels.unlearning.methods import Method, check_retain_loss
+from unilogit_kernels.unlearning.methods import (
+    ALTPO,
+    NONE,
+    Method,
+    check_goes_together,
+    check_retain_loss,
+    default_retain_loss,
+)
 
 TASKS = {"unlearn": "unlearning", "finetune": "fine-tuning"}
 """What a run may do, and what that is called while it is done."""
@@ -23,7 +30,8 @@ class Settings:
     Attributes:
         model: directory or Hub id of a causal LM.
         forget: file of the rows to forget, or None for the benchmark's.
-        retain: file of the rows to keep, or None for the benchmark's.
+        retain: file of the rows to keep, or None for the benchmark's; None where `retain_loss` is
+            `"none"`.
         output: directory for the model; checkpoints lie there until the run is done.
         task: `"unlearn"`, or `"finetune"`, see `finetuning`.
         benchmark: name of a benchmark whose rows to take, see `load_benchmark`.
@@ -33,7 +41,7 @@ class Settings:
         method: loss of the forget rows, a name from `methods.method_names()`.
         method_parameters: the method's float parameters, where they differ from its defaults.
         refusals: text file of what to say instead, one a line, for methods that take them; forget
-            rows take them in turn.
+            rows take them in turn. `altpo` takes the rows' own alternates.
         epochs: passes over the forget rows.
         learning_rate: of AdamW, constant after the warm-up.
         warmup_steps: steps over which the learning rate rises to it.
@@ -41,7 +49,7 @@ class Settings:
         gradient_accumulation: batches in a step.
         retain_per_forget: retain rows for each forget row.
         forget_weight: factor of the forget loss.
-        retain_loss: of the retain rows: `"cross_entropy"` or `"kl"`, see `UnlearningArguments`.
+        retain_loss: of the retain rows, see `UnlearningArguments`; None for the method's own.
         retain_weight: factor of that loss; where it is dual, the one at the start.
         label_smoothing: of the retain rows' cross-entropy.
         z_loss: see `UnlearningArguments`.
@@ -50,7 +58,8 @@ class Settings:
         dual_update: see `UnlearningArguments`.
         dual_warmup_epochs: see `UnlearningArguments`.
         stop_at_probability: stop at this mean probability of a forget token, or None.
-        train_layers: train only so many of the top layers, or None for all parameters.
+        train_layers: train only so many of the top layers, or None for all parameters. For `rmu`
+            it counts from the steered layer down, and None is 3, as in the paper.
         memory_budget_mib: MiB that the losses' buffers may take, or None for the device's default.
         logits_dtype: see `UnlearningArguments`.
         skip_below: see `UnlearningArguments`.
@@ -85,7 +94,7 @@ class Settings:
     gradient_accumulation: int = 1
     retain_per_forget: int = 1
     forget_weight: float = 0.1
-    retain_loss: str = "cross_entropy"
+    retain_loss: str | None = None
     retain_weight: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -115,6 +124,16 @@ class Settings:
         values["data"] = [str(path) for path in self.data]
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
+    @property
+    def retain_loss_or_default(self) -> str:
+        """The loss of the retain rows, the method's own where none is given."""
+        return self.retain_loss or default_retain_loss(self.method)
+
+    @property
+    def takes_retain_rows(self) -> bool:
+        """Whether there is a loss of retain rows, and so are rows."""
+        return self.retain_loss_or_default != NONE
+
     @classmethod
     def finetuning(cls, **given: Any) -> Settings:
         """Of a run that learns rows by cross-entropy and forgets none.
@@ -123,7 +142,7 @@ class Settings:
             given: settings by name; those of forgetting and retaining have no place here.
         """
         fixed = {"forget": None, "retain": None, "task": "finetune", "method": "cross_entropy"}
-        return cls(**{**fixed, "forget_weight": 1.0, "retain_per_forget": 0, **given})
+        return cls(**{**fixed, "forget_weight": 1.0, "retain_loss": NONE, **given})
 
     def check(self) -> None:
         """See that they go together.
@@ -136,13 +155,21 @@ class Settings:
             method = Method(self.method, self.method_parameters)
             check_numbers(vars(self))
             of_labels = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-            check_retain_loss(self.retain_loss, of_labels)
+            check_retain_loss(self.retain_loss_or_default, of_labels)
+            check_goes_together(
+                method.name,
+                self.retain_loss_or_default,
+                self.dual_step_size,
+                self.stop_at_probability,
+            )
             check_dual(vars(self), self.epochs)
         except ValueError as error:
             raise RunError(str(error)) from error
-        if method.needs_refusals and self.refusals is None:
+        self._check_retain_rows()
+        takes_refusals = method.needs_refusals and method.name != ALTPO
+        if takes_refusals and self.refusals is None:
             raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
-        if self.refusals is not None and not method.needs_refusals:
+        if self.refusals is not None and not takes_refusals:
             raise RunError(f"method {method.name!r} takes no refusals")
 
     def _check_sources(self) -> None:
@@ -158,9 +185,20 @@ class Settings:
             if self.with_forget and self.benchmark is None:
                 raise RunError("--with-forget is about the rows of a benchmark: name one")
             return
-        if self.benchmark is None:
-            for name, path in (("forget", self.forget), ("retain", self.retain)):
-                if path is None:
-                    raise RunError(f"name the rows to {name}: --{name} FILE, or a --benchmark")
-        if self.retain_per_forget == 0:
-            raise RunError("retain_per_forget must be at least 1, got 0")
+        if self.forget is None and self.benchmark is None:
+            raise RunError("name the rows to forget: --forget FILE, or a --benchmark")
+
+    def _check_retain_rows(self) -> None:
+        """See that there are rows to keep where there is a loss of them, and only there."""
+        retain_loss = self.retain_loss_or_default
+        if not self.takes_retain_rows and self.retain is not None:
+            raise RunError(f"retain_loss {retain_loss!r} takes no rows to keep, got {self.retain}")
+        if self.takes_retain_rows and self.task == "finetune":
+            raise RunError(
+                f"a fine-tuning keeps no rows: retain_loss must be 'none', got {retain_loss!r}"
+            )
+        if self.takes_retain_rows and self.retain is None and self.benchmark is None:
+            raise RunError(
+                f"retain_loss {retain_loss!r} needs rows to keep: --retain FILE, or a --benchmark; "
+                "retain_loss 'none' does not"
+            )

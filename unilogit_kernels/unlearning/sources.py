@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from unilogit_kernels.unlearning.alternates import with_alternates
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
 from unilogit_kernels.unlearning.errors import RunError, reading
+from unilogit_kernels.unlearning.methods import ALTPO
 from unilogit_kernels.unlearning.rows import Row, read_refusals, read_rows
 from unilogit_kernels.unlearning.settings import Settings
 
@@ -20,8 +22,9 @@ def read_sets(settings: Settings) -> dict[str, list[Row]]:
         settings: of the run, checked.
 
     Returns:
-        By name: `"forget"`, `"retain"` and `"refusal"`, the last of which may be empty; or `"data"`
-        alone, where rows are learned and none forgotten: those of the files, then the benchmark's.
+        By name: `"forget"`, `"retain"` and `"refusal"`, of which the last two may be empty; or
+        `"data"` alone, where rows are learned and none forgotten: those of the files, then the
+        benchmark's.
 
     Raises:
         DataError: a file cannot be read, or holds no rows.
@@ -37,9 +40,11 @@ def read_sets(settings: Settings) -> dict[str, list[Row]]:
                 learned = _of(benchmark, "retain")
         return {LEARNED: learned}
     forget = _rows("forget", settings.forget, benchmark)
-    retain = _rows("retain", settings.retain, benchmark)
+    retain = _rows("retain", settings.retain, benchmark) if settings.takes_retain_rows else []
     with reading("--refusals"):
         refusals = [] if settings.refusals is None else read_refusals(settings.refusals, forget)
+    if settings.method == ALTPO:
+        forget, refusals = with_alternates(forget)
     return {"forget": forget, "retain": retain, "refusal": refusals}
 
 

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,14 +28,20 @@ from unilogit_kernels.unlearning.data import (
     IGNORED,
     DataError,
     Features,
+    FillerPair,
     PairedDataset,
+    PairIndex,
     PairSampler,
+    check_sets,
     collate_pairs,
     rows_of_pairs,
 )
 from unilogit_kernels.unlearning.dual import DualRetainWeight
-from unilogit_kernels.unlearning.evaluation import token_log_probabilities
-from unilogit_kernels.unlearning.methods import MethodError
+from unilogit_kernels.unlearning.evaluation import label_log_probabilities, token_log_probabilities
+from unilogit_kernels.unlearning.hidden_states import Rmu
+from unilogit_kernels.unlearning.methods import HIDDEN_STATES, MethodError
+from unilogit_kernels.unlearning.processes import over_rows
+from unilogit_kernels.unlearning.task_vector import TaskVector
 
 __all__ = ["UnlearningArguments", "UnlearningTrainer"]
 
@@ -71,15 +77,17 @@ class UnlearningTrainer(Trainer):
         model: a Hugging Face causal LM.
         args: the settings.
         forget: examples to forget: `input_ids` (or `inputs_embeds`) and `labels`, `[T]` each.
-        retain: examples whose loss keeps the rest of the model in place; none where
-            `retain_per_forget` is 0, and then the loss is the method's alone.
-        refusals: for methods that take them (DPO, FLAT): what the model should say instead of each
-            forget example, in their order.
+        retain: examples whose loss keeps the rest of the model in place; none where `retain_loss`
+            is `"none"`.
+        refusals: for methods that take them (DPO, AltPO, FLAT): what the model should say instead
+            of each forget example, in their order.
         teacher: the model to compare with, where one is needed: any causal LM with the same
             tokenizer. Default: a copy of the model as it is given, whole on each device.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
-        options: passed on to `Trainer`: `callbacks`, `optimizers` or `optimizer_cls_and_kwargs`.
+        options: passed on to `Trainer`: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`;
+            `eval_dataset`, examples or a dict of them by name; and `compute_metrics`, which is
+            given the log-probabilities of the labels as `predictions` (see `prediction_step`).
 
     Raises:
         DataError: see `PairedDataset`.
@@ -110,18 +118,19 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         refuse_options(options)
         args.check_run(len(forget))
-        if bool(retain) != (args.retain_per_forget > 0):
-            raise DataError(
-                f"there are {len(retain)} retain examples, and retain_per_forget is "
-                f"{args.retain_per_forget}: it is 0 where there are none, and only there"
-            )
         check_saves_what_it_trains(model)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
             takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"
             raise MethodError(f"method {args.method!r} {takes} forget example")
+        if bool(retain) != bool(args.retain_rows):
+            raise DataError(
+                f"retain_loss {args.retain_loss!r} takes "
+                + ("no retain examples" if retain else "at least one retain example, or be 'none'")
+            )
         self._pairs, self._pad_id = PairedDataset(forget, retain, refusals), pad_id
-        needs_teacher = self._method.needs_teacher or args.retain_loss == "kl"
+        check_sets("eval_dataset", options.get("eval_dataset"))
+        needs_teacher = self._method.needs_teacher or args.retain_loss in ("kl", HIDDEN_STATES)
         if teacher is None and needs_teacher:
             teacher = frozen_copy(model)
         for name, given in (("teacher", teacher), ("vocab_size", args.vocab_size)):
@@ -132,6 +141,11 @@ class UnlearningTrainer(Trainer):
         self._teacher = teacher
         self._has_reference = False
         self._batch_loss = BatchLoss(self._method, args)
+        self._rmu: Rmu | None = None
+        if self._method.of_hidden_states:
+            parameters = self._method.settled
+            self._rmu = Rmu.of(model, teacher, parameters, args.forget_weight, args.rows_seed)
+        self._task_vector: TaskVector | None = None
         self._step_losses: Tensor | None = None  # by `_LOGGED`, of the step that is being taken
         self._losses: Tensor | None = None  # the same, summed since they were last logged
         self._logged_step = 0
@@ -162,47 +176,72 @@ class UnlearningTrainer(Trainer):
                     stacklevel=2,
                 )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: use `evaluation.evaluate_rows`."""
-        raise NotImplementedError("use evaluation.evaluate_rows(model, rows, encoding)")
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Features,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What an evaluation sees of a batch of `eval_dataset`, without logits.
 
-    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: use `evaluation.token_probabilities`."""
-        raise NotImplementedError("use evaluation.token_probabilities(model, examples)")
+        Returns:
+            The mean of `-log p` of its labels; and, for `compute_metrics`, float32 `[B, T]`, the
+            `log p` of each label, 0 where there is none, and the labels.
+        """
+        inputs = self._prepare_inputs(dict(inputs))
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.evaluating_as_in_training():
+            log_p = label_log_probabilities(model, labels, inputs)
+        count = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        loss = (-log_p.sum() / count).float()
+        return (loss, None, None) if prediction_loss_only else (loss, log_p.float(), labels)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
-        return PairSampler(self._pairs, self.args.retain_per_forget, self.args.rows_seed)
+        # A batch for each process, or none: accelerate would have some rows count twice.
+        share = self.args.world_size * self._train_batch_size
+        fill = share if self.args.world_size > 1 and not self.args.dataloader_drop_last else 1
+        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill)
 
     @contextmanager
     def evaluating_as_in_training(self) -> Iterator[nn.Module]:
         """The model as it trains: wrapped, on its device, and in the precision of a step."""
+        model = self.model_wrapped
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            yield self.model_wrapped
-
-    def share_of(self, count: int) -> list[int]:
-        """The positions of `count` things that this process takes.
-
-        Processes must run their models equally often, so they all take equally many: where
-        positions run out, they begin again.
-        """
-        world = self.accelerator.num_processes
-        start = self.accelerator.process_index
-        return [(start + world * turn) % count for turn in range(-(-count // world))]
+            yield model
+        # No backward follows, after which FSDP2 would do it: parameters are to be shards again.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def begin(self) -> None:
         """Called at the start of each `train`, once the model is as it will train."""
         self._step_losses, self._losses, self._to_log = None, None, {}
         self._logged_step = self.state.global_step
-        if self._method.needs_reference and not self._has_reference and self.state.global_step > 0:
+        needs = self._method.needs_reference or self._method.is_negated
+        seen = self._has_reference or self._task_vector is not None
+        if needs and not seen and self.state.global_step > 0:
             raise ValueError(
                 f"method {self._method.name!r} needs the starting model, but the checkpoint was "
                 "loaded into it first (as DeepSpeed does): start the run anew"
             )
-        self._add_reference()
+        self._see_start()
+
+    def end(self) -> None:
+        """Called at the end of each `train`, once the best checkpoint is loaded, if it is to be."""
+        if self._task_vector is not None and self.model is not None:
+            self._task_vector.negate(self.model, self._method.settled["scale"])
+            self._task_vector = None
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._add_reference()
+        self._see_start()
         super()._load_from_checkpoint(*args, **kwargs)
+
+    def _see_start(self) -> None:
+        """Take what the method needs of the starting model, while the model is that one."""
+        if self._method.is_negated and self._task_vector is None and self.model is not None:
+            self._task_vector = TaskVector(self.model)
+        self._add_reference()
 
     def _add_reference(self) -> None:
         """Have each batch hold `log p` of its labels under the model as it is now.
@@ -214,20 +253,30 @@ class UnlearningTrainer(Trainer):
             return
         order, size = list(self._get_train_sampler()), self._train_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def of_batches(mine: list[list[PairIndex]]) -> list[dict[int, tuple[Tensor, ...]]]:
+            with self.evaluating_as_in_training() as model:
+                return [self._reference_of(model, batch) for batch in mine]
+
         found: dict[int, tuple[Tensor, ...]] = {}
-        with self.evaluating_as_in_training() as model:
-            for position in self.share_of(len(batches)):
-                batch = batches[position]
-                rows = rows_of_pairs([self._pairs[pair] for pair in batch])
-                log_p = token_log_probabilities(
-                    model, rows, pad_id=self._pad_id, batch_size=len(rows)
-                )
-                members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
-                of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
-                found.update(zip([forget for forget, _ in batch], of_rows, strict=True))
-        found = dict(gather_object(list(found.items())))
+        for of_batch in over_rows(batches, of_batches):
+            found |= of_batch
         self._pairs.add_column(_REFERENCE, [found[row] for row in range(len(self._pairs))])
         self._has_reference = True
+
+    def _reference_of(
+        self, model: nn.Module, batch: list[PairIndex]
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """`log p` of the labels of each forget row, after those of its refusal."""
+        rows = rows_of_pairs([self._pairs[pair] for pair in batch])
+        log_p = token_log_probabilities(model, rows, pad_id=self._pad_id, batch_size=len(rows))
+        members = [log_p[: len(batch)], log_p[len(batch) : 2 * len(batch)]]
+        of_rows = zip(*members[: 1 + self._method.needs_refusals], strict=True)
+        return {
+            pair[0]: values
+            for pair, values in zip(batch, of_rows, strict=True)
+            if not isinstance(pair, FillerPair)
+        }
 
     def _get_num_items_in_batch(
         self, batch_samples: list[Features], device: torch.device
@@ -257,7 +306,7 @@ class UnlearningTrainer(Trainer):
         Args:
             model: the model, as accelerate wrapped it.
             inputs: a batch: refusals, if the method takes them, then forget rows, then
-                `retain_per_forget` times as many retain rows.
+                `retain_rows` times as many retain rows.
             return_outputs: not supported, since there are no logits to return.
             num_items_in_batch: `[forget, retain]`, what the step's means are over; those of
                 the batch if None.
@@ -279,7 +328,12 @@ class UnlearningTrainer(Trainer):
 
         # The model's own forward has the Trainer's autocast already; the teacher's has not.
         with self.accelerator.autocast():
-            if self._teacher is None:
+            if self._rmu is not None:
+                count = self._batch_loss.forget_rows(targets.labels)
+                losses, auxiliary = self._rmu(
+                    model, inputs, targets.labels, count, num_items_in_batch, self.retain_weight
+                )
+            elif self._teacher is None:
                 losses, auxiliary = run_head_with_auxiliary_loss(model, compute, **inputs)
             else:
                 losses, auxiliary = run_two_heads_with_auxiliary_loss(
@@ -304,6 +358,8 @@ class UnlearningTrainer(Trainer):
         if self.control.should_log and steps > 0 and self._losses is not None:
             means = self.accelerator.reduce(self._losses / steps, reduction="mean").tolist()
             self._to_log |= dict(zip(_LOGGED, means, strict=False))
+            if not self.args.retain_rows:
+                del self._to_log["retain_loss"]
             self._losses, self._logged_step = None, self.state.global_step
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from unilogit_kernels.unlearning.benchmarks.sets import EvaluationSet
-from unilogit_kernels.unlearning.data import count_labels
+from unilogit_kernels.unlearning.data import Features, count_labels
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.evaluation import Answer, answer_rows
 from unilogit_kernels.unlearning.measuring.audit import audit_record, estimates
@@ -40,7 +41,10 @@ from unilogit_kernels.unlearning.measuring.subject import Subject, file_digests
 from unilogit_kernels.unlearning.measuring.variants import ANSWER, Key, asked_rows, row_id
 from unilogit_kernels.unlearning.metrics import TokenRecord
 from unilogit_kernels.unlearning.metrics.tokens import Floats
+from unilogit_kernels.unlearning.processes import from_first, over_rows, size, together
 from unilogit_kernels.unlearning.record import Record, digests, printing_date
+
+_T = TypeVar("_T")
 
 _RECORD = "evaluation.json"
 _RESULTS, _AUDIT = "results.json", "audit.json"
@@ -64,41 +68,48 @@ class Report:
     missing: dict[str, str]
 
 
-def measure(request: Request, watcher: Watcher) -> Report:
+def measure(request: Request, watcher: Watcher, device: torch.device | None = None) -> Report:
     """Measure a model, and those it is compared with, and write what came out.
 
     The model's results lie in the output folder, those of the golden and of the starting model in
     its folders `golden` and `starting`. What is computed of a set is written when it is done, and
     not computed again by the same request.
 
+    Where several processes were launched, each calls this with the same request. They share the
+    rows of each set, each with the models whole; the first reads and writes the files, and all
+    return the same.
+
     Args:
         request: what is asked for.
         watcher: is told how it goes on.
+        device: of this process, see `load_model`.
 
     Raises:
-        RunError: a model, its results or the output folder do not fit.
+        RunError: a model, its results or the output folder do not fit, or another process failed.
+        LostProcessError: another process is gone.
         DataError: a row does not.
         UnsupportedHeadError: a model's lm_head does not.
     """
     request.check()
-    check_writable(request.output, folder=True, option="--output")
+    from_first(lambda: check_writable(request.output, folder=True, option="--output"))
     columns: dict[str, dict[str, dict[str, Any]]] = {}
     golden: _Evaluation | None = None
     logs: Logs | None = None
-    read = {role: _results_of(role, request) for role in ("golden", "starting")}
-    model = _begin("model", request, watcher)
+    roles = ("golden", "starting")
+    read = from_first(lambda: {role: _results_of(role, request) for role in roles})
+    model = _begin("model", request, watcher, device)
     if read["golden"] is not None:
         logs = read["golden"]
         columns["golden"] = _aggregates(logs)
     elif request.golden is not None:
-        golden = _begin("golden", request, watcher)
+        golden = _begin("golden", request, watcher, device)
         done = golden.run(None)
         logs = as_logs(done.found)
         columns["golden"] = estimates(done.found)
     if read["starting"] is not None:
         columns["starting"] = _aggregates(read["starting"])
     elif request.starting is not None:
-        found = _begin("starting", request, watcher).run(logs, golden).found
+        found = _begin("starting", request, watcher, device).run(logs, golden).found
         columns["starting"] = estimates(found)
     done = model.run(logs, golden)
     columns["model"] = estimates(done.found)
@@ -106,14 +117,16 @@ def measure(request: Request, watcher: Watcher) -> Report:
     return Report({name: columns[name] for name in order if name in columns}, done.missing)
 
 
-def _begin(role: str, request: Request, watcher: Watcher) -> _Evaluation:
+def _begin(
+    role: str, request: Request, watcher: Watcher, device: torch.device | None
+) -> _Evaluation:
     folder = request.output if role == "model" else request.output / role
-    record = Record.read(folder / _RECORD)
-    date = datetime.now().replace(microsecond=0) if record is None else record.date
+    record = from_first(lambda: Record.read(folder / _RECORD))
+    now = from_first(lambda: datetime.now().replace(microsecond=0))
+    date = now if record is None else record.date
     source = getattr(request, role)
-    return _Evaluation(
-        request, Subject.load(role, source, request, date, watcher.note), folder, record, watcher
-    )
+    subject = together(lambda: Subject.load(role, source, request, date, watcher.note, device))
+    return _Evaluation(request, subject, folder, record, watcher)
 
 
 def _results_of(role: str, request: Request) -> dict[str, Any] | None:
@@ -133,6 +146,19 @@ def _results_of(role: str, request: Request) -> dict[str, Any] | None:
 
 def _aggregates(logs: Logs) -> dict[str, dict[str, Any]]:
     return {name: {"value": float(entry["agg_value"])} for name, entry in logs.items()}
+
+
+def _kept(
+    path: Path,
+    compute: Callable[[], _T],
+    save: Callable[[Path, _T], None],
+    load: Callable[[Path], _T],
+) -> _T:
+    """What a file holds, computed first where there is none: by all, while the first keeps it."""
+    if not from_first(path.exists):
+        found = compute()
+        from_first(lambda: save(path, found))
+    return from_first(lambda: load(path))
 
 
 @dataclass(frozen=True)
@@ -166,8 +192,8 @@ class _Evaluation:
         self.request, self.subject, self.folder = request, subject, folder
         self.watcher = watcher
         self.golden: Subject | None = None
-        self.files = file_digests(subject.source)
-        self.inputs = digests(subject.model, subject.encoding, subject.sets(), 1)
+        self.files = from_first(lambda: file_digests(subject.source))
+        self.inputs = digests(subject.model, subject.encoding, subject.sets(), size())
         self.record = Record(request.recorded(), self.inputs, subject.date)
         if record is not None:
             record.check(folder, "settings", self.record.settings)
@@ -180,7 +206,7 @@ class _Evaluation:
             logs: the golden model's results; None where there are none, or this is that model.
             golden: that model, where it is here.
         """
-        self.record.write(self.folder, _RECORD)
+        from_first(lambda: self.record.write(self.folder, _RECORD))
         self.golden = None if golden is None else golden.subject
         weights = "" if golden is None else golden.inputs["weights"][:_DIGITS]
         found: dict[str, Metric] = {}
@@ -203,22 +229,20 @@ class _Evaluation:
         records: Mapping[Key, TokenRecord] = {}
         if examples:
             path = self.folder / "tokens" / f"{name}.safetensors"
-            if not path.exists():
-                save_records(path, self._records(each))
-            records = load_records(path)
+            records = _kept(path, lambda: self._records(each), save_records, load_records)
         answers: Mapping[str, Answer] = {}
         if self.request.generate and each.measures & {"rouge", "key_recall"}:
             path = self.folder / "answers" / f"{name}.json"
-            if not path.exists():
-                save_answers(path, self._answers(each))
-            answers = load_answers(path)
+            answers = _kept(path, lambda: self._answers(each), save_answers, load_answers)
         apart: Floats | None = None
         if self.golden is not None and "divergence" in each.measures:
             path = self.folder / "divergences" / f"{with_golden}.safetensors"
-            if not path.exists():
-                ids = [row_id(row, n) for n, row in enumerate(each.rows)]
-                save_divergences(path, ids, self._divergences(each))
-            apart = load_divergences(path)
+            ids = [row_id(row, n) for n, row in enumerate(each.rows)]
+
+            def save(path: Path, found: Floats) -> None:
+                save_divergences(path, ids, found)
+
+            apart = _kept(path, lambda: self._divergences(each), save, load_divergences)
         of_forget = (s for s in self.request.sets if s.role == "forget")
         plain = each is next((s for s in of_forget if "memorization" in s.measures), None)
         return Measured(each, records, answers, apart, self.request.convention, plain)
@@ -233,15 +257,17 @@ class _Evaluation:
                 f"{self.request.max_length} tokens"
             )
         self._begin("tokens", each, len(examples))
-        found = iter(
-            token_records(
+
+        def of_examples(mine: list[Features]) -> list[TokenRecord]:
+            return token_records(
                 self.subject.model,
-                [example.features() for example in examples],
+                mine,
                 pad_id=self.subject.pad_id,
                 batch_size=self.request.batch_size,
                 progress=self.watcher.advance,
             )
-        )
+
+        found = iter(over_rows([example.features() for example in examples], of_examples))
         return {
             key: TokenRecord.joined(list(islice(found, len(parts))))
             for key, parts in blocks.items()
@@ -260,23 +286,31 @@ class _Evaluation:
                 stop=each.generation.stop,
                 max_new_tokens=each.generation.max_new_tokens,
                 progress=self.watcher.advance,
+                share_rows=True,
             )
         return dict(zip(asked, found, strict=True))
 
     def _divergences(self, each: EvaluationSet) -> Floats:
-        assert self.golden is not None, "asked for beside a golden model only"
+        golden = self.golden
+        assert golden is not None, "asked for beside a golden model only"
         shown = self.subject.examples[each.name]
         answers = [[e.features() for e in shown[key]] for key in shown if key[1] == ANSWER]
         self._begin("divergence", each, sum(map(len, answers)))
-        with reading(f"the golden model {self.golden.source!r} cannot be compared"):
-            found = divergences(
-                self.subject.model,
-                self.golden.model,
-                list(chain(*answers)),
-                pad_id=self.subject.pad_id,
-                batch_size=self.request.batch_size,
-                progress=self.watcher.advance,
-            )
+
+        def of_examples(mine: list[Features]) -> list[Floats]:
+            with reading(f"the golden model {golden.source!r} cannot be compared"):
+                return list(
+                    divergences(
+                        self.subject.model,
+                        golden.model,
+                        mine,
+                        pad_id=self.subject.pad_id,
+                        batch_size=self.request.batch_size,
+                        progress=self.watcher.advance,
+                    )
+                )
+
+        found = np.stack(over_rows(list(chain(*answers)), of_examples))
         ends = np.cumsum([len(parts) for parts in answers])[:-1]
         # Of a text in blocks each token weighs the same.
         weights = ([count_labels(part) for part in parts] for parts in answers)
@@ -284,9 +318,14 @@ class _Evaluation:
         return np.stack([np.average(rows, axis=0, weights=tokens) for rows, tokens in parts])
 
     def _begin(self, stage: str, each: EvaluationSet, total: int) -> None:
-        self.watcher.begin(f"{self.subject.role}: {stage} of {each.name}", total)
+        # Of this process: all take equally many.
+        share = -(-total // size())
+        self.watcher.begin(f"{self.subject.role}: {stage} of {each.name}", share)
 
     def _write(self, found: Mapping[str, Metric], missing: Mapping[str, str]) -> None:
+        from_first(lambda: self._write_all(found, missing))
+
+    def _write_all(self, found: Mapping[str, Metric], missing: Mapping[str, str]) -> None:
         request = self.request
         write_logs(self.folder, request.benchmark, as_logs(found))
         ids = {

@@ -10,6 +10,7 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
@@ -56,7 +57,12 @@ class Subject:
 
     @staticmethod
     def load(
-        role: str, source: str, request: Request, date: datetime, note: Callable[[str], None]
+        role: str,
+        source: str,
+        request: Request,
+        date: datetime,
+        note: Callable[[str], None],
+        device: torch.device | None = None,
     ) -> Subject:
         """Read a model and see that it takes the rows.
 
@@ -66,6 +72,7 @@ class Subject:
             request: what is asked for.
             date: see `Subject`.
             note: is told what a user should know.
+            device: see `load_model`.
 
         Raises:
             RunError, DataError, UnsupportedHeadError: it cannot be measured on them.
@@ -79,7 +86,11 @@ class Subject:
                 for each in request.sets
             }
         model = load_model(
-            source, request.dtype, allow_missing=request.allow_missing_weights, note=note
+            source,
+            request.dtype,
+            device=device,
+            allow_missing=request.allow_missing_weights,
+            note=note,
         )
         with reading(f"the model of {source!r} cannot be run"):
             observe_logit_transform(model)

@@ -1,0 +1,367 @@
+"""Methods that are not losses of the logits alone: 20 steps of each are a literal loop's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.support import literal
+from tests.support.tiny_models import (
+    FORGET,
+    RETAIN,
+    encoded,
+    make_model,
+    one_thread,
+    save_model,
+    write_rows,
+)
+from tests.unlearning.test_trainer import InterruptAt
+from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged, make_trainer
+from unilogit_kernels.testing import assert_tensors_within_budget, assert_within_budget
+from unilogit_kernels.unlearning.data import PairSampler, collate
+from unilogit_kernels.unlearning.methods import Method
+from unilogit_kernels.unlearning.rows import DataError, read_rows
+from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
+from unilogit_kernels.unlearning.trainer import UnlearningTrainer
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+EPOCHS, LAYER, STEERING, SCALE = 10, 1, 3.0, 0.7
+STEPS = 2 * EPOCHS
+"""Of three forget rows: two in a step, then one."""
+
+Rows = Sequence[dict[str, Any]]
+Losses = tuple[Tensor, Tensor | None]
+"""Of the forget and of the retain rows."""
+
+
+def run_model(model: PreTrainedModel, rows: Rows) -> tuple[Any, Tensor]:
+    batch = collate(encoded(rows), 0)
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        output_hidden_states=True,
+    )
+    return output, batch["labels"]
+
+
+def of_labels(
+    loss: Callable[[Tensor, Tensor], Tensor], model: PreTrainedModel, rows: Rows
+) -> Tensor:
+    output, labels = run_model(model, rows)
+    counted = labels[:, 1:] != -100
+    return loss(output.logits[:, :-1][counted], labels[:, 1:][counted]).mean()
+
+
+def cross_entropy(model: PreTrainedModel, rows: Rows) -> Tensor:
+    return of_labels(lambda z, y: -literal.log_p(z, y), model, rows)
+
+
+def hidden(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """Of the tokens with labels, `[n, H]`."""
+    output, labels = run_model(model, rows)
+    states: Tensor = output.hidden_states[LAYER + 1][labels != -100]
+    return states
+
+
+def rmu(model: PreTrainedModel, start: PreTrainedModel, forget: Rows, retain: Rows) -> Losses:
+    direction = torch.rand(32, generator=torch.Generator().manual_seed(5))
+    states = hidden(model, forget)
+    target = (direction / direction.norm() * STEERING).to(states.dtype)
+    with torch.no_grad():
+        before = hidden(start, retain)
+    moved = (hidden(model, retain) - before).square().mean()
+    return (states - target).square().mean(), moved
+
+
+def altpo(model: PreTrainedModel, start: PreTrainedModel, forget: Rows, retain: Rows) -> Losses:
+    alternates = [REFUSALS[FORGET.index(row)] for row in forget]
+
+    def ratio(rows: Rows) -> Tensor:
+        output, labels = run_model(model, rows)
+        with torch.no_grad():
+            before, _ = run_model(start, rows)
+        return literal.sequence_log_p(
+            output.logits[:, :-1], labels[:, 1:]
+        ) - literal.sequence_log_p(before.logits[:, :-1], labels[:, 1:])
+
+    loss = 2 / 0.3 * literal.dpo((ratio(alternates), ratio(forget)), 0.3).mean()
+    return loss, cross_entropy(model, retain)
+
+
+def task_vector(
+    model: PreTrainedModel, start: PreTrainedModel, forget: Rows, retain: Rows
+) -> Losses:
+    return cross_entropy(model, forget), None
+
+
+def unilogit(model: PreTrainedModel, start: PreTrainedModel, forget: Rows, retain: Rows) -> Losses:
+    return of_labels(literal.unilogit("reverse"), model, forget), None
+
+
+Method_ = Callable[[PreTrainedModel, PreTrainedModel, Rows, Rows], Losses]
+CASES: dict[str, tuple[Method_, dict[str, Any]]] = {
+    "rmu": (
+        rmu,
+        {"method": "rmu", "method_parameters": {"layer": LAYER, "steering": STEERING}},
+    ),
+    "altpo": (altpo, {"method": "altpo", "method_parameters": {"beta": 0.3}}),
+    "task_vector": (task_vector, {"method": "task_vector", "method_parameters": {"scale": SCALE}}),
+    "no retain rows": (unilogit, {"method": "unilogit", "retain_loss": "none"}),
+}
+
+
+def batches(trainer: UnlearningTrainer) -> Iterator[tuple[Rows, Rows]]:
+    """The rows of each step."""
+    for epoch in range(EPOCHS):
+        sampler = PairSampler(trainer._pairs, trainer.args.retain_rows, trainer.args.rows_seed)
+        sampler.set_epoch(epoch)
+        pairs = list(sampler)
+        for step in (pairs[:2], pairs[2:]):
+            yield [FORGET[f] for f, _ in step], [RETAIN[r] for _, rows in step for r in rows]
+
+
+def literal_loop(model: PreTrainedModel, trainer: UnlearningTrainer, method: Method_) -> Tensor:
+    """Steps of SGD over whole logits or hidden states; each step's losses, `[steps, 1 or 2]`."""
+    args, start, seen = trainer.args, copy.deepcopy(model), []
+    for forget, retain in batches(trainer):
+        model.zero_grad()
+        dropped, kept = method(model, start, forget, retain)
+        loss = args.forget_weight * dropped
+        loss = loss if kept is None else loss + args.retain_weight * kept
+        loss.backward()
+        seen.append(torch.stack([x.detach() for x in (dropped, kept) if x is not None]))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(args.learning_rate * parameter.grad)
+    if args.method == "task_vector":
+        with torch.no_grad():
+            for parameter, before in zip(model.parameters(), start.parameters(), strict=True):
+                parameter.copy_(before - SCALE * (parameter - before))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_twenty_steps_are_the_literal_loop(tmp_path: Path, name: str, accumulation: int) -> None:
+    """With an incomplete last batch, and an incomplete last window of accumulation."""
+    method, options = CASES[name]
+    model = make_model(num_hidden_layers=3)
+    exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=2 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=EPOCHS,
+        forget_weight=0.7,
+        retain_weight=1.3,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        data_seed=5,
+        **options,
+    )
+    trainer = make_trainer(model, args)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    exact_losses = literal_loop(exact, trainer, method)
+    plain_losses = literal_loop(plain, trainer, method)
+    names = ("forget_loss", "retain_loss")[: exact_losses.shape[1]]
+    found = torch.tensor([logged(trainer, name) for name in names]).T
+    assert_within_budget(found, exact_losses, plain_losses, smallest_scale=1.0)
+    assert (logged(trainer, "retain_loss") == []) == (len(names) == 1)
+    assert_tensors_within_budget(*(dict(m.named_parameters()) for m in (model, exact, plain)))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, make_start()[n])}
+    assert any(f"layers.{LAYER}." in name for name in moved)
+    assert (not any("layers.2." in name for name in moved)) == (name == "rmu")
+
+
+def make_start() -> dict[str, Tensor]:
+    return dict(make_model(num_hidden_layers=3).named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"retain_loss": "none"}, {"method": "task_vector"}], ids=str)
+def test_no_retain_rows_are_no_forward(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, seen = make_model(), list[int]()
+    args = arguments(tmp_path, per_device_train_batch_size=3, **options)
+    trainer = make_trainer(model, args)
+    model.model.register_forward_hook(lambda module, inputs, output: seen.append(len(output[0])))
+    trainer.train()
+    assert seen[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "unilogit", "retain_loss": "hidden_states"},
+            "must be one of cross_entropy, kl, none",
+        ),
+        ({"method": "rmu", "retain_loss": "kl"}, "must be one of hidden_states, none, got 'kl'"),
+        ({"method": "task_vector", "retain_loss": "kl"}, "must be one of none, got 'kl'"),
+        ({"retain_loss": "none", "dual_step_size": 1.0}, "there is no retain loss to follow"),
+        ({"retain_loss": "none", "z_loss": 0.1}, "z_loss would have no effect"),
+        ({"method": "task_vector", "stop_at_probability": 0.1}, "would end method 'task_vector'"),
+        (
+            {"method": "rmu", "method_parameters": {"beta": 1.0}},
+            "no parameter 'beta'; it has layer",
+        ),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_rows_that_do_not_go_with_the_retain_loss(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="retain_loss 'none' takes no retain examples"):
+        make_trainer(make_model(), arguments(tmp_path, retain_loss="none"), retain=encoded(RETAIN))
+    with pytest.raises(DataError, match="at least one retain example, or be 'none'"):
+        make_trainer(make_model(), arguments(tmp_path), retain=())
+
+
+@pytest.mark.parametrize(("layer", "depth"), [(2.0, 2), (0.5, 2)])
+def test_a_layer_that_is_not_there(tmp_path: Path, layer: float, depth: int) -> None:
+    args = arguments(tmp_path, method="rmu", method_parameters={"layer": layer})
+    with pytest.raises(ValueError, match=f"below the {depth} layers of the model, got {layer:g}"):
+        make_trainer(make_model(), args)
+
+
+def test_a_steered_layer_that_nothing_trains(tmp_path: Path) -> None:
+    model = make_model(num_hidden_layers=3)
+    model.model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    trainer = make_trainer(model, arguments(tmp_path, method="rmu"))
+    with pytest.raises(ValueError, match="no gradient reaches the hidden states of layer 0"):
+        trainer.train()
+
+
+def test_recomputed_activations_change_no_step_of_rmu(tmp_path: Path) -> None:
+    options = {"method": "rmu", "retain_weight": 2.0}
+    models = make_model(num_hidden_layers=3), make_model(num_hidden_layers=3)
+    make_trainer(models[0], arguments(tmp_path, **options)).train()
+    recomputed = arguments(
+        tmp_path,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        **options,
+    )
+    make_trainer(models[1], recomputed).train()
+    for (name, value), other in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    alternates = ["no", ["idk", "hm"], "so"]
+    rows = [{**row, "alternate": text} for row, text in zip(FORGET, alternates, strict=True)]
+    return Settings(
+        model=str(save_model(tmp_path / "model", num_hidden_layers=3, attention_dropout=0.1)),
+        forget=write_rows(tmp_path / "forget.jsonl", rows),
+        retain=write_rows(tmp_path / "retain.jsonl", RETAIN),
+        output=tmp_path / "output",
+        epochs=3,
+        batch_size=2,
+        learning_rate=1e-3,
+        checkpoint_steps=2,
+    )
+
+
+def replaced(settings: Settings, **changes: Any) -> Settings:
+    return Settings(**{**vars(settings), **changes})
+
+
+OF_COMMANDS: dict[str, dict[str, Any]] = {
+    "rmu": {"method_parameters": {"layer": 1}},
+    "altpo": {},
+    "task_vector": {"retain": None},
+    "unilogit": {"retain": None, "retain_loss": "none"},
+}
+
+
+@pytest.mark.parametrize("method", OF_COMMANDS)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, method: str) -> None:
+    settings = replaced(settings, method=method, **OF_COMMANDS[method])
+    assert execute(prepare(settings))["steps"] == 6
+    again = replaced(settings, output=settings.output.with_name("again"))
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(again), [InterruptAt(5)])
+    execute(prepare(again, resume=True))
+    expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(settings.model).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(again.output).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    moved = {name for name, value in found.items() if not torch.equal(value, start[name])}
+    if method == "rmu":
+        assert {name.split(".")[2] for name in moved} == {"0", "1"}
+    else:
+        assert len(moved) == len(found)
+
+
+def test_alternates_are_rows_of_their_own(settings: Settings) -> None:
+    rows = read_rows(str(settings.forget))
+    assert [row.alternates for row in rows] == [("no",), ("idk", "hm"), ("so",)]
+    prepared = prepare(replaced(settings, method="altpo"))
+    forget, refusals = prepared.sets["forget"], prepared.sets["refusal"]
+    assert len(forget) == len(refusals) == 4
+    assert forget[1] == forget[2]
+    said = [
+        prepared.encoding.tokenizer.decode([label for label in example.labels if label != -100])
+        for example in refusals
+    ]
+    # Each learns its end, as an answer does that is to be given.
+    assert said == [f" {text}</s>" for text in ("no", "idk", "hm", "so")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "altpo", "refusals": Path("refusals.txt")}, "'altpo' takes no refusals"),
+        ({"retain": None}, "retain_loss 'cross_entropy' needs rows to keep"),
+        ({"retain_loss": "none"}, "retain_loss 'none' takes no rows to keep"),
+        ({"method": "rmu", "train_layers": 2, "method_parameters": {"layer": 0}}, "of which 1 lie"),
+    ],
+)
+def test_settings_that_cannot_be(settings: Settings, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError) as caught:
+        prepare(replaced(settings, **changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "item 1 is empty"),
+        (["no", ""], "item 2 is empty"),
+        (3, "item 1 must be a string, got int"),
+        ([None], "item 1 must be a string, got NoneType"),
+    ],
+)
+def test_alternates_that_are_none(tmp_path: Path, given: Any, message: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{**FORGET[0], "alternate": given}])
+    with pytest.raises(DataError, match=f'field "alternate", {message}'):
+        read_rows(path)
+
+
+def test_a_row_without_an_alternate(settings: Settings) -> None:
+    bare = write_rows(settings.output.with_name("bare.jsonl"), FORGET)
+    with pytest.raises(DataError, match="a row without an alternate has nothing to answer instead"):
+        prepare(replaced(settings, method="altpo", forget=bare))
+
+
+def test_methods_by_name() -> None:
+    assert Method("altpo").needs_refusals
+    assert Method("altpo").needs_reference
+    assert not Method("rmu").needs_reference
+    assert Method("task_vector").is_negated
