@@ -29,7 +29,7 @@ from tests.support.tiny_models import (
     write_rows,
 )
 from tests.unlearning.tiny_trainer import arguments, logged, make_trainer
-from unilogit_kernels.cli.evaluate import app
+from unilogit_kernels.cli.app import app
 from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.data import DataError
 from unilogit_kernels.unlearning.errors import LostProcessError, RunError

@@ -208,10 +208,8 @@ def test_rows_with_different_objectives_in_one_forward() -> None:
     )
 
     def by_torch(dtype: torch.dtype) -> Tensor:
-        logits, labels = (
-            copy.deepcopy(model).to(dtype)(**ids).logits[:, :-1],
-            batch["labels"][:, 1:],
-        )
+        exact: Any = copy.deepcopy(model)
+        logits, labels = exact.to(dtype)(**ids).logits[:, :-1], batch["labels"][:, 1:]
         first = reference.unilogit_loss(logits[:1], labels[:1])
         rest = nn.functional.cross_entropy(logits[1:].flatten(0, 1), labels[1:].flatten())
         return torch.stack([first, rest])

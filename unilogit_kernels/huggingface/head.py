@@ -9,8 +9,6 @@ not know is an error.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
 from unilogit_kernels.huggingface.observation import input_device, observe, observe_logit_transform
+from unilogit_kernels.huggingface.rounding import Rounding
 from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
 from unilogit_kernels.huggingface.stand_in import Call, Forward, attach, evaluating, forward_with
 
@@ -349,10 +348,10 @@ def verify_head(model: nn.Module, tokens: int = 8, seed: int = 0) -> float:
     transform = observe_logit_transform(model)
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(transform.vocab_size, (1, tokens), generator=draw).to(input_device(model))
-    roundings: list[_Rounding] = []
+    roundings: list[Rounding] = []
 
     def log_odds(head: HeadCall) -> Tensor:
-        roundings.append(_Rounding.of(head))
+        roundings.append(Rounding.of(head))
         return head.log_odds(ids)
 
     with torch.no_grad(), evaluating(model):
@@ -367,46 +366,3 @@ def verify_head(model: nn.Module, tokens: int = 8, seed: int = 0) -> float:
             f"where rounding explains {allowed:.3g}"
         )
     return difference
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rounding:
-    """What may lie between fused log-odds and those of the model's logits.
-
-    A log-odds is a logit less a mean of the others, weighted by their probabilities: the roundings
-    of two logits count, in both. An eps is twice a rounding.
-
-    Attributes:
-        logits: number of roundings of one logit, times eps.
-        sums: of the sums over the hidden size, whatever their order.
-        eps: of the log-odds.
-    """
-
-    logits: float
-    sums: float
-    eps: float
-
-    @staticmethod
-    def of(head: HeadCall) -> _Rounding:
-        dtype, device = head.hidden.dtype, head.hidden.device.type
-        exact = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        # The head's own, that of the factor, and three of the cap.
-        number = 1 + (head.transform.logit_scale is not None)
-        number += 3 * (head.transform.softcap is not None)
-        norms = [
-            torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-            for x in (head.hidden, head.weight)
-        ]
-        largest_sum = float(norms[0].max() * norms[1].max()) * math.sqrt(head.hidden.shape[-1])
-        scale = abs(head.transform.logit_scale or 1.0)
-        return _Rounding(number * torch.finfo(dtype).eps, exact * scale * largest_sum, exact)
-
-    def between_log_odds(self, logits: Tensor, log_odds: Tensor) -> float:
-        """The largest difference that rounding explains."""
-        largest = float(logits.abs().max())
-        # A difference, and a sum over the columns: an exponential and a logarithm.
-        of_log_odds = self.eps * (2 * largest + float(log_odds.abs().max()) + 4)
-        of_logits = max(self.logits, torch.finfo(logits.dtype).eps) * largest
-        return 2 * (of_logits + self.sums) + of_log_odds

@@ -219,13 +219,6 @@ class Values(NamedTuple):
     state: Tensor
 
 
-class Upstream(NamedTuple):
-    """What the gradient of `Values` takes: complete states, and the gradient of the values."""
-
-    state: Tensor
-    slope: Tensor
-
-
 # ---- losses ------------------------------------------------------------------------------------
 
 _RowsT = TypeVar("_RowsT", bound=Rows, contravariant=True)

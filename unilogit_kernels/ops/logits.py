@@ -15,7 +15,6 @@ from unilogit_kernels.ops.arguments import (
     RowArguments,
     Saved,
     TokenRows,
-    Upstream,
     Values,
     WeightedObjective,
     exact_dtype,
@@ -33,6 +32,13 @@ from unilogit_kernels.rows.whole import logits_gradient, logits_state
 
 M = TypeVar("M", bound=Fragment)
 R = TypeVar("R", bound=RowArguments)
+
+
+class Upstream(NamedTuple):
+    """What the gradient of `Values` takes: complete states, and the gradient of the values."""
+
+    state: Tensor
+    slope: Tensor
 
 
 def has_literal(rows: RowArguments) -> bool:
