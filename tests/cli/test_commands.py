@@ -60,7 +60,7 @@ def test_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     for each in found:
         assert each["name"] in listed
         assert each["description"]
-        Method(each["name"], each["parameters"])
+        Method(each["name"], {k: v for k, v in each["parameters"].items() if v is not None})
     by_name = {each["name"]: each for each in found}
     assert by_name["undial"]["parameters"] == {"gamma": 10.0}
     assert by_name["undial"]["needs"] == "the starting model"

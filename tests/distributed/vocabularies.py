@@ -87,6 +87,31 @@ def of_problem(problem: Problem | Pair, cut: Sequence[int], backend: str) -> Res
     return Result(loss.detach(), [x.detach() for x in gradients], sent)
 
 
+def of_frozen_problem(problem: Problem, cut: Sequence[int], backend: str) -> Result:
+    """A problem's loss and the gradient of hidden states, where the lm_head is frozen."""
+    hidden, weight, *bias = part_of(problem.operands, own_columns(cut))
+    hidden = hidden.clone().requires_grad_()
+    with recorded() as sent:
+        loss = uk.linear_objective_loss(
+            hidden,
+            weight,
+            problem.labels,
+            problem.objective,
+            bias=bias[0] if bias else None,
+            backend=backend,
+            vocab_parallel=VocabParallel(),
+            **problem.options,
+        )
+        gradient = torch.autograd.grad(loss, hidden)[0]
+    return Result(loss.detach(), [gradient], sent)
+
+
+def of_frozen_problems(problems: Sequence[Problem], cut: Sequence[int]) -> list[Result]:
+    """The same of several."""
+    backends = [name for name in ("cpu", "eager") if name in uk.available_backends()]
+    return [of_frozen_problem(p, cut, backends[i % len(backends)]) for i, p in enumerate(problems)]
+
+
 def of_problems(problems: Sequence[Problem | Pair], cut: Sequence[int]) -> list[Result]:
     """The same of several, on the backends that run here in turn."""
     backends = [name for name in ("cpu", "eager") if name in uk.available_backends()]

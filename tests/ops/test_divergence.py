@@ -143,7 +143,9 @@ def test_operators_are_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> 
     # Memory for logits to keep is not all written, and two runs would differ there.
     monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.saved_capacity", lambda *_: 0)
     logits, ref_logits = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
-    pair = (torch.arange(3), -100, 1.0, 0.0, 1.0, 0.0, 9, "forward", "shift", [2.0], "eager")
+    shard = (9, 0, 9, "")  # the whole vocabulary
+    rewrite = ("forward", "shift", [2.0])
+    pair = (torch.arange(3), -100, 1.0, 0.0, 1.0, 0.0, *shard, *rewrite, "eager")
     options = (None, None, 0.0, True)
     opcheck(torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair))
     heads = (torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), None)

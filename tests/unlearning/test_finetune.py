@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
-from typer import Typer
 from typer.testing import CliRunner, Result
 
 from tests.support.tiny_models import (
@@ -27,9 +26,7 @@ from tests.support.tiny_models import (
 from tests.unlearning.benchmark_files import MUSE, TOFU, write_tables
 from tests.unlearning.test_trainer import InterruptAt
 from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged
-from unilogit_kernels.cli.evaluate import evaluate
-from unilogit_kernels.cli.finetune import finetune
-from unilogit_kernels.cli.unlearn import unlearn
+from unilogit_kernels.cli.app import app
 from unilogit_kernels.testing import assert_tensors_within_budget
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
 from unilogit_kernels.unlearning.data import Encoding, collate
@@ -59,10 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(line: str) -> Result:
-    commands = Typer()
-    for command in (finetune, unlearn, evaluate):
-        commands.command()(command)
-    return CliRunner().invoke(commands, line.split())
+    return CliRunner().invoke(app, line.split())
 
 
 def done(line: str) -> Result:

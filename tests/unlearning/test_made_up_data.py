@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer import Typer
 from typer.testing import CliRunner
 
-from unilogit_kernels.cli.dataset import dataset
+from unilogit_kernels.cli.app import app
 from unilogit_kernels.unlearning.benchmarks import load_benchmark
 from unilogit_kernels.unlearning.demo.tofu_shape import (
     Tables,
@@ -95,9 +94,8 @@ def test_the_general_facts_agree(tables: Tables) -> None:
 
 
 def test_it_is_read_back_as_tofu(tmp_path: Path) -> None:
-    commands = Typer()
-    commands.command()(dataset)
-    result = CliRunner().invoke(commands, ["--output", str(tmp_path / "d"), "--seed", "3"])
+    given = ["dataset", "--output", str(tmp_path / "d"), "--seed", "3"]
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     assert "forget25: 120 rows" in result.output
     assert "--benchmark tofu:forget25 --data-dir" in result.output
@@ -119,7 +117,7 @@ def test_it_is_read_back_as_tofu(tmp_path: Path) -> None:
     }
     forget = next(each for each in benchmark.sets if each.name == "forget")
     assert {"truth_ratio", "key_recall", "membership"} <= forget.measures
-    again = CliRunner().invoke(commands, ["--output", str(tmp_path / "d")])
+    again = CliRunner().invoke(app, ["dataset", "--output", str(tmp_path / "d")])
     assert again.exit_code == 2
     assert "is not empty" in again.output
 

@@ -359,7 +359,10 @@ def test_an_output_that_is_taken(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "no/such/model"}, "no tokenizer could be loaded from 'no/such/model'"),
+        (
+            {"model": "no/such/model"},
+            "model 'no/such/model': there is no such folder",
+        ),
         ({"method": "forgetting"}, "method must be one of altpo, ceu, cross_entropy"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
