@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,7 +117,8 @@ def load_model(
 
 def _check_exists(model: str) -> None:
     """See that what can only be a folder is one: transformers would look for it on the Hub."""
-    if Path(model).is_dir():
+    # No name is too long for this question, unlike that of `Path`.
+    if os.path.isdir(model):  # noqa: PTH112
         return
     try:
         validate_repo_id(model)
