@@ -51,6 +51,10 @@ class Finish(NamedTuple):
     slopes: Tensor
 
 
+NO_FINISH = (None, 2, None, None, None)
+"""A `Finish` of nothing."""
+
+
 def factors_of(transform: LogitTransform) -> tuple[float, float]:
     """`scale` and `softcap` as the kernels take them: the cap's division goes into the scale."""
     if transform.softcap:
@@ -64,6 +68,10 @@ def vocabulary_terms(vocab_size: int) -> tuple[float, float, float]:
 
 
 # ---- what both backends do ---------------------------------------------------------------------
+
+
+GEOMETRIES = 2048
+"""Of each kind of launch so many are remembered: those of a call's chunks, for many sizes."""
 
 
 class GpuKernels(RowKernels):

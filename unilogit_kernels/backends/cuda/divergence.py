@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_float, c_int32, c_int64
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from unilogit_kernels.backends.contract import LogitTransform, TilePair
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.geometry import Shares, factors
 from unilogit_kernels.backends.cuda.prepared import (
-    GEOMETRIES,
     CudaLaunches,
     Matrix,
     Prepared,
+    Update,
 )
 from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.ids import DTYPE_IDS
@@ -27,21 +27,7 @@ _PAIR_COLUMNS = 16
 """`kPairVector * kPairVectors` of `csrc/cuda/pair_kernels.h`."""
 
 
-class _Update(NamedTuple):
-    """Statistics of a pair of tiles: in one launch, or in parts that another one merges.
-
-    Attributes:
-        fold: The first launch.
-        parts: Of a row; 0 where the state is updated at once.
-        merge: The second launch; None then.
-    """
-
-    fold: Prepared
-    parts: int = 0
-    merge: Prepared | None = None
-
-
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _update(
     n: int,
     v: int,
@@ -52,7 +38,7 @@ def _update(
     b_transform: LogitTransform,
     state_stride: int,
     multiprocessors: int,
-) -> _Update | None:
+) -> Update | None:
     """None where there is nothing to launch for."""
     gpu.check_matrices(CudaLaunches.language, v, a.dtype, b.dtype)
     if n * v == 0:
@@ -71,17 +57,17 @@ def _update(
     )
     fold = Prepared(Kernel("DIVERGENCE_UPDATE"), (n, shares.parts), shares.threads, numbers)
     if shares.parts == 1:
-        return _Update(fold)
+        return Update(fold)
     merge = Prepared(
         Kernel("MERGE_PAIRS"),
         (n, 1),
         geometry.ROW_THREADS,
         (c_int64(state_stride), c_int32(shares.parts)),
     )
-    return _Update(fold, shares.parts, merge)
+    return Update(fold, (pair_state.B_SUM + 1, shares.parts), merge)
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _gradient(
     n: int,
     v: int,
@@ -142,12 +128,13 @@ class DivergenceLaunches(CudaLaunches):
         )
         if update is None:
             return
-        if update.merge is None:
-            update.fold.through(launcher, a, a, b, labels, state, None)
-            return
-        parts = torch.empty(pair_state.B_SUM + 1, n, update.parts, device=a.device)
+        parts = None
+        if update.parts is not None:
+            planes, count = update.parts
+            parts = torch.empty(planes, n, count, device=a.device)
         update.fold.through(launcher, a, a, b, labels, state, parts)
-        update.merge.through(launcher, a, parts, state)
+        if update.merge is not None:
+            update.merge.through(launcher, a, parts, state)
 
     def divergence_gradient(
         self,

@@ -13,11 +13,11 @@ from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.divergence import DivergenceLaunches
 from unilogit_kernels.backends.cuda.geometry import TYPES
 from unilogit_kernels.backends.cuda.log_odds import LogOddsLaunches
-from unilogit_kernels.backends.cuda.prepared import GEOMETRIES, Prepared
+from unilogit_kernels.backends.cuda.prepared import Prepared
 from unilogit_kernels.backends.cuda.sources import Kernel
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _scale(count: int, dtype: torch.dtype, multiprocessors: int) -> Prepared:
     vectors = -(-count * dtype.itemsize // 16)
     blocks = min(multiprocessors * geometry.RESIDENT_THREADS, vectors) // geometry.ROW_THREADS

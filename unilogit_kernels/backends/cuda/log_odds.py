@@ -15,11 +15,11 @@ from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cuda import geometry
 from unilogit_kernels.backends.cuda.geometry import TYPES, Shares, factors
 from unilogit_kernels.backends.cuda.prepared import (
-    GEOMETRIES,
     CudaLaunches,
     Device,
     Matrix,
     Prepared,
+    Update,
 )
 from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.gpu import Finish
@@ -73,21 +73,7 @@ def _vocabulary(vocab_size: int) -> tuple[c_float, c_float, c_float]:
     return c_float(uniform), c_float(softplus), c_float(inverse)
 
 
-class _Update(NamedTuple):
-    """Statistics of a tile: in one launch, or in parts that another one merges.
-
-    Attributes:
-        fold: The first launch.
-        parts: Shape of what it leaves, but for the rows; None where the state is updated at once.
-        merge: The second launch; None then.
-    """
-
-    fold: Prepared
-    parts: tuple[int, int] | None = None
-    merge: Prepared | None = None
-
-
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _update(
     n: int,
     v: int,
@@ -99,7 +85,7 @@ def _update(
     objective: str | None,
     vocab_size: int,
     multiprocessors: int,
-) -> _Update | None:
+) -> Update | None:
     """None where there is nothing to launch for."""
     gpu.check_matrices(CudaLaunches.language, v, logits.dtype)
     if n * v == 0:
@@ -123,7 +109,7 @@ def _update(
         ),
     )
     if shares.parts == 1 and objective is None:
-        return _Update(fold)
+        return Update(fold)
     numbers: tuple[c_float | c_int32 | c_int64, ...]
     if family is _PLAIN:
         numbers = (
@@ -136,10 +122,10 @@ def _update(
     else:
         numbers = (c_int64(state_stride), c_int32(shares.parts), *needed)
     merge = Prepared(Kernel(family.merge), (n, 1), geometry.ROW_THREADS, numbers)
-    return _Update(fold, (family.planes, shares.parts), merge)
+    return Update(fold, (family.planes, shares.parts), merge)
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _gradient(
     n: int,
     v: int,
@@ -187,7 +173,7 @@ class _Sweep(NamedTuple):
     is_empty: bool = False
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _sweep(
     n: int,
     v: int,
@@ -229,10 +215,6 @@ def _sweep(
     return _Sweep(launch)
 
 
-_NO_FINISH = (None, 2, None, None, None)
-"""A `Finish` of nothing."""
-
-
 class LogOddsLaunches(CudaLaunches):
     """Launches of the log-odds kernels."""
 
@@ -243,7 +225,7 @@ class LogOddsLaunches(CudaLaunches):
         logits, labels, first_column, transform = tile
         launcher = self._launcher
         n, v = logits.shape
-        objective, vocab_size, row_weight, values, slopes = finish or _NO_FINISH
+        objective, vocab_size, row_weight, values, slopes = finish or gpu.NO_FINISH
         update = _update(
             n,
             v,

@@ -13,9 +13,6 @@ from unilogit_kernels.backends.cuda.launcher import Launcher
 from unilogit_kernels.backends.cuda.sources import Kernel
 from unilogit_kernels.backends.gpu import GpuKernels
 
-GEOMETRIES = 2048
-"""Of each kind of launch so many are remembered: those of a call's chunks, for many sizes."""
-
 
 class Prepared(NamedTuple):
     """A launch but for its pointers, which come first among a kernel's arguments.
@@ -36,6 +33,20 @@ class Prepared(NamedTuple):
         """Launch on the device of a tensor."""
         arguments = (*pointers, *self.numbers)
         launcher.launch(self.kernel, self.grid, self.threads, arguments, device_of)
+
+
+class Update(NamedTuple):
+    """Statistics of rows: in one launch, or in parts that another one merges.
+
+    Attributes:
+        fold: The first launch.
+        parts: Shape of what it leaves, but for the rows; None where the state is updated at once.
+        merge: The second launch; None then.
+    """
+
+    fold: Prepared
+    parts: tuple[int, int] | None = None
+    merge: Prepared | None = None
 
 
 class Device(NamedTuple):

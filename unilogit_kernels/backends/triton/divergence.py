@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import triton
@@ -13,7 +13,6 @@ from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, TilePair
 from unilogit_kernels.backends.gpu import factors_of
 from unilogit_kernels.backends.triton.geometry import (
-    GEOMETRIES,
     Matrices,
     Place,
     Shares,
@@ -27,7 +26,7 @@ from unilogit_kernels.backends.triton.kernels.divergence import (
     divergence_update_kernel,
     merge_pair_parts_kernel,
 )
-from unilogit_kernels.backends.triton.prepared import Prepared, TritonLaunches
+from unilogit_kernels.backends.triton.prepared import Prepared, TritonLaunches, Update
 from unilogit_kernels.backends.triton.settings import Device, Settings
 
 
@@ -37,21 +36,7 @@ def _lanes(chosen: Settings, a_transform: LogitTransform, b_transform: LogitTran
     return (chosen.capped_lanes if capped else chosen.lanes) // 2
 
 
-class _Update(NamedTuple):
-    """Statistics of a pair of tiles: in one launch, or in parts that another one merges.
-
-    Attributes:
-        fold: The first launch.
-        parts: Of a row; 0 where the state is updated at once.
-        merge: The second launch; None then.
-    """
-
-    fold: Prepared
-    parts: int = 0
-    merge: Prepared | None = None
-
-
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _update(
     n: int,
     v: int,
@@ -62,7 +47,7 @@ def _update(
     b_transform: LogitTransform,
     state_stride: int,
     device: Device,
-) -> _Update | None:
+) -> Update | None:
     """None where there is nothing to launch for."""
     gpu.check_matrices(TritonLaunches.language, v, a_place.dtype, b_place.dtype)
     if n * v == 0:
@@ -87,7 +72,7 @@ def _update(
         shares.options,
     )
     if shares.parts == 1:
-        return _Update(fold)
+        return Update(fold)
     merge = Prepared(
         merge_pair_parts_kernel,
         (n, 1),
@@ -99,10 +84,10 @@ def _update(
         },
         options_of(device.settings, warps=1),
     )
-    return _Update(fold, shares.parts, merge)
+    return Update(fold, shares.parts, merge)
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _gradient(
     n: int,
     v: int,

@@ -27,9 +27,6 @@ ACCESS = int(ACCESS_BYTES.value)
 TAIL_LANES = 8
 """Elements that a thread holds at once in a tail: the masks take registers too."""
 
-GEOMETRIES = 2048
-"""Of each kind of launch so many are remembered: those of a call's chunks, for many sizes."""
-
 
 def on_its_device(launch: _Launch) -> _Launch:
     """Triton launches on the current device; make that the one of a method's first argument."""

@@ -12,7 +12,6 @@ from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.triton.divergence import DivergenceLaunches
 from unilogit_kernels.backends.triton.geometry import (
     ACCESS,
-    GEOMETRIES,
     on_its_device,
     options_of,
 )
@@ -25,7 +24,7 @@ SCALE_BLOCK = 4096
 """Elements of a tile of `scale_`: 64 or 128 bytes in flight for each of 128 threads."""
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _scale(count: int, dtype: torch.dtype, is_aligned: bool, device: Device) -> Prepared:
     chosen = device.settings
     programs = device.multiprocessors * chosen.resident_warps // chosen.warps

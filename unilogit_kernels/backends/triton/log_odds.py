@@ -14,7 +14,6 @@ from unilogit_kernels.backends import gpu
 from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.gpu import Finish, factors_of
 from unilogit_kernels.backends.triton.geometry import (
-    GEOMETRIES,
     Matrices,
     Place,
     Shares,
@@ -30,7 +29,7 @@ from unilogit_kernels.backends.triton.kernels.log_odds import (
     merge_parts_kernel,
 )
 from unilogit_kernels.backends.triton.kernels.row_maths import Needs
-from unilogit_kernels.backends.triton.prepared import Prepared, TritonLaunches
+from unilogit_kernels.backends.triton.prepared import Prepared, TritonLaunches, Update
 from unilogit_kernels.backends.triton.settings import Device, Settings
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 
@@ -41,9 +40,6 @@ twice as many costs more instructions than rescaling the sum half as often saves
 SWEEP_WARPS = 4
 """Least of a program that passes its row twice."""
 
-_NO_FINISH = (None, 2, None, None, None)
-"""A `Finish` of nothing."""
-
 
 def _lanes(transform: LogitTransform, chosen: Settings, needs: tuple[bool, ...] = ()) -> int:
     # The columns of the runner-up and what moments are taken of need registers, as a cap does.
@@ -51,21 +47,7 @@ def _lanes(transform: LogitTransform, chosen: Settings, needs: tuple[bool, ...] 
     return lanes // 2 if needs and all(needs) else lanes
 
 
-class _Update(NamedTuple):
-    """Statistics of a tile: in one launch, or in parts that another one merges.
-
-    Attributes:
-        fold: The first launch.
-        parts: Of a row; 0 where the state is updated at once.
-        merge: The second launch; None then.
-    """
-
-    fold: Prepared
-    parts: int = 0
-    merge: Prepared | None = None
-
-
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _update(
     n: int,
     v: int,
@@ -77,7 +59,7 @@ def _update(
     objective: str | None,
     vocab_size: int,
     device: Device,
-) -> _Update | None:
+) -> Update | None:
     """None where there is nothing to launch for."""
     gpu.check_matrices(TritonLaunches.language, v, place.dtype)
     if n * v == 0:
@@ -95,7 +77,7 @@ def _update(
         shares.options,
     )
     if shares.parts == 1 and objective is None:
-        return _Update(fold)
+        return Update(fold)
     merging = options_of(chosen, warps=1)
     if needs.general:
         # Rows of many parts are few: what they take of the registers is of no matter.
@@ -113,10 +95,10 @@ def _update(
         },
         merging,
     )
-    return _Update(fold, shares.parts, merge)
+    return Update(fold, shares.parts, merge)
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _gradient(
     n: int,
     v: int,
@@ -165,7 +147,7 @@ class _Sweep(NamedTuple):
     is_empty: bool = False
 
 
-@functools.lru_cache(GEOMETRIES)
+@functools.lru_cache(gpu.GEOMETRIES)
 def _sweep(
     n: int,
     v: int,
@@ -229,7 +211,7 @@ class LogOddsLaunches(TritonLaunches):
         logits, labels, first_column, transform = tile
         base, place = Place.of(logits)
         n, v = logits.shape
-        objective, vocab_size, row_weight, values, slopes = finish or _NO_FINISH
+        objective, vocab_size, row_weight, values, slopes = finish or gpu.NO_FINISH
         update = _update(
             n,
             v,

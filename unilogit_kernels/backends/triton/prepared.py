@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -81,6 +81,20 @@ class Prepared:
         compiled = self._kernel[self._grid](*pointers, *self._numbers, **self._constants)
         if isinstance(compiled, CompiledKernel) and not self._kernel.pre_run_hooks:
             self._runs[key] = compiled[self._grid]
+
+
+class Update(NamedTuple):
+    """Statistics of rows: in one launch, or in parts that another one merges.
+
+    Attributes:
+        fold: The first launch.
+        parts: Of a row; 0 where the state is updated at once.
+        merge: The second launch; None then.
+    """
+
+    fold: Prepared
+    parts: int = 0
+    merge: Prepared | None = None
 
 
 @functools.cache
