@@ -237,14 +237,7 @@ def explain_plan(
 
 
 def _finished(shape: LinearShape, options: LinearOptions, shares: Shares | None) -> list[Costs]:
-    plan = plan_linear(
-        shape,
-        options,
-        passes=2,
-        # As of a divergence: its rows are a sum of two softmaxes.
-        adds_up=shape.reference is None,
-        shared=shares is not None,
-    )
+    plan = plan_linear(shape, options, passes=2, shared=shares is not None)
     return [loss_costs(shape, plan, shares)]
 
 

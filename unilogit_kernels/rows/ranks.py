@@ -163,13 +163,19 @@ def _start(group: dist.ProcessGroup, what: str, part: Tensor, out: Tensor) -> Pe
     """Start a collective: `"gather"` of parts, or the `"sum"` of a tensor in place."""
     number = _ENTERED.get(group, 0)
     _ENTERED[group] = number + 1
+    work = _enter(group, what, part, out)
+    if part.device.type != "cpu":
+        return _OnDevice(work)
+    return _Watched(work, group, number, f"{what} {part.numel()} {str(part.dtype)[6:]}")
+
+
+def _enter(group: dist.ProcessGroup, what: str, part: Tensor, out: Tensor) -> dist.Work:
+    work: dist.Work
     if what == "sum":
         work = dist.all_reduce(out, group=group, async_op=True)
     else:
         work = _all_gather(out.view(-1), part, group=group, async_op=True)
-    if part.device.type != "cpu":
-        return _OnDevice(work)
-    return _Watched(work, group, number, f"{what} {part.numel()} {str(part.dtype)[6:]}")
+    return work
 
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -288,11 +294,6 @@ class _Failure:
     def _come(self, asked: str) -> None:
         what, elements, dtype = asked.split()
         part = torch.zeros(int(elements), dtype=getattr(torch, dtype))
-        limit = datetime.timedelta(seconds=FAREWELL)
+        out = part if what == "sum" else part.new_empty(self._group.size(), part.numel())
         with contextlib.suppress(RuntimeError):
-            if what == "sum":
-                work = dist.all_reduce(part, group=self._group, async_op=True)
-            else:
-                found = part.new_empty(self._group.size() * part.numel())
-                work = _all_gather(found, part, group=self._group, async_op=True)
-            work.wait(limit)
+            _enter(self._group, what, part, out).wait(datetime.timedelta(seconds=FAREWELL))
