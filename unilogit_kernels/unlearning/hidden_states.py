@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from unilogit_kernels.huggingface.head import (
@@ -27,6 +26,7 @@ from unilogit_kernels.huggingface.head import (
     run_head,
     run_head_with_auxiliary_loss,
 )
+from unilogit_kernels.huggingface.wrappers import unwrapped
 from unilogit_kernels.unlearning.encoding import IGNORED
 from unilogit_kernels.unlearning.layers import decoder_layers
 
@@ -150,7 +150,7 @@ class Rmu:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output).float())
 
-        layer = decoder_layers(extract_model_from_parallel(model))[self.layer]
+        layer = decoder_layers(unwrapped(model))[self.layer]
         handle = layer.register_forward_hook(keep)
         try:
             yield seen
