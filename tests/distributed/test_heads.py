@@ -23,7 +23,11 @@ from tests.distributed.sharded_models import (
     gradients,
     share,
 )
-from tests.huggingface.model_errors import assert_same_gradients, assert_same_loss
+from tests.huggingface.model_errors import (
+    assert_same_gradients,
+    assert_same_loss,
+    assert_same_losses,
+)
 from tests.huggingface.test_head import ARCHITECTURES, make_batch
 from tests.huggingface.test_head import make_model as make_other_model
 from tests.support.processes import run_ranks
@@ -45,12 +49,12 @@ SMALL = LinearOptions(memory_budget=1 << 20)
 """Several chunks of logits of that vocabulary: a head that gathers for each of them would show."""
 
 
-def literal_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def literal_loss(model: nn.Module, batch: dict[str, Any], reduction: str = "mean") -> Tensor:
     """The paper's, on the model's own logits in float32."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits: Tensor = model(**inputs, use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return reference.unilogit_loss(logits[:, :-1], batch["labels"][:, 1:])
+    return reference.unilogit_loss(logits[:, :-1], batch["labels"][:, 1:], reduction=reduction)
 
 
 def expected(
@@ -182,12 +186,13 @@ def test_a_teacher_beside_it(way: str) -> None:
 
 def _casts(name: str) -> None:
     model, batch = make_other_model(name), make_batch()
-    exact = literal_loss(copy.deepcopy(model).double(), batch)
-    plain = literal_loss(copy.deepcopy(model).bfloat16(), batch)
+    exact = literal_loss(copy.deepcopy(model).double(), batch, "none").flatten()
+    plain = literal_loss(copy.deepcopy(model).bfloat16(), batch, "none").flatten()
     wrap: Any = WAYS["fsdp bfloat16"] if hasattr(model, "model") else None
     sharded = wrap(model)
     assert BFLOAT16.output_dtype == torch.bfloat16
-    assert_same_loss(fused_loss(sharded, **batch), exact, plain)
+    found = fused_loss(sharded, **batch, reduction="none")
+    assert_same_losses(found[:, :-1].flatten(), exact, plain)
     verify_head(sharded)
 
 

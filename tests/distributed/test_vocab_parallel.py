@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -73,9 +74,14 @@ def check(result: Result, problem: Problem | Pair) -> None:
     if isinstance(problem, Pair):
         exact_terms, plain_terms = (x / len(x) for x in (exact_terms, plain_terms))
     assert_sum_within_budget(result.loss, exact_terms, plain_terms, "loss")
+    what = "" if isinstance(problem, Pair) else f"{problem.objective}, {problem.options}"
     # Of a frozen head there is but the first.
-    for ours, exact, plain in zip(result.gradients, exact_gradients, plain_gradients, strict=False):
-        assert_within_budget(ours, exact, plain)
+    gradients = zip(result.gradients, exact_gradients, plain_gradients, strict=False)
+    for i, each in enumerate(gradients):
+        # A column's gradient is a sum of few rows, whose roundings may be all that is left of it.
+        whole = i > 0 and dtype != torch.float32
+        ours, exact, plain = (x.flatten() if whole else x for x in each)
+        assert_within_budget(ours, exact, plain, what)
 
 
 def state_bytes(rows: int, n: int) -> int:
@@ -128,10 +134,11 @@ def apart_from_others(problem: Problem | Pair, dtype: torch.dtype) -> None:
     A rounded GEMM may otherwise move it.
     """
     if isinstance(problem, Problem) and problem.objective in ("pdu", "loku"):
+        above = math.copysign(40.0, problem.options.get("logit_scale", 1.0))
         if problem.linear:
-            problem.operands[2][7] = 40.0
+            problem.operands[2][7] = above
         else:
-            problem.operands[0][:, 7] = 40.0
+            problem.operands[0][:, 7] = above
 
 
 def head_of(h: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
