@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -106,12 +106,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what is there for good out of what is searched for garbage.
-
-    `Trainer.train` asks for a search at its end, which would take longer than a tiny model's training.
-    """
-    gc.collect()
-    gc.freeze()
+    """See `tests.support.frozen`, for which all modules of tests are imported now."""
+    importlib.import_module("tests.support.frozen")
 
 
 @pytest.fixture(autouse=True)

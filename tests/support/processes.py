@@ -36,6 +36,7 @@ _CONTEXT.set_forkserver_preload(
         "peft",
         "transformers.models.llama.modeling_llama",
         "unilogit_kernels.unlearning.trainer",
+        "tests.support.frozen",  # last
     ]
 )
 _START_SECONDS = 200.0
