@@ -1,8 +1,8 @@
-"""Every metric of a starting, a golden and an unlearned model on made-up data, and how long it takes.
+"""Every metric of three models on made-up data, and how long it takes: `unilogit evaluate`.
 
 A Llama of 3 million parameters learns the data of `unilogit dataset` from nothing, with a tokenizer
-that is trained on its text; twice, with and without the rows to forget. The first is then unlearned,
-and `unilogit evaluate` measures all three. What is there already is not made again.
+trained on its text; twice, with and without the rows to forget. The first is then unlearned, and
+`unilogit evaluate` measures all three. What is there already is not made again.
 
     python -m benchmarks.measuring --folder runs/measuring --json benchmarks/results/measuring.json
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -110,10 +111,27 @@ def prepare(folder: Path) -> None:
         run(*forget, "--lr", "2e-4", "--batch-size", "16", "--epochs", "3")
 
 
-def figures_of(results: dict[str, Any], name: str) -> str:
+def cell(found: dict[str, Any] | None) -> str:
     """A metric with its interval."""
-    found = results["aggregates"].get(name) if "aggregates" in results else results.get(name)
-    return json.dumps(found)
+    if found is None or found["value"] is None:
+        return "not computed"
+    if found["low"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f} ({found['low']:.3f} - {found['high']:.3f})"
+
+
+def table(columns: dict[str, dict[str, Any]]) -> list[str]:
+    """Markdown: a row for each metric, a column for each model."""
+    return [
+        f"| metric | {' | '.join(columns)} |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| `{name}` | "
+            + " | ".join(cell(found.get(name)) for found in columns.values())
+            + " |"
+            for name in METRICS
+        ),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,12 +144,28 @@ def main(arguments: list[str] | None = None) -> None:
     prepare(folder)
     facts = find_device("cpu").facts()
     results = folder / "results"
-    subprocess.run(["rm", "-rf", str(results)], check=True)  # so that nothing is gone on with
+    shutil.rmtree(results, ignore_errors=True)  # so that nothing is gone on with
     measure: list[str | Path] = ["evaluate", "--model", folder / "unlearned"]
     measure += ["--golden", folder / "golden", "--starting", folder / "starting"]
     measure += ["--benchmark", BENCHMARK, "--data-dir", folder / "data", "--output", results]
     seconds = run(*measure)
-    print(seconds, facts, command_of("measuring", arguments), write, figures_of)
+    columns = {
+        name: json.loads((where / "results.json").read_text(encoding="utf-8"))["metrics"]
+        for name, where in (
+            ("starting", results / "starting"),
+            ("unlearned", results),
+            ("golden", results / "golden"),
+        )
+    }
+    lines = [
+        f"`unilogit evaluate` on the three models took {seconds:.0f} s, its start included.",
+        "Aggregates with 95 % intervals over rows.",
+        "",
+        *table(columns),
+    ]
+    figures = [{"seconds": seconds, **columns}]
+    title = "Measuring three models on made-up data"
+    write(given.json, facts, command_of("measuring", arguments), title, lines, figures)
 
 
 if __name__ == "__main__":
