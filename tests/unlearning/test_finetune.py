@@ -29,6 +29,7 @@ from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged
 from unilogit_kernels.cli.app import app
 from unilogit_kernels.testing import assert_tensors_within_budget
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
+from unilogit_kernels.unlearning.checks import check_settings
 from unilogit_kernels.unlearning.data import Encoding, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
 from unilogit_kernels.unlearning.measuring.store import load_records
@@ -162,7 +163,7 @@ def test_a_resumed_fine_tuning_ends_as_an_uninterrupted_one(folder: Path) -> Non
         batch_size=3,
         learning_rate=1e-3,
         checkpoint_steps=1,
-        method_parameters={"label_smoothing": 0.1},
+        label_smoothing=0.1,
     )
     execute(prepare(settings))
     again = dataclasses.replace(settings, output=folder / "again")
@@ -192,7 +193,7 @@ def test_where_the_rows_come_from(folder: Path) -> None:
     }
 
     def answers(settings: Settings) -> dict[str, list[str]]:
-        settings.check()
+        check_settings(settings)
         sets = read_sets(settings)
         return {name: [row.completion.strip() for row in rows] for name, rows in sets.items()}
 
@@ -223,7 +224,7 @@ def test_where_the_rows_come_from(folder: Path) -> None:
         ("finetune --model model --output out --data a.jsonl --with-forget", "--with-forget is"),
         (
             "finetune --model model --output out --data a.jsonl --label-smoothing 2",
-            "label_smoothing of method 'cross_entropy' must be at most 1",
+            "label_smoothing must be at most 1",
         ),
         (
             "finetune --model model --output out --benchmark tofu:forget05 --data-dir tofu",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import shutil
 import warnings
@@ -31,7 +30,7 @@ from tests.support.tiny_models import (
 )
 from tests.unlearning.test_trainer import InterruptAt, settings
 from tests.unlearning.tiny_trainer import arguments
-from unilogit_kernels.cli import finetune, progress, unlearn
+from unilogit_kernels.cli import progress, training
 from unilogit_kernels.unlearning import run as run_module
 from unilogit_kernels.unlearning.record import newest_checkpoint
 from unilogit_kernels.unlearning.run import (
@@ -39,7 +38,6 @@ from unilogit_kernels.unlearning.run import (
     Settings,
     execute,
     prepare,
-    training_arguments,
 )
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
@@ -148,31 +146,6 @@ def test_the_trainer_has_the_same_ranges(tmp_path: Path, options: dict[str, Any]
         arguments(tmp_path, **options)
 
 
-def test_every_setting_is_an_option() -> None:
-    options = set(inspect.signature(unlearn.unlearn).parameters)
-    of_learning = set(inspect.signature(finetune.finetune).parameters)
-    known_by_others = {"task", "learning_rate", "template_arguments", "method_parameters"}
-    settings = {field.name for field in dataclasses.fields(Settings)} - known_by_others
-    assert settings - {"data", "with_forget"} <= options
-    of_forgetting = {name for name in settings if name.startswith(("forget", "retain", "dual"))}
-    stops = {"method", "refusals", "stop_at_probability"}
-    assert settings - of_forgetting - stops <= of_learning
-
-
-def test_settings_of_the_retain_loss_reach_the_trainer(settings: Settings) -> None:
-    given: dict[str, Any] = {
-        "z_loss": 0.2,
-        "dual_step_size": 0.3,
-        "retain_loss_target": 0.4,
-        "dual_update": "epoch",
-        "dual_warmup_epochs": 2,
-    }
-    settings = dataclasses.replace(settings, label_smoothing=0.1, **given)
-    arguments = training_arguments(settings, settings.output)
-    assert {name: getattr(arguments, name) for name in given} == given
-    assert arguments.label_smoothing_factor == 0.1
-
-
 def test_autocast_and_recomputation_on_a_cpu(run: Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -264,7 +237,7 @@ def test_a_fault_of_the_package_is_one_line_too(run: Run, monkeypatch: pytest.Mo
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("of the\npackage")
 
-    monkeypatch.setattr(unlearn, "prepare", broken)
+    monkeypatch.setattr(training, "prepare", broken)
     message = "ZeroDivisionError: of the package (this should not happen; UNILOGIT_DEBUG=1"
     refused(run(UNLEARN), message, code=1)
     monkeypatch.setenv("UNILOGIT_DEBUG", "1")

@@ -22,6 +22,7 @@ from unilogit_kernels.unlearning.methods import (
     check_retain_loss,
     default_retain_loss,
 )
+from unilogit_kernels.unlearning.settings import ForgettingSettings, HeadSettings
 
 _ORDER = (
     "forget rows are shuffled each epoch and retain rows go round on their own: choose the order "
@@ -88,7 +89,7 @@ LOGITS_DTYPES = {
 
 
 @dataclass
-class UnlearningArguments(TrainingArguments):
+class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
     """`TrainingArguments`, and what unlearning adds.
 
     `per_device_train_batch_size` counts forget rows; the retain rows come on top.
@@ -97,35 +98,14 @@ class UnlearningArguments(TrainingArguments):
     is always False.
     `label_smoothing_factor` is that of the retain rows' cross-entropy, as PyTorch defines it.
 
+    The fields of `ForgettingSettings` and `HeadSettings` are described there; of this class are
+
     Attributes:
-        method: loss of the forget rows, a name from `methods.method_names()`.
-        method_parameters: the method's float parameters, where they differ from its defaults.
-        forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
-            cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
-            of 1.
-        retain_loss: loss of the retain rows: `"cross_entropy"`; `"kl"` for the divergence
-            KL(starting model || model), as in KL minimisation and NPO-KL; `"hidden_states"`, which
-            belongs to method `rmu`; or `"none"`, and then there are no retain rows. None for that
-            of the method: `"hidden_states"` for `rmu`, `"none"` for `task_vector`, else
-            `"cross_entropy"`.
-        retain_weight: factor of that loss; where it is dual, the one that a training starts with.
-        retain_per_forget: retain rows for each forget row, where there are retain rows.
-        z_loss: weight of the squared logsumexp of the logits in the retain rows' cross-entropy.
-        dual_step_size: of the retain weight, which then follows the retain loss as in PDU: after
-            each update it is `max(0, retain_weight + dual_step_size * (retain loss - target))`,
-            whatever the method. 0 leaves it constant.
-        retain_loss_target: the retain loss at which the dual weight stays as it is.
-        dual_update: `"step"`, after each optimizer step by its retain loss, or `"epoch"`, after
-            each epoch by the mean over its steps.
-        dual_warmup_epochs: epochs that pass before the weight is updated.
         stop_at_probability: stop once the mean probability of a forget token has fallen to this.
         probability_steps: check that every so many steps.
         vocab_size: number of real tokens, for a teacher whose vocabulary is padded to another size
             than the model's.
         memory_budget: bytes that the losses' buffers may take, see `LinearOptions`.
-        logits_dtype: what logits are rounded to: `"float32"`, `"bfloat16"` or `"float16"`; None for
-            the most that the device's GEMM can write.
-        skip_below: tokens whose slope is below this share of the largest get no gradient.
 
     Raises:
         MethodError: there is no such method, or it has no such parameters.
@@ -133,23 +113,10 @@ class UnlearningArguments(TrainingArguments):
             effect; the message says what to do instead.
     """
 
-    method: str = field(default="unilogit")
-    method_parameters: dict[str, float] = field(default_factory=dict)
-    forget_weight: float = field(default=0.1)
-    retain_loss: str | None = field(default=None)
-    retain_weight: float = field(default=1.0)
-    retain_per_forget: int = field(default=1)
-    z_loss: float = field(default=0.0)
-    dual_step_size: float = field(default=0.0)
-    retain_loss_target: float = field(default=0.0)
-    dual_update: str = field(default="step")
-    dual_warmup_epochs: int = field(default=0)
     stop_at_probability: float | None = field(default=None)
     probability_steps: int = field(default=5)
     vocab_size: int | None = field(default=None)
     memory_budget: int | None = field(default=None)
-    logits_dtype: str | None = field(default=None)
-    skip_below: float = field(default=0.0)
 
     def __post_init__(self) -> None:
         """Check the values."""

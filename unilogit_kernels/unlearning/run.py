@@ -15,6 +15,9 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
 from unilogit_kernels.unlearning.adapters import check_no_adapter
+from unilogit_kernels.unlearning.checks import check_settings
+from unilogit_kernels.unlearning.config import FILE as SETTINGS_FILE
+from unilogit_kernels.unlearning.config import as_yaml
 from unilogit_kernels.unlearning.data import Encoding, Example, Row, padding_id
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
@@ -38,12 +41,20 @@ from unilogit_kernels.unlearning.record import (
     printing_date,
     read_record,
 )
-from unilogit_kernels.unlearning.settings import Settings
+from unilogit_kernels.unlearning.settings import (
+    OWN_ARGUMENTS,
+    ForgettingSettings,
+    HeadSettings,
+    Settings,
+)
 from unilogit_kernels.unlearning.sources import LEARNED, read_sets
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
 
 _RMU_LAYERS = 3
 """How many the paper trains: the one that it steers, and the two below."""
+
+_PENALTIES = {"label_smoothing": "label_smoothing_factor", "z_loss": "z_loss"}
+"""Parameters of the cross-entropy, and the argument that each is for retain rows."""
 
 __all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
 
@@ -101,7 +112,7 @@ def prepare(
         DataError: a data file does not.
         UnsupportedHeadError: the model's lm_head does not.
     """
-    settings.check()
+    check_settings(settings)
     check_launch()
     with reading("the Trainer does not take these settings"):
         arguments = training_arguments(settings, settings.output / CHECKPOINTS)
@@ -254,6 +265,7 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
         if trainer.is_world_process_zero() and not prepared.resumed:
             with reading(f"{settings.output} cannot be written to"):
                 prepared.record.write(settings.output)
+                (settings.output / SETTINGS_FILE).write_text(as_yaml(settings), encoding="utf-8")
 
     together(claim)
     if prepared.checkpoint is None:
@@ -272,48 +284,34 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
 
 def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArguments:
     """The Trainer's arguments for a run."""
+    shared = (*dataclasses.fields(ForgettingSettings), *dataclasses.fields(HeadSettings))
+    named = {each.name: each.name for each in shared} | {
+        own: name for name, own in OWN_ARGUMENTS.items() if own != "gradient_checkpointing"
+    }
+    given = {argument: getattr(settings, own) for own, argument in named.items()}
+    if settings.task == "finetune":  # What is learned is the method's, and so are its penalties.
+        penalties = {name: given.pop(_PENALTIES[name]) for name in _PENALTIES}
+        given["method_parameters"] = {name: value for name, value in penalties.items() if value}
     budget = settings.memory_budget_mib
-    return UnlearningArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+    fixed: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "lr_scheduler_type": "constant_with_warmup",
+        "weight_decay": 0.0,
+        "per_device_eval_batch_size": settings.batch_size,
         **_recomputation(settings.gradient_checkpointing),
-        bf16=settings.autocast,
-        use_cpu=on_cpu(),
-        save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_first_step=True,
+        "use_cpu": on_cpu(),
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_first_step": True,
         # `StopAtNonFinite` is to see them.
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=not on_cpu(),
-        seed=settings.seed,
-        method=settings.method,
-        method_parameters=dict(settings.method_parameters),
-        forget_weight=settings.forget_weight,
-        retain_loss=settings.retain_loss,
-        retain_weight=settings.retain_weight,
-        retain_per_forget=settings.retain_per_forget,
-        stop_at_probability=settings.stop_at_probability,
-        memory_budget=None if budget is None else budget << 20,
-        logits_dtype=settings.logits_dtype,
-        skip_below=settings.skip_below,
-        label_smoothing_factor=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        dual_step_size=settings.dual_step_size,
-        retain_loss_target=settings.retain_loss_target,
-        dual_update=settings.dual_update,
-        dual_warmup_epochs=settings.dual_warmup_epochs,
-    )
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not on_cpu(),
+        "memory_budget": None if budget is None else budget << 20,
+    }
+    return UnlearningArguments(**{**fixed, **given, **settings.args})
 
 
 def _recomputation(wanted: bool) -> dict[str, Any]:
