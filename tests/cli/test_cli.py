@@ -47,7 +47,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return invoke
 
 
-UNLEARN = "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out"
+UNLEARN = (
+    "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out --stop-at none"
+)
 
 
 def test_unlearn_then_evaluate(run: Run) -> None:

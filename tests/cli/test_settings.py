@@ -20,7 +20,6 @@ from unilogit_kernels.cli.app import COMMANDS, app, load
 from unilogit_kernels.unlearning.arguments import UnlearningArguments
 from unilogit_kernels.unlearning.config import FILE, as_yaml, make_settings
 from unilogit_kernels.unlearning.errors import RunError
-from unilogit_kernels.unlearning.run import training_arguments
 from unilogit_kernels.unlearning.settings import (
     METHOD_OPTIONS,
     TASKS,
@@ -30,6 +29,7 @@ from unilogit_kernels.unlearning.settings import (
     option_of,
     settings_of,
 )
+from unilogit_kernels.unlearning.translation import training_arguments
 
 __all__ = ["run"]
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)

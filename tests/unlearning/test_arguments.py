@@ -78,7 +78,7 @@ def test_every_option_is_handed_on_or_refused() -> None:
         ({"use_cache": True}, "use_cache would have no effect"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),
         ({"forget_weight": float("nan")}, "forget_weight must be a finite number, got nan"),
-        ({"probability_steps": 0}, "probability_steps must be at least 1, got 0"),
+        ({"check_steps": 0}, "check_steps must be at least 1, got 0"),
         ({"label_smoothing_factor": 1.1}, "label_smoothing_factor must be at most 1, got 1.1"),
         ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
         *(

@@ -84,7 +84,7 @@ def test_from_golden_and_starting_model_to_the_unlearned_one(folder: Path) -> No
     assert "6 rows to learn" in start.output
     unlearned = done(
         f"unlearn --model start {rows} --output unlearned --epochs 30 --lr 1e-3 --batch-size 3"
-        " --stop-at-probability 0.3"
+        " --stop-at probability=0.3"
     )
     assert "3 rows to forget, 3 to keep" in unlearned.output
     forget, retain = benchmark.training["forget"], benchmark.training["retain"]
@@ -259,6 +259,7 @@ def test_long_texts_are_learned_whole(folder: Path) -> None:
     write_tables(folder / "muse", {**MUSE, "raw/forget": ["x" * 100, "short"]}, "json")
     result = done(
         "unlearn --model model --benchmark muse-news --data-dir muse --output out --epochs 1"
+        " --stop-at none"
         " --max-length 32 --block-stride 24"
     )
     # Blocks of 32 start at 0, 24, 48 and 72, the last of which holds the end of 100.

@@ -107,7 +107,7 @@ def test_nothing_is_trained_that_saving_would_lose(tmp_path: Path) -> None:
         ("--seed -1", "seed must be at least 0, got -1"),
         ("--seed 4294967296", "seed must be at most 4294967295"),
         ("--warmup-steps -1", "warmup_steps must be at least 0"),
-        ("--stop-at-probability nan", "stop_at_probability must be a finite number"),
+        ("--stop-at probability=nan", "stop_at probability must be between 0 and 1"),
         ("--label-smoothing 1.5", "label_smoothing must be at most 1, got 1.5"),
         ("--z-loss -1", "z_loss must be at least 0, got -1.0"),
         ("--z-loss 0.1 --retain-loss kl", "z_loss would have no effect with retain_loss 'kl'"),
@@ -137,7 +137,7 @@ def test_numbers_out_of_range(run: Run, options: str, message: str) -> None:
         {"forget_weight": float("nan")},
         {"retain_weight": -1.0},
         {"learning_rate": float("inf")},
-        {"probability_steps": 0},
+        {"check_steps": 0},
         {"method": "npo", "method_parameters": {"beta": 0.0}},
     ],
 )

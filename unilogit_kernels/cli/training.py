@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import typer
+from rich.console import Console
 
 from unilogit_kernels.cli.console import note, say
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
+from unilogit_kernels.unlearning.evaluation import report_table
+from unilogit_kernels.unlearning.processes import is_first
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
 _INTERRUPTED = 130
@@ -46,4 +49,10 @@ def train(settings: Settings, resume: bool) -> None:
     except KeyboardInterrupt:
         say("interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    say(f"{done['steps']} steps; the model is in {settings.output}")
+    if done.ended is not None:
+        say(f"stopped: {done.ended}")
+    if done.outcome is not None and is_first():
+        reports = {"before": done.outcome.before, "after": done.outcome.after}
+        Console().print(report_table("Before and after", reports))
+        say(done.outcome.sentence)
+    say(f"{done.steps} steps; the model is in {settings.output}")

@@ -17,7 +17,7 @@ def unlearn(settings: Settings, resume: bool) -> None:
 
     unilogit unlearn --model DIR --forget F.jsonl --retain R.jsonl
     --output OUT --lr 1e-5 --epochs 5 --forget-weight 0.1
-    --stop-at-probability 0.05
+    --stop-at probability=0.2
 
     Its ablations are --method unilogit_forward and unilogit_starting_model;
     it is compared with gradient_ascent, npo and undial. All others:

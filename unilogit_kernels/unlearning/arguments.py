@@ -23,6 +23,7 @@ from unilogit_kernels.unlearning.methods import (
     default_retain_loss,
 )
 from unilogit_kernels.unlearning.settings import ForgettingSettings, HeadSettings
+from unilogit_kernels.unlearning.stopping import Target, read_target
 
 _ORDER = (
     "forget rows are shuffled each epoch and retain rows go round on their own: choose the order "
@@ -71,8 +72,8 @@ _CHECKED = (
     "dual_step_size",
     "retain_loss_target",
     "dual_warmup_epochs",
-    "stop_at_probability",
-    "probability_steps",
+    "check_steps",
+    "max_retain_loss_rise",
     "vocab_size",
     "memory_budget",
     "skip_below",
@@ -101,8 +102,6 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
     The fields of `ForgettingSettings` and `HeadSettings` are described there; of this class are
 
     Attributes:
-        stop_at_probability: stop once the mean probability of a forget token has fallen to this.
-        probability_steps: check that every so many steps.
         vocab_size: number of real tokens, for a teacher whose vocabulary is padded to another size
             than the model's.
         memory_budget: bytes that the losses' buffers may take, see `LinearOptions`.
@@ -113,8 +112,6 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
             effect; the message says what to do instead.
     """
 
-    stop_at_probability: float | None = field(default=None)
-    probability_steps: int = field(default=5)
     vocab_size: int | None = field(default=None)
     memory_budget: int | None = field(default=None)
 
@@ -150,6 +147,10 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
         """The loss of the retain rows' labels."""
         return CrossEntropy(label_smoothing=self.label_smoothing_factor, z_loss=self.z_loss)
 
+    def target(self) -> Target | None:
+        """What the run stops at, if it does so before its last step."""
+        return read_target(self.stop_at)
+
     @property
     def retain_rows(self) -> int:
         """How many go with each forget row: 0 where there is no loss of them."""
@@ -165,7 +166,18 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
         of_labels = ("label_smoothing_factor", "z_loss")
         retain_loss = str(self.retain_loss)
         check_retain_loss(retain_loss, {name: getattr(self, name) for name in of_labels})
-        check_goes_together(self.method, retain_loss, self.dual_step_size, self.stop_at_probability)
+        check_goes_together(self.method, retain_loss, self.dual_step_size, self.stop_at)
+        target = self.target()
+        if target is not None and not target.is_probability and self.eval_strategy == "no":
+            raise ValueError(
+                f"stop_at {self.stop_at!r}: {target.metric} is a metric of evaluations, and there "
+                "are none: set eval_strategy, or take probability=VALUE or golden=FILE"
+            )
+        if self.max_retain_loss_rise is not None and self.retain_loss == NONE:
+            raise ValueError(
+                "max_retain_loss_rise would have no effect with retain_loss 'none', got "
+                f"{self.max_retain_loss_rise}: there are no retain rows"
+            )
         epochs = math.inf if self.max_steps > 0 else self.num_train_epochs
         check_dual(vars(self), epochs)
 

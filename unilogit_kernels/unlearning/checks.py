@@ -17,6 +17,7 @@ from unilogit_kernels.unlearning.methods import (
     default_retain_loss,
 )
 from unilogit_kernels.unlearning.settings import TASKS, Settings
+from unilogit_kernels.unlearning.stopping import read_target
 
 
 def retain_loss_of(settings: Settings) -> str:
@@ -44,9 +45,8 @@ def check_settings(settings: Settings) -> None:
         if settings.task == "unlearn":
             of_labels = {name: getattr(settings, name) for name in ("label_smoothing", "z_loss")}
             check_retain_loss(retain_loss, of_labels)
-        check_goes_together(
-            method.name, retain_loss, settings.dual_step_size, settings.stop_at_probability
-        )
+        check_goes_together(method.name, retain_loss, settings.dual_step_size, settings.stop_at)
+        read_target(settings.stop_at)
         epochs = math.inf if settings.args.get("max_steps", -1) > 0 else settings.epochs
         check_dual(vars(settings), epochs)
     except ValueError as error:

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from unilogit_kernels import __version__
 from unilogit_kernels.unlearning.errors import RunError, reading
+from unilogit_kernels.unlearning.methods import default_retain_loss, default_stop
 from unilogit_kernels.unlearning.settings import (
     OWN_ARGUMENTS,
     Settings,
@@ -63,7 +64,12 @@ def make_settings(task: str, line: Mapping[str, Any], file: Path | None) -> Sett
             raise RunError(
                 f"{option_of(known)} is missing, and no --config names it: {known.metadata['help']}"
             )
-    return Settings.finetuning(**given) if task == "finetune" else Settings(**given)
+    if task == "finetune":
+        return Settings.finetuning(**given)
+    settings = Settings(**given)
+    settings.stop_at = settings.stop_at or default_stop(settings.method)
+    settings.retain_loss = settings.retain_loss or default_retain_loss(settings.method)
+    return settings
 
 
 def as_yaml(settings: Settings) -> str:
@@ -153,7 +159,7 @@ def convert(what: str, value: Any, hint: Any) -> Any:
 
     Example:
         >>> convert("lr", "1e-5", float), convert("run_name", "1e-5", str | None)
-        (1e-05, '1e-05')
+        (1e-05, '1e-5')
     """
     for part in typing.get_args(hint) if _is_union(hint) else (hint,):
         of_parts = typing.get_args(part)

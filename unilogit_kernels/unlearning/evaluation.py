@@ -319,7 +319,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def report_table(title: str, reports: dict[str, dict[str, SetReport]]) -> Table:
+def report_table(title: str, reports: Mapping[str, Mapping[str, SetReport]]) -> Table:
     """A table of set reports: for each set one line for each model.
 
     Args:

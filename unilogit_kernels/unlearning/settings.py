@@ -116,6 +116,26 @@ class ForgettingSettings:
     dual_warmup_epochs: int = field(
         default=0, metadata=about("Epochs before such a weight is updated.")
     )
+    stop_at: str | None = field(
+        default=None,
+        metadata=about(
+            "End the run at probability=P, the mean probability of the forget rows' tokens; at "
+            "golden=G_EVAL.json, that of a golden model by its results; or at NAME=VALUE, a metric "
+            "of the evaluations (--args.eval_strategy). none: after the last epoch. Default of "
+            "`unilogit unlearn`: probability=0.2, but of methods that learn."
+        ),
+    )
+    check_steps: int = field(
+        default=5,
+        metadata=about("Steps between two looks at that at most; near the target there are more."),
+    )
+    max_retain_loss_rise: float | None = field(
+        default=None,
+        metadata=about(
+            "End the run once the loss of the retain rows' labels, the mean of -log p, has risen "
+            "by more than this."
+        ),
+    )
 
 
 @dataclass
@@ -206,14 +226,6 @@ class Settings(ForgettingSettings, HeadSettings):
             argument="label_smoothing_factor",
         ),
     )
-    stop_at_probability: float | None = field(
-        default=None,
-        metadata=about(
-            "Stop once the mean probability of a forget token is this low.",
-            task="unlearn",
-            argument="stop_at_probability",
-        ),
-    )
     train_layers: int | None = field(
         default=None,
         metadata=about(
@@ -253,6 +265,12 @@ class Settings(ForgettingSettings, HeadSettings):
     )
     gradient_checkpointing: bool = field(
         default=False, metadata=about("Recompute activations, save memory.")
+    )
+    report_rows: int = field(
+        default=100,
+        metadata=about(
+            "Rows of each set that are measured before and after. 0: none.", task="unlearn"
+        ),
     )
     checkpoint_steps: int = field(
         default=50, metadata=about("Steps between checkpoints.", argument="save_steps")
