@@ -90,6 +90,24 @@ def test_an_optimizer_that_keeps_what_rounding_loses_passes(tmp_path: Path) -> N
         make_trainer(model, arguments(tmp_path), optimizers=(optimizer, None)).train()
 
 
+def test_the_compensated_optimizer_runs_on_a_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("optimi", reason="torch-optimi, of the extra compensated")
+    options: dict[str, Any] = {"num_train_epochs": 10, "learning_rate": 1e-5, "use_cpu": True}
+    moved = {}
+    for optim in ("stable_adamw", "adamw_torch"):
+        model, start = cast(torch.bfloat16), cast(torch.bfloat16)
+        args = arguments(tmp_path, optim=optim, lr_scheduler_type="constant", **options)
+        with warnings.catch_warnings():
+            if optim == "stable_adamw":
+                warnings.simplefilter("error", CoarseWeightsWarning)
+            else:
+                warnings.simplefilter("ignore", CoarseWeightsWarning)
+            make_trainer(model, args).train()
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        moved[optim] = sum(int((ours != before).sum()) for ours, before in pairs)
+    assert moved["stable_adamw"] > 1.5 * moved["adamw_torch"]
+
+
 def test_a_step_of_no_learning_rate_loses_nothing(tmp_path: Path) -> None:
     """The first step of a warm-up, where a training has no other."""
     with warnings.catch_warnings():

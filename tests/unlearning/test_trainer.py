@@ -369,6 +369,7 @@ def test_an_output_that_is_taken(settings: Settings) -> None:
         ({"train_layers": 3}, "the model has 2 layers; cannot train the top 3"),
         ({"chat_template": True}, "has no chat template"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
+        ({"save_dtype": "int8"}, "save_dtype must be one of float32, bfloat16"),
     ],
 )
 def test_settings_that_cannot_be(
@@ -385,6 +386,19 @@ def test_what_is_forgotten_is_the_answer_and_not_its_end(settings: Settings) -> 
     prepared = prepare(settings)
     assert all(example.labels[-1] != 2 for example in prepared.sets["forget"])
     assert all(example.labels[-1] == 2 for example in prepared.sets["retain"])
+
+
+def test_float32_weights_are_saved_in_bfloat16(settings: Settings) -> None:
+    execute(prepare(settings))
+    exact = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
+    other = dataclasses.replace(
+        settings, output=settings.output.with_name("other"), save_dtype="bfloat16"
+    )
+    execute(prepare(other))
+    saved = AutoModelForCausalLM.from_pretrained(other.output).state_dict()
+    for name, value in saved.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, exact[name].bfloat16()), name
 
 
 def test_bfloat16_and_frozen_layers(settings: Settings) -> None:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import typer
 from rich.console import Console
 
 from unilogit_kernels.cli.console import note, say
 from unilogit_kernels.cli.progress import Bar, progress_bar, quieten_libraries
+from unilogit_kernels.unlearning.coarse_weights import CoarseWeightsWarning
 from unilogit_kernels.unlearning.evaluation import report_table
 from unilogit_kernels.unlearning.processes import is_first
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 
 _INTERRUPTED = 130
+
+
+@contextmanager
+def _noting_coarse_weights() -> Iterator[None]:
+    """Tell in a line of our own that steps are lost; other warnings go where they go."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, CoarseWeightsWarning):
+                note(str(message))
+            else:
+                usual(message, category, *where)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def train(settings: Settings, resume: bool) -> None:
@@ -44,7 +66,7 @@ def train(settings: Settings, resume: bool) -> None:
     elif resume:
         say(f"there is no checkpoint to resume from in {settings.output}: starting anew")
     try:
-        with progress_bar(settings.task) as progress:
+        with progress_bar(settings.task) as progress, _noting_coarse_weights():
             done = execute(prepared, [Bar(progress, settings.task)])
     except KeyboardInterrupt:
         say("interrupted; the same command with --resume goes on", err=True)

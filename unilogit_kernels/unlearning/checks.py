@@ -8,6 +8,7 @@ from unilogit_kernels.unlearning.config import check_handed_on
 from unilogit_kernels.unlearning.dual import check_dual
 from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.limits import check_choice, check_numbers
+from unilogit_kernels.unlearning.loading import DTYPES
 from unilogit_kernels.unlearning.methods import (
     ALTPO,
     NONE,
@@ -42,6 +43,8 @@ def check_settings(settings: Settings) -> None:
         method = Method(settings.method, settings.method_parameters)
         check_numbers(vars(settings))
         check_handed_on(settings.args)
+        if settings.save_dtype is not None:
+            check_choice("save_dtype", settings.save_dtype, DTYPES)
         if settings.task == "unlearn":
             of_labels = {name: getattr(settings, name) for name in ("label_smoothing", "z_loss")}
             check_retain_loss(retain_loss, of_labels)

@@ -31,7 +31,13 @@ from unilogit_kernels.unlearning.evaluation import SetReport
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
-from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.loading import (
+    DTYPES,
+    check_fits,
+    encode,
+    load_encoding,
+    load_model,
+)
 from unilogit_kernels.unlearning.methods import RMU
 from unilogit_kernels.unlearning.outcome import Outcome, check_known, measure_sets, sentence_of
 from unilogit_kernels.unlearning.processes import (
@@ -267,6 +273,11 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> Do
     started = Started()
     trainer = _trainer(prepared, [started, StopAtNonFinite(settings.output), *callbacks])
     trainer.remove_callback(PrinterCallback)
+    if settings.save_dtype is not None and _is_sharded(trainer):
+        raise RunError(
+            f"save_dtype {settings.save_dtype!r}: a sharded model is written as it is trained; "
+            "cast what is written"
+        )
 
     def claim() -> None:
         if trainer.is_world_process_zero() and not prepared.resumed:
@@ -281,6 +292,8 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> Do
     else:
         with started.reading(prepared.checkpoint), hearing_all():
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
+    if settings.save_dtype is not None and trainer.model is not None:
+        trainer.model.to(DTYPES[settings.save_dtype])
     ended = trainer.watch.reason
     outcome = None
     if before:
@@ -351,10 +364,14 @@ def _measured(prepared: Prepared, model: nn.Module, *, generate: bool) -> dict[s
         )
 
 
+def _is_sharded(trainer: UnlearningTrainer) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
 def _after(prepared: Prepared, trainer: UnlearningTrainer) -> dict[str, SetReport]:
     """The sets under the model as it is now; a sharded one answers no prompts."""
     model = trainer.model
-    if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled and model is not None:
+    if not _is_sharded(trainer) and model is not None:
         return _measured(prepared, model, generate=True)
     with trainer.evaluating_as_in_training() as wrapped:
         return _measured(prepared, wrapped, generate=False)

@@ -259,6 +259,12 @@ class Settings(ForgettingSettings, HeadSettings):
         metadata=about("An argument of the chat template.", option="--template-arg"),
     )
     dtype: str = field(default="float32", metadata=about("Of the weights: float32 or bfloat16."))
+    save_dtype: str | None = field(
+        default=None,
+        metadata=about(
+            "Of the weights that are written: float32 or bfloat16. Default: that of --dtype."
+        ),
+    )
     autocast: bool = field(
         default=False,
         metadata=about("Compute in bfloat16, whatever the weights are.", argument="bf16"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
 from unilogit_kernels.huggingface.two_heads import frozen_copy, run_two_heads_with_auxiliary_loss
@@ -20,7 +20,7 @@ from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
 from unilogit_kernels.unlearning.batch_loss import BatchLoss, Heads, Targets
 from unilogit_kernels.unlearning.callbacks import Begin, Watch
-from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
+from unilogit_kernels.unlearning.coarse_weights import CompensatingTrainer, WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     DataError,
@@ -52,7 +52,7 @@ _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
 
 
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(CompensatingTrainer):
     """A Trainer whose loss is `forget_weight * method + retain_weight * retain loss`.
 
     Each step runs the model once over forget and retain rows together, and its lm_head once, too,
