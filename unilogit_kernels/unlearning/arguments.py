@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import CrossEntropy
@@ -125,6 +126,7 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
             self.retain_loss = default_retain_loss(self.method)
         self.resolved_method()
         self._check_losses()
+        _check_reporters(self.report_to)
         if self.logits_dtype is not None:
             check_choice("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         if self.learning_rate != 0:  # Which trains nothing, and may be meant.
@@ -209,17 +211,11 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
             forget_rows: how many there are.
 
         Raises:
-            ValueError: an argument would be without effect, one process has several GPUs, FSDP is
-                to run on CPUs, or `dataloader_drop_last` would leave no batch.
+            ValueError: an argument would be without effect, FSDP is to run on CPUs, or
+                `dataloader_drop_last` would leave no batch.
         """
         self._refuse_what_has_no_effect()
         self._check_losses()
-        if self.n_gpu > 1:
-            raise ValueError(
-                "one process with several GPUs would copy the model at every step (DataParallel), "
-                "and the copies have no lm_head to replace: start with `accelerate launch` or "
-                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
         if self.fsdp and self.device.type == "cpu":
             raise ValueError(
                 f"fsdp would have no effect here, got {self.fsdp!r}: accelerate shards models on "
@@ -231,6 +227,31 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
                 f"dataloader_drop_last would drop all of the {forget_rows} forget rows, since a "
                 f"batch of all processes has {needed}: leave it False, or take smaller batches"
             )
+
+    def check_devices(self) -> None:
+        """See that a model is not to be copied at every step, once the Trainer knows it.
+
+        Raises:
+            ValueError: one process has several GPUs, and the model is whole on one of them.
+        """
+        if self.n_gpu > 1:
+            raise ValueError(
+                "one process with several GPUs would copy the model at every step (DataParallel), "
+                "and the copies have no lm_head to replace: start with `accelerate launch` or "
+                "`torchrun`, set CUDA_VISIBLE_DEVICES to one GPU, or load the model with "
+                'device_map="auto"'
+            )
+
+
+def _check_reporters(names: str | Sequence[str] | None) -> None:
+    for name in [names] if isinstance(names, str) else names or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to must be of {known}, all or none, got {name!r}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"report_to {name!r}: {error}") from error
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -271,7 +272,8 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> Do
     if problem is not None:
         raise RunError(problem)
     started = Started()
-    trainer = _trainer(prepared, [started, StopAtNonFinite(settings.output), *callbacks])
+    with reading("push_to_hub") if arguments.push_to_hub else nullcontext():
+        trainer = _trainer(prepared, [started, StopAtNonFinite(settings.output), *callbacks])
     trainer.remove_callback(PrinterCallback)
     if settings.save_dtype is not None and _is_sharded(trainer):
         raise RunError(

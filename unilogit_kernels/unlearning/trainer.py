@@ -158,7 +158,8 @@ class UnlearningTrainer(CompensatingTrainer):
             processing_class=tokenizer,
             **{name: value for name, value in options.items() if value is not None},
         )
-        if self._teacher is not None:
+        args.check_devices()
+        if self._teacher is not None and not self.is_model_parallel:
             self._teacher.to(args.device)
         # What it smooths, were it asked, would be logits; `BatchLoss` smooths without them.
         self.label_smoother = None
