@@ -69,6 +69,17 @@ def test_no_setting_is_forgotten() -> None:
                 assert other.__dataclass_fields__[each.name] is each
 
 
+def test_a_fine_tuning_has_defaults_of_its_own() -> None:
+    alone = typer.Typer(add_completion=False)
+    alone.command(**COMMANDS["finetune"].settings)(load("finetune"))
+    command: Any = typer.main.get_command(alone)
+    shown = {each.name: each.default for each in command.params}
+    made = make_settings("finetune", {"model": "m", "output": "o"}, None)
+    assert made == Settings.finetuning(model="m", output=Path("o"))
+    for known in settings_of("finetune"):
+        assert shown[known.name] in (None, getattr(made, known.name)), known.name
+
+
 def test_help_waits_for_no_torch() -> None:
     script = (
         "import sys; sys.argv[1:] = ['unlearn', '--help']\n"

@@ -115,7 +115,7 @@ def test_nothing_is_trained_that_saving_would_lose(tmp_path: Path) -> None:
         ("--dual-step-size nan", "dual_step_size must be a finite number"),
         ("--dual-update epoch", "dual_update would have no effect without dual_step_size"),
         ("--dual-step-size 1 --dual-update all", "dual_update must be one of step, epoch"),
-        ("--dual-step-size 1 --dual-warmup-epochs 5", "dual_step_size would have no effect"),
+        ("--dual-step-size 1 --dual-warmup-epochs 20", "dual_step_size would have no effect"),
         ("--method-parameter alpha", "--method-parameter takes NAME=NUMBER, got 'alpha'"),
         ("--method-parameter alpha=x", "--method-parameter takes NAME=NUMBER, got 'alpha=x'"),
         ("--method npo --beta 1 --method-parameter beta=2", "beta is given twice"),

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 
 from unilogit_kernels.unlearning.settings import (
     METHOD_OPTIONS,
+    OF_FINETUNING,
     ForgettingSettings,
     HeadSettings,
     Settings,
@@ -116,7 +117,7 @@ def _parameters(task: str) -> list[inspect.Parameter]:
     """Of the command's function, which typer makes options of."""
     found: dict[str, tuple[Any, Any]] = {"ctx": (inspect.Parameter.empty, typer.Context)}
     for known in settings_of(task):
-        found[known.name] = _default(known), _annotation(known)
+        found[known.name] = _default(known, task), _annotation(known)
         if known.name == "method_parameters":
             for name, help in METHOD_OPTIONS.items():
                 option = typer.Option(help=help, rich_help_panel=_panel(known))
@@ -131,7 +132,9 @@ def _parameters(task: str) -> list[inspect.Parameter]:
     ]
 
 
-def _default(known: Field[Any]) -> Any:
+def _default(known: Field[Any], task: str) -> Any:
+    if task == "finetune" and known.name in OF_FINETUNING:
+        return OF_FINETUNING[known.name]
     return None if known.default in (MISSING, ()) else known.default
 
 

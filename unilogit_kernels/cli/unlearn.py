@@ -16,7 +16,7 @@ def unlearn(settings: Settings, resume: bool) -> None:
     rows. What is left to choose:
 
     unilogit unlearn --model DIR --forget F.jsonl --retain R.jsonl
-    --output OUT --lr 1e-5 --epochs 5 --forget-weight 0.1
+    --output OUT --lr 1e-5 --epochs 20 --forget-weight 0.03
     --stop-at probability=0.2
 
     Its ablations are --method unilogit_forward and unilogit_starting_model;

@@ -39,6 +39,16 @@ def about(help: str, **more: str) -> dict[str, str]:
     return {"help": help, **more}
 
 
+OF_FINETUNING: Mapping[str, Any] = {
+    "task": "finetune",
+    "method": "cross_entropy",
+    "forget_weight": 1.0,
+    "retain_loss": "none",
+    "epochs": 5,
+}
+"""What is another in a run that learns rows and forgets none: nothing stops it but its epochs."""
+
+
 @dataclass
 class HeadSettings:
     """How losses of labels are computed. Each field says in its metadata what it is."""
@@ -76,7 +86,7 @@ class ForgettingSettings:
         metadata=about("Parameters of the method by name, where they differ from its defaults."),
     )
     forget_weight: float = field(
-        default=0.1,
+        default=0.03,
         metadata=about(
             "Factor of the forget loss. Unilogit's slope starts 15 to 25 times as steep as "
             "cross-entropy's where a token is memorised, so 1 is too strong beside a retain weight "
@@ -194,7 +204,7 @@ class Settings(ForgettingSettings, HeadSettings):
         ),
     )
     epochs: int = field(
-        default=5,
+        default=20,
         metadata=about("Passes over the rows to forget, or to learn.", argument="num_train_epochs"),
     )
     learning_rate: float = field(
@@ -309,8 +319,7 @@ class Settings(ForgettingSettings, HeadSettings):
         Args:
             given: settings by name; those of forgetting and retaining have no place here.
         """
-        fixed = {"task": "finetune", "method": "cross_entropy"}
-        return cls(**{**fixed, "forget_weight": 1.0, "retain_loss": "none", **given})
+        return cls(**{**OF_FINETUNING, **given})
 
 
 def plain(value: Any) -> Any:
