@@ -22,11 +22,12 @@ OPTIONS = {
     "--warmup-steps": "0",
     "--gradient-accumulation": "1",
     "--seed": "0",
+    "--stop-at": "none",
 }
 """Of the run that is broken; one short step."""
 
 OPTIONAL = (
-    *("--stop-at-probability", "--train-layers", "--dtype", "--method", "--retain-loss"),
+    *("--train-layers", "--dtype", "--method", "--retain-loss"),
     *("--label-smoothing", "--z-loss", "--dual-step-size", "--retain-loss-target"),
     *("--dual-update", "--dual-warmup-epochs", "--method-parameter"),
 )

@@ -22,7 +22,7 @@ from tests.support.tiny_models import (
     write_rows,
 )
 from unilogit_kernels import available_backends
-from unilogit_kernels.cli import progress, unlearn
+from unilogit_kernels.cli import progress, training
 from unilogit_kernels.cli.app import app
 from unilogit_kernels.unlearning.run import Settings
 
@@ -47,7 +47,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return invoke
 
 
-UNLEARN = "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out"
+UNLEARN = (
+    "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out --stop-at none"
+)
 
 
 def test_unlearn_then_evaluate(run: Run) -> None:
@@ -121,7 +123,7 @@ def test_a_primal_dual_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_method_s_parameters_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
-    monkeypatch.setattr(unlearn, "train", lambda settings, resume: seen.append(settings))
+    monkeypatch.setattr(training, "train", lambda settings, resume: seen.append(settings))
     line = f"{UNLEARN} --method cross_entropy --method-parameter entropy=-0.5"
     assert run(f"{line} --method-parameter z_loss=1e-3").exit_code == 0
     assert run(f"{UNLEARN} --method npo --beta 0.5").exit_code == 0
@@ -215,7 +217,7 @@ def test_doctor_needs_nothing_but_torch() -> None:
     assert "unlearn" in done.stdout
 
 
-@pytest.mark.parametrize("missing", ["typer", "transformers"])
+@pytest.mark.parametrize("missing", ["typer", "transformers", "yaml"])
 def test_a_missing_extra_is_named(missing: str) -> None:
     script = (
         f"import sys; sys.modules[{missing!r}] = None\n"
@@ -232,7 +234,7 @@ def test_a_missing_extra_is_named(missing: str) -> None:
 
 def test_another_missing_module_is_not_hidden() -> None:
     script = (
-        "import sys; sys.modules['unilogit_kernels.unlearning.run'] = None\n"
+        "import sys; sys.modules['unilogit_kernels.unlearning.settings'] = None\n"
         "sys.argv[1:] = ['unlearn', '--help']\n"
         "from unilogit_kernels.cli.main import main; main()"
     )

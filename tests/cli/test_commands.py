@@ -49,7 +49,7 @@ def test_the_list_says_what_the_command_says(name: str, monkeypatch: pytest.Monk
 def test_the_paper_s_recipe_is_in_the_help(monkeypatch: pytest.MonkeyPatch) -> None:
     told = run("unlearn --help", monkeypatch).output
     assert "2505.06027" in told
-    assert "--forget-weight 0.1" in told
+    assert "--forget-weight 0.03" in told
 
 
 def test_methods(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from unilogit_kernels.cli import unlearn
+from unilogit_kernels.cli import training
 from unilogit_kernels.cli.main import main
 
 KILL = "UNILOGIT_TEST_KILL"
@@ -29,13 +29,12 @@ class KillOnce(TrainerCallback):
 
 
 def command() -> None:
-    wanted, module = os.environ.get(KILL), cast(Any, unlearn)
+    wanted, module = os.environ.get(KILL), cast(Any, training)
     execute = module.execute
 
-    def faulty(prepared: Any, callbacks: Any = ()) -> dict[str, Any]:
+    def faulty(prepared: Any, callbacks: Any = ()) -> Any:
         more = [KillOnce(*wanted.split(","))] if wanted else []
-        done: dict[str, Any] = execute(prepared, [*callbacks, *more])
-        return done
+        return execute(prepared, [*callbacks, *more])
 
     module.execute = faulty
     main()

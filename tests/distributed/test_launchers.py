@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d "
 TORCHRUN += "--rdzv_endpoint 127.0.0.1:0 --monitor_interval 2"
-UNLEARN = "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out"
+UNLEARN = (
+    "unlearn --model model --forget forget.jsonl --retain retain.jsonl --output out --stop-at none"
+)
 UNLEARN += " --epochs 3 --batch-size 1 --checkpoint-steps 2 --lr 1e-3 --warmup-steps 0"
 
 

@@ -169,7 +169,7 @@ def _run(
         return []
     except OSError:
         os._exit(1)  # as the command line ends
-    return [log["loss"] for log in done["log"] if "loss" in log]
+    return [log["loss"] for log in done.log if "loss" in log]
 
 
 def test_a_checkpoint_of_two_resumes_on_two_and_on_one(settings: Settings, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_two_resumes_on_two_and_on_one(settings: Settings, tmp_p
         "the run was started in 2 processes and goes on in 1: gradient accumulation 2 in place of "
         "1 keeps its steps"
     ]
-    found = [log["loss"] for log in execute(resumed)["log"] if "loss" in log]
+    found = [log["loss"] for log in execute(resumed).log if "loss" in log]
     # One process from the start differs by rounding alone.
     alone = dataclasses.replace(settings, output=tmp_path / "alone", gradient_accumulation=2)
     plain = _run(alone, False, [])

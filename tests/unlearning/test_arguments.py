@@ -21,48 +21,87 @@ from unilogit_kernels.unlearning.data import PairSampler
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
-# What each of them does is looked up before it joins: `Trainer` does it whatever the loss is, or
-# this package does it itself.
+# This package has a part in what they do.
 WORKING = {
-    "steps and their size": "per_device_train_batch_size num_train_epochs max_steps learning_rate "
-    "lr_scheduler_type lr_scheduler_kwargs warmup_steps gradient_accumulation_steps max_grad_norm "
-    "average_tokens_across_devices auto_find_batch_size",
-    "the optimizer": "optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 "
-    "adam_epsilon",
-    "precision, memory and speed": "bf16 fp16 tf32 activation_checkpointing "
-    "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
-    "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
-    "torch_empty_cache_steps skip_memory_metrics use_cpu",
-    "the model's forward": "neftune_noise_alpha",
-    "logs": "logging_strategy logging_steps logging_first_step log_on_each_node "
-    "logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm "
-    "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id debug",
-    "files": "output_dir save_only_model save_strategy save_steps save_on_each_node "
-    "save_total_limit enable_jit_checkpoint ignore_data_skip "
+    "test_trainer.py::test_a_step_is_the_literal_step": "per_device_train_batch_size learning_rate "
+    "gradient_accumulation_steps num_train_epochs lr_scheduler_type warmup_steps optim "
+    "max_grad_norm label_smoothing_factor",
+    "test_trainer.py::test_a_resumed_run_ends_as_an_uninterrupted_one": "output_dir save_strategy "
+    "save_steps save_total_limit",
+    "test_trainer_features.py::test_a_compiled_model_learns_the_same": "torch_compile "
+    "torch_compile_backend torch_compile_mode",
+    "test_trainer_features.py::test_noise_on_the_embeddings_is_of_training_alone": (
+        "neftune_noise_alpha"
+    ),
+    "test_trainer_features.py::test_tokens_are_counted": "include_num_input_tokens_seen",
+    "test_trainer_features.py::test_a_batch_that_fits_is_found": "auto_find_batch_size",
+    "test_trainer_features.py::test_reporters_that_are_not_there": "report_to",
+    "test_trainer_features.py::test_the_command_names_what_it_cannot_hand_on": "push_to_hub "
+    "hub_model_id",
+    "test_arguments.py::test_the_seed_of_the_rows": "seed data_seed",
+    "test_arguments.py::test_arguments_that_are_set_later_are_checked_too": "dataloader_drop_last",
+    "test_arguments.py::test_arguments_without_effect_are_refused": "accelerator_config "
+    "parallelism_config",
+    "test_arguments.py::test_the_columns_of_a_batch_are_kept": "remove_unused_columns",
+    "test_runs.py::test_autocast_and_recomputation_on_a_cpu": "bf16 activation_checkpointing "
+    "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs use_cpu",
+    "test_runs.py::test_a_run_ends_at_the_first_loss_that_is_not_finite": "logging_nan_inf_filter",
+    "test_logs.py::test_after_a_resume": "logging_strategy logging_steps logging_first_step",
+    "test_logs.py::test_of_two_processes": "average_tokens_across_devices ddp_backend local_rank",
+    "test_evaluation_in_training.py::test_losses_and_metrics_are_those_of_the_logits": (
+        "per_device_eval_batch_size prediction_loss_only"
+    ),
+    "test_evaluation_in_training.py::test_the_best_model_is_loaded_at_the_end": "eval_strategy "
+    "eval_steps load_best_model_at_end metric_for_best_model greater_is_better",
+    "test_stopping.py::test_a_large_set_is_looked_at_in_part_and_decided_on_whole": "max_steps",
+    "../distributed/test_training.py::test_the_losses_of_one_process": "fsdp fsdp_config",
+}
+"""By the test that shows it."""
+
+# `Trainer` does it whatever the loss is; that it does is looked up before a name joins.
+HANDED_THROUGH = {
+    "the optimizer and its schedule": "lr_scheduler_kwargs optim_args optim_target_modules "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon",
+    "precision, memory and speed": "fp16 tf32 use_liger_kernel liger_kernel_config "
+    "torch_empty_cache_steps skip_memory_metrics full_determinism",
+    "logs": "log_on_each_node log_level log_level_replica disable_tqdm run_name project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id debug",
+    "files": "save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip "
     "restore_callback_states_from_checkpoint",
-    "the Hub": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
-    "hub_revision",
-    "rows": "seed data_seed full_determinism dataloader_drop_last dataloader_num_workers "
-    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context dataloader_in_order",
-    "several processes": "accelerator_config parallelism_config ddp_find_unused_parameters "
-    "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
-    "fsdp_config deepspeed local_rank",
-    "evaluation": "eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches "
-    "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
-    "prediction_loss_only bf16_full_eval fp16_full_eval load_best_model_at_end "
-    "metric_for_best_model greater_is_better per_device_eval_batch_size",
-    "of this package": "remove_unused_columns label_smoothing_factor",
+    "the Hub": "hub_token hub_private_repo hub_strategy hub_always_push hub_revision",
+    "how batches are read": "dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
+    "dataloader_in_order",
+    "several processes": "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph ddp_timeout deepspeed",
+    "evaluation": "eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object "
+    "eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval",
     "read by scripts alone, as Hugging Face says": "do_train do_eval do_predict "
     "resume_from_checkpoint",
 }
+"""By what it is about."""
 
 
-def test_every_argument_works_or_is_refused() -> None:
-    working = set(" ".join(WORKING.values()).split())
+def test_every_argument_works_is_handed_through_or_is_refused() -> None:
+    """Each is in one list: a field that is new in transformers has to join one."""
+    listed = [
+        *(name for names in WORKING.values() for name in names.split()),
+        *(name for names in HANDED_THROUGH.values() for name in names.split()),
+        *REFUSED_ARGUMENTS,
+    ]
+    assert len(listed) == len(set(listed))
     installed = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert not working & REFUSED_ARGUMENTS.keys()
-    assert installed - working - REFUSED_ARGUMENTS.keys() == set()
+    assert installed - set(listed) == set()
+
+
+@pytest.mark.parametrize("where", WORKING)
+def test_what_works_has_its_test(where: str) -> None:
+    file, name = where.split("::")
+    assert f"def {name}(" in (Path(__file__).parent / file).read_text()
+
+
+def test_the_columns_of_a_batch_are_kept(tmp_path: Path) -> None:
+    assert not arguments(tmp_path, remove_unused_columns=True).remove_unused_columns
 
 
 def test_every_option_is_handed_on_or_refused() -> None:
@@ -78,7 +117,7 @@ def test_every_option_is_handed_on_or_refused() -> None:
         ({"use_cache": True}, "use_cache would have no effect"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),
         ({"forget_weight": float("nan")}, "forget_weight must be a finite number, got nan"),
-        ({"probability_steps": 0}, "probability_steps must be at least 1, got 0"),
+        ({"check_steps": 0}, "check_steps must be at least 1, got 0"),
         ({"label_smoothing_factor": 1.1}, "label_smoothing_factor must be at most 1, got 1.1"),
         ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
         *(

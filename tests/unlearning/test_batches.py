@@ -105,8 +105,8 @@ def test_a_row_without_labels_adds_nothing(tmp_path: Path, method: str) -> None:
         "gradient_accumulation_steps": 3,
         "learning_rate": 1e-2,
         "method": method,
-        "stop_at_probability": 1e-9,
-        "probability_steps": 1,
+        "stop_at": "probability=1e-9",
+        "check_steps": 1,
         "retain_per_forget": 2,
     }
     seen: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ def test_a_row_without_labels_adds_nothing(tmp_path: Path, method: str) -> None:
         trainer.train()
         seen.append({n: logged(trainer, n) for n in ("forget_loss", "forget_probability")})
     for name, values in seen[0].items():
-        assert len(values) == 1
+        assert len(values) == (2 if name == "forget_probability" else 1)  # That of the start.
         assert seen[1][name] == pytest.approx(values, rel=1e-4), name
     assert 0.0 in seen[2]["forget_loss"]
     assert all(torch.tensor([v for values in seen[2].values() for v in values]).isfinite())

@@ -210,7 +210,7 @@ def test_no_retain_rows_are_no_forward(tmp_path: Path, options: dict[str, Any]) 
         ({"method": "task_vector", "retain_loss": "kl"}, "must be one of none, got 'kl'"),
         ({"retain_loss": "none", "dual_step_size": 1.0}, "there is no retain loss to follow"),
         ({"retain_loss": "none", "z_loss": 0.1}, "z_loss would have no effect"),
-        ({"method": "task_vector", "stop_at_probability": 0.1}, "would end method 'task_vector'"),
+        ({"method": "task_vector", "stop_at": "probability=0.1"}, "would end method 'task_vector'"),
         (
             {"method": "rmu", "method_parameters": {"beta": 1.0}},
             "no parameter 'beta'; it has layer",
@@ -293,7 +293,7 @@ OF_COMMANDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", OF_COMMANDS)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, method: str) -> None:
     settings = replaced(settings, method=method, **OF_COMMANDS[method])
-    assert execute(prepare(settings))["steps"] == 6
+    assert execute(prepare(settings)).steps == 6
     again = replaced(settings, output=settings.output.with_name("again"))
     with pytest.raises(KeyboardInterrupt):
         execute(prepare(again), [InterruptAt(5)])

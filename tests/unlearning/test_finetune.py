@@ -29,6 +29,7 @@ from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged
 from unilogit_kernels.cli.app import app
 from unilogit_kernels.testing import assert_tensors_within_budget
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
+from unilogit_kernels.unlearning.checks import check_settings
 from unilogit_kernels.unlearning.data import Encoding, collate
 from unilogit_kernels.unlearning.evaluation import token_probabilities
 from unilogit_kernels.unlearning.measuring.store import load_records
@@ -83,7 +84,7 @@ def test_from_golden_and_starting_model_to_the_unlearned_one(folder: Path) -> No
     assert "6 rows to learn" in start.output
     unlearned = done(
         f"unlearn --model start {rows} --output unlearned --epochs 30 --lr 1e-3 --batch-size 3"
-        " --stop-at-probability 0.3"
+        " --stop-at probability=0.3"
     )
     assert "3 rows to forget, 3 to keep" in unlearned.output
     forget, retain = benchmark.training["forget"], benchmark.training["retain"]
@@ -162,7 +163,7 @@ def test_a_resumed_fine_tuning_ends_as_an_uninterrupted_one(folder: Path) -> Non
         batch_size=3,
         learning_rate=1e-3,
         checkpoint_steps=1,
-        method_parameters={"label_smoothing": 0.1},
+        label_smoothing=0.1,
     )
     execute(prepare(settings))
     again = dataclasses.replace(settings, output=folder / "again")
@@ -192,7 +193,7 @@ def test_where_the_rows_come_from(folder: Path) -> None:
     }
 
     def answers(settings: Settings) -> dict[str, list[str]]:
-        settings.check()
+        check_settings(settings)
         sets = read_sets(settings)
         return {name: [row.completion.strip() for row in rows] for name, rows in sets.items()}
 
@@ -223,7 +224,7 @@ def test_where_the_rows_come_from(folder: Path) -> None:
         ("finetune --model model --output out --data a.jsonl --with-forget", "--with-forget is"),
         (
             "finetune --model model --output out --data a.jsonl --label-smoothing 2",
-            "label_smoothing of method 'cross_entropy' must be at most 1",
+            "label_smoothing must be at most 1",
         ),
         (
             "finetune --model model --output out --benchmark tofu:forget05 --data-dir tofu",
@@ -258,6 +259,7 @@ def test_long_texts_are_learned_whole(folder: Path) -> None:
     write_tables(folder / "muse", {**MUSE, "raw/forget": ["x" * 100, "short"]}, "json")
     result = done(
         "unlearn --model model --benchmark muse-news --data-dir muse --output out --epochs 1"
+        " --stop-at none"
         " --max-length 32 --block-stride 24"
     )
     # Blocks of 32 start at 0, 24, 48 and 72, the last of which holds the end of 100.

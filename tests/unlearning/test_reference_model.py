@@ -324,7 +324,7 @@ def test_a_run_from_files(tmp_path: Path) -> None:
         epochs=1,
     )
     done = execute(prepare(settings))
-    assert done["steps"] > 0
+    assert done.steps > 0
     assert (tmp_path / "out" / "config.json").exists()
     with pytest.raises(RunError, match="retain_loss must be one of"):
         prepare(Settings(**{**vars(settings), "retain_loss": "l2", "output": tmp_path / "other"}))

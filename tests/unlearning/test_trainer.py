@@ -205,11 +205,10 @@ def test_training_stops_at_the_probability(tmp_path: Path) -> None:
     model = make_model()
     examples = encoded(FORGET)
     start = float(token_probabilities(model, examples, pad_id=0, batch_size=4).mean())
-    args = arguments(tmp_path, **options, stop_at_probability=start / 2, probability_steps=2)
+    args = arguments(tmp_path, **options, stop_at=f"probability={start / 2}", check_steps=2)
     trainer = make_trainer(model, args)
     trainer.train()
     assert 0 < trainer.state.global_step < trainer.state.max_steps
-    assert trainer.state.global_step % 2 == 0
     final = float(token_probabilities(model, examples, pad_id=0, batch_size=4).mean())
     assert final <= start / 2
     logged = [
@@ -233,8 +232,8 @@ def test_only_the_top_layers_are_trained() -> None:
 def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="retain_per_forget must be at least 1"):
         arguments(tmp_path, retain_per_forget=0)
-    with pytest.raises(ValueError, match="stop_at_probability must be between 0 and 1"):
-        arguments(tmp_path, stop_at_probability=1.5)
+    with pytest.raises(ValueError, match="stop_at probability must be between 0 and 1"):
+        arguments(tmp_path, stop_at="probability=1.5")
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
@@ -325,7 +324,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, step: in
     if resumed.checkpoint is not None:
         assert resumed.checkpoint.name == f"checkpoint-{last}"
     never = InterruptAt(0)
-    assert execute(resumed, [never])["steps"] == 8
+    assert execute(resumed, [never]).steps == 8
     assert never.seen == list(range(last + 1, 9))
     expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
     start = AutoModelForCausalLM.from_pretrained(settings.model).state_dict()
@@ -366,10 +365,11 @@ def test_an_output_that_is_taken(settings: Settings) -> None:
         ({"method": "forgetting"}, "method must be one of altpo, ceu, cross_entropy"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"stop_at_probability": 1.0}, "stop_at_probability must be between 0 and 1"),
+        ({"stop_at": "probability=1"}, "stop_at probability must be between 0 and 1"),
         ({"train_layers": 3}, "the model has 2 layers; cannot train the top 3"),
         ({"chat_template": True}, "has no chat template"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
+        ({"save_dtype": "int8"}, "save_dtype must be one of float32, bfloat16"),
     ],
 )
 def test_settings_that_cannot_be(
@@ -386,6 +386,19 @@ def test_what_is_forgotten_is_the_answer_and_not_its_end(settings: Settings) -> 
     prepared = prepare(settings)
     assert all(example.labels[-1] != 2 for example in prepared.sets["forget"])
     assert all(example.labels[-1] == 2 for example in prepared.sets["retain"])
+
+
+def test_float32_weights_are_saved_in_bfloat16(settings: Settings) -> None:
+    execute(prepare(settings))
+    exact = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
+    other = dataclasses.replace(
+        settings, output=settings.output.with_name("other"), save_dtype="bfloat16"
+    )
+    execute(prepare(other))
+    saved = AutoModelForCausalLM.from_pretrained(other.output).state_dict()
+    for name, value in saved.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, exact[name].bfloat16()), name
 
 
 def test_bfloat16_and_frozen_layers(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from unilogit_kernels import __version__
 from unilogit_kernels.cli.console import reporting_errors
+from unilogit_kernels.cli.settings_command import SettingsCommand
 
 
 class LazyCommand(NamedTuple):
@@ -30,11 +31,14 @@ class LazyCommand(NamedTuple):
 
 COMMANDS = {
     "unlearn": LazyCommand(
-        "unilogit_kernels.cli.unlearn", "Make a model forget some rows and keep the others."
+        "unilogit_kernels.cli.unlearn",
+        "Make a model forget some rows and keep the others.",
+        {"cls": SettingsCommand},
     ),
     "finetune": LazyCommand(
         "unilogit_kernels.cli.finetune",
         "Teach a model rows by cross-entropy, as for a model that never saw those to forget.",
+        {"cls": SettingsCommand},
     ),
     "evaluate": LazyCommand(
         "unilogit_kernels.cli.evaluate",

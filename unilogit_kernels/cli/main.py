@@ -13,6 +13,7 @@ _EXTRA = (
     "nltk",
     "scipy",
     "safetensors",
+    "yaml",
 )
 
 

@@ -1,73 +1,23 @@
-"""Options that several commands have, each defined once."""
+"""Options of other commands that are settings of a run, too: named and described as there."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="Directory or Hub id of a causal LM.")]
-Output = Annotated[Path, typer.Option(help="Directory for the model.")]
-Benchmark = Annotated[
-    str | None,
-    typer.Option(
-        help="A benchmark whose rows to take, with its split, such as tofu:forget10: tofu, "
-        "muse-news, muse-books, rwku or wmdp."
-    ),
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Directory that holds the files of the benchmark.")
-]
-Epochs = Annotated[int, typer.Option(help="Passes over the rows.")]
-LearningRate = Annotated[float, typer.Option(help="Learning rate, constant after the warm-up.")]
-WarmupSteps = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
-GradientAccumulation = Annotated[int, typer.Option(help="Batches in a step.")]
-TrainLayers = Annotated[int | None, typer.Option(help="Train only so many of the top layers.")]
-MemoryBudget = Annotated[int | None, typer.Option(help="MiB that the losses' buffers may take.")]
-LogitsDtype = Annotated[
-    str | None, typer.Option(help="What logits are rounded to: float32, bfloat16 or float16.")
-]
-SkipBelow = Annotated[
-    float, typer.Option(help="Tokens of a smaller share of the largest slope get no gradient.")
-]
-MaxLength = Annotated[
-    int, typer.Option(help="Rows are cut after so many tokens, and texts into blocks of as many.")
-]
-BlockStride = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens from the start of a block of a text to that of the next. Default: all but "
-        "one of --max-length."
-    ),
-]
+from unilogit_kernels.unlearning.settings import help_of
+
+MaxLength = Annotated[int, typer.Option(help=help_of("max_length"))]
 ChatTemplate = Annotated[
     bool | None,
-    typer.Option(
-        "--chat-template/--no-chat-template",
-        help="Put prompts through the tokenizer's chat template. Default: if it has one.",
-    ),
+    typer.Option("--chat-template/--no-chat-template", help=help_of("chat_template")),
 ]
 TemplateArg = Annotated[
     list[str] | None,
-    typer.Option(help="An argument of the chat template, as NAME=VALUE; may be repeated."),
+    typer.Option(metavar="NAME=VALUE", help=help_of("template_arguments")),
 ]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")]
-Autocast = Annotated[
-    bool, typer.Option("--autocast", help="Compute in bfloat16, whatever the weights are.")
-]
-GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Recompute activations, save memory.")
-]
-CheckpointSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
-Seed = Annotated[int, typer.Option(help="Of the order of the rows.")]
+Dtype = Annotated[str, typer.Option(help=help_of("dtype"))]
 AllowMissing = Annotated[
-    bool,
-    typer.Option(
-        "--allow-missing-weights",
-        help="Take a model whose files lack weights, which are then random, or have others.",
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")
+    bool, typer.Option("--allow-missing-weights", help=help_of("allow_missing_weights"))
 ]

@@ -42,7 +42,11 @@ class _Positions(NamedTuple):
     shift: bool
 
     def of_tokens(self, values: Tensor, fill: int = 0) -> Tensor:
-        """What belongs to each token, `[..., T]`, at the position that predicts it."""
+        """What belongs to each token, `[..., T]`, at the position that predicts it.
+
+        It goes to the device of the states: a model in parts on several has its head on the last.
+        """
+        values = values.to(self.hidden.device)
         if not self.shift:
             return values
         return F.pad(values, (0, 1), value=fill) if self.virtual else shift_labels(values, fill)
@@ -168,7 +172,7 @@ class HeadCall:
             self.weight,
             at.of_tokens(labels, -100),
             [at.of_part(part) for part in parts],
-            rows[:, None].expand(at.hidden.shape[:2]),
+            rows.to(at.hidden.device)[:, None].expand(at.hidden.shape[:2]),
             bias=self.bias,
             weights=weights,
             reduction=reduction,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import CrossEntropy
@@ -22,6 +23,8 @@ from unilogit_kernels.unlearning.methods import (
     check_retain_loss,
     default_retain_loss,
 )
+from unilogit_kernels.unlearning.settings import ForgettingSettings, HeadSettings
+from unilogit_kernels.unlearning.stopping import Target, read_target
 
 _ORDER = (
     "forget rows are shuffled each epoch and retain rows go round on their own: choose the order "
@@ -70,8 +73,8 @@ _CHECKED = (
     "dual_step_size",
     "retain_loss_target",
     "dual_warmup_epochs",
-    "stop_at_probability",
-    "probability_steps",
+    "check_steps",
+    "max_retain_loss_rise",
     "vocab_size",
     "memory_budget",
     "skip_below",
@@ -88,7 +91,7 @@ LOGITS_DTYPES = {
 
 
 @dataclass
-class UnlearningArguments(TrainingArguments):
+class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
     """`TrainingArguments`, and what unlearning adds.
 
     `per_device_train_batch_size` counts forget rows; the retain rows come on top.
@@ -97,35 +100,12 @@ class UnlearningArguments(TrainingArguments):
     is always False.
     `label_smoothing_factor` is that of the retain rows' cross-entropy, as PyTorch defines it.
 
+    The fields of `ForgettingSettings` and `HeadSettings` are described there; of this class are
+
     Attributes:
-        method: loss of the forget rows, a name from `methods.method_names()`.
-        method_parameters: the method's float parameters, where they differ from its defaults.
-        forget_weight: factor of that loss. Unilogit's slope starts 15 to 25 times as steep as
-            cross-entropy's where a token is memorised, so 1 is too strong against a retain weight
-            of 1.
-        retain_loss: loss of the retain rows: `"cross_entropy"`; `"kl"` for the divergence
-            KL(starting model || model), as in KL minimisation and NPO-KL; `"hidden_states"`, which
-            belongs to method `rmu`; or `"none"`, and then there are no retain rows. None for that
-            of the method: `"hidden_states"` for `rmu`, `"none"` for `task_vector`, else
-            `"cross_entropy"`.
-        retain_weight: factor of that loss; where it is dual, the one that a training starts with.
-        retain_per_forget: retain rows for each forget row, where there are retain rows.
-        z_loss: weight of the squared logsumexp of the logits in the retain rows' cross-entropy.
-        dual_step_size: of the retain weight, which then follows the retain loss as in PDU: after
-            each update it is `max(0, retain_weight + dual_step_size * (retain loss - target))`,
-            whatever the method. 0 leaves it constant.
-        retain_loss_target: the retain loss at which the dual weight stays as it is.
-        dual_update: `"step"`, after each optimizer step by its retain loss, or `"epoch"`, after
-            each epoch by the mean over its steps.
-        dual_warmup_epochs: epochs that pass before the weight is updated.
-        stop_at_probability: stop once the mean probability of a forget token has fallen to this.
-        probability_steps: check that every so many steps.
         vocab_size: number of real tokens, for a teacher whose vocabulary is padded to another size
             than the model's.
         memory_budget: bytes that the losses' buffers may take, see `LinearOptions`.
-        logits_dtype: what logits are rounded to: `"float32"`, `"bfloat16"` or `"float16"`; None for
-            the most that the device's GEMM can write.
-        skip_below: tokens whose slope is below this share of the largest get no gradient.
 
     Raises:
         MethodError: there is no such method, or it has no such parameters.
@@ -133,23 +113,8 @@ class UnlearningArguments(TrainingArguments):
             effect; the message says what to do instead.
     """
 
-    method: str = field(default="unilogit")
-    method_parameters: dict[str, float] = field(default_factory=dict)
-    forget_weight: float = field(default=0.1)
-    retain_loss: str | None = field(default=None)
-    retain_weight: float = field(default=1.0)
-    retain_per_forget: int = field(default=1)
-    z_loss: float = field(default=0.0)
-    dual_step_size: float = field(default=0.0)
-    retain_loss_target: float = field(default=0.0)
-    dual_update: str = field(default="step")
-    dual_warmup_epochs: int = field(default=0)
-    stop_at_probability: float | None = field(default=None)
-    probability_steps: int = field(default=5)
     vocab_size: int | None = field(default=None)
     memory_budget: int | None = field(default=None)
-    logits_dtype: str | None = field(default=None)
-    skip_below: float = field(default=0.0)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -161,6 +126,7 @@ class UnlearningArguments(TrainingArguments):
             self.retain_loss = default_retain_loss(self.method)
         self.resolved_method()
         self._check_losses()
+        _check_reporters(self.report_to)
         if self.logits_dtype is not None:
             check_choice("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         if self.learning_rate != 0:  # Which trains nothing, and may be meant.
@@ -183,6 +149,10 @@ class UnlearningArguments(TrainingArguments):
         """The loss of the retain rows' labels."""
         return CrossEntropy(label_smoothing=self.label_smoothing_factor, z_loss=self.z_loss)
 
+    def target(self) -> Target | None:
+        """What the run stops at, if it does so before its last step."""
+        return read_target(self.stop_at)
+
     @property
     def retain_rows(self) -> int:
         """How many go with each forget row: 0 where there is no loss of them."""
@@ -198,7 +168,18 @@ class UnlearningArguments(TrainingArguments):
         of_labels = ("label_smoothing_factor", "z_loss")
         retain_loss = str(self.retain_loss)
         check_retain_loss(retain_loss, {name: getattr(self, name) for name in of_labels})
-        check_goes_together(self.method, retain_loss, self.dual_step_size, self.stop_at_probability)
+        check_goes_together(self.method, retain_loss, self.dual_step_size, self.stop_at)
+        target = self.target()
+        if target is not None and not target.is_probability and self.eval_strategy == "no":
+            raise ValueError(
+                f"stop_at {self.stop_at!r}: {target.metric} is a metric of evaluations, and there "
+                "are none: set eval_strategy, or take probability=VALUE or golden=FILE"
+            )
+        if self.max_retain_loss_rise is not None and self.retain_loss == NONE:
+            raise ValueError(
+                "max_retain_loss_rise would have no effect with retain_loss 'none', got "
+                f"{self.max_retain_loss_rise}: there are no retain rows"
+            )
         epochs = math.inf if self.max_steps > 0 else self.num_train_epochs
         check_dual(vars(self), epochs)
 
@@ -230,17 +211,11 @@ class UnlearningArguments(TrainingArguments):
             forget_rows: how many there are.
 
         Raises:
-            ValueError: an argument would be without effect, one process has several GPUs, FSDP is
-                to run on CPUs, or `dataloader_drop_last` would leave no batch.
+            ValueError: an argument would be without effect, FSDP is to run on CPUs, or
+                `dataloader_drop_last` would leave no batch.
         """
         self._refuse_what_has_no_effect()
         self._check_losses()
-        if self.n_gpu > 1:
-            raise ValueError(
-                "one process with several GPUs would copy the model at every step (DataParallel), "
-                "and the copies have no lm_head to replace: start with `accelerate launch` or "
-                "`torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
         if self.fsdp and self.device.type == "cpu":
             raise ValueError(
                 f"fsdp would have no effect here, got {self.fsdp!r}: accelerate shards models on "
@@ -252,6 +227,31 @@ class UnlearningArguments(TrainingArguments):
                 f"dataloader_drop_last would drop all of the {forget_rows} forget rows, since a "
                 f"batch of all processes has {needed}: leave it False, or take smaller batches"
             )
+
+    def check_devices(self) -> None:
+        """See that a model is not to be copied at every step, once the Trainer knows it.
+
+        Raises:
+            ValueError: one process has several GPUs, and the model is whole on one of them.
+        """
+        if self.n_gpu > 1:
+            raise ValueError(
+                "one process with several GPUs would copy the model at every step (DataParallel), "
+                "and the copies have no lm_head to replace: start with `accelerate launch` or "
+                "`torchrun`, set CUDA_VISIBLE_DEVICES to one GPU, or load the model with "
+                'device_map="auto"'
+            )
+
+
+def _check_reporters(names: str | Sequence[str] | None) -> None:
+    for name in [names] if isinstance(names, str) else names or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to must be of {known}, all or none, got {name!r}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"report_to {name!r}: {error}") from error
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from unilogit_kernels.huggingface.head import HeadCall
 from unilogit_kernels.huggingface.two_heads import heads_kl_loss
 from unilogit_kernels.objectives import Objective
 from unilogit_kernels.unlearning.arguments import UnlearningArguments
+from unilogit_kernels.unlearning.data import IGNORED
 from unilogit_kernels.unlearning.methods import Method
 
 
@@ -60,6 +61,16 @@ class BatchLoss:
         """How many rows of a batch are forget rows, or refusals; they come first."""
         members = 2 if self.method.needs_refusals else 1
         return len(labels) * members // (members + self.args.retain_rows)
+
+    def items(self, labels: Tensor) -> Tensor:
+        """What the means of a batch's losses are over: int64 `[forget, retain]`.
+
+        Args:
+            labels: int64 `[B, T]`; the first token of a row is not predicted.
+        """
+        counted = labels[:, 1:] != IGNORED
+        rows = self.forget_rows(counted)
+        return torch.stack([self.method.items(counted[:rows]), counted[rows:].sum()])
 
     def __call__(self, heads: Heads, targets: Targets, retain_weight: float) -> Tensor:
         """The loss, the forget rows' and the retain rows', `[3]`; the first is differentiable.

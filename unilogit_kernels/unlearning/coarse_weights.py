@@ -7,15 +7,18 @@ takes at a learning rate of 1e-5, rounds to nothing, and so does every step afte
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 # So many weights, spread evenly over all: the share is known to 0.4 %, in no time beside a step's.
 _SAMPLE = 1 << 16
@@ -27,13 +30,27 @@ _EXPECTED_SHARE = 0.5
 _ADVICE = "What helps: a higher learning rate or fewer warmup_steps"
 _ADVICE_FOR_HALF = (
     f"{_ADVICE}; float32 weights, computed with in bfloat16 (bf16=True; --dtype float32 --autocast "
-    "on the command line); or an optimizer that keeps what rounding loses (optim='stable_adamw', "
-    "with the package torch-optimi, on a GPU)"
+    "--save-dtype bfloat16 on the command line); or an optimizer that keeps what rounding loses "
+    "(optim='stable_adamw', --args.optim stable_adamw, with the package torch-optimi)"
 )
 
 
 class CoarseWeightsWarning(UserWarning):
     """Most weights do not change, since a step is less than their rounding."""
+
+
+class CompensatingTrainer(Trainer):
+    """A Trainer whose compensated optimizer (`optim="stable_adamw"`) runs on CPUs as well."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Hugging Face's choice; where there is no GPU, optimi is not to ask Triton for one."""
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer.__module__.startswith("optimi.") and args.device.type == "cpu":
+            options = {**options, "triton": False}
+        return optimizer, options
 
 
 class WarnOfCoarseWeights(TrainerCallback):

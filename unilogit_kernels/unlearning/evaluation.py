@@ -294,7 +294,7 @@ def label_log_probabilities(model: nn.Module, labels: Tensor, inputs: Mapping[st
         float64 `[B, T]`, aligned with the labels; 0 where a label does not count.
     """
     log_odds = fused_log_odds(model, labels=labels, **inputs)[:, :-1].double()
-    log_p = F.logsigmoid(log_odds).masked_fill(labels[:, 1:] == IGNORED, 0.0)
+    log_p = F.logsigmoid(log_odds).masked_fill(labels[:, 1:].to(log_odds.device) == IGNORED, 0.0)
     return F.pad(log_p, (1, 0))
 
 
@@ -319,7 +319,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def report_table(title: str, reports: dict[str, dict[str, SetReport]]) -> Table:
+def report_table(title: str, reports: Mapping[str, Mapping[str, SetReport]]) -> Table:
     """A table of set reports: for each set one line for each model.
 
     Args:

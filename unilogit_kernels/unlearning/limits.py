@@ -73,8 +73,9 @@ RANGES: Mapping[str, Range] = {
     "dual_step_size": _FACTOR,
     "retain_loss_target": _FACTOR,
     "dual_warmup_epochs": _count(0),
-    "stop_at_probability": Range(0.0, 1.0, open_low=True, open_high=True, optional=True),
-    "probability_steps": _count(),
+    "check_steps": _count(),
+    "max_retain_loss_rise": Range(0.0, _LARGEST_FACTOR, open_low=True, optional=True),
+    "report_rows": _count(0),
     # numpy's generator takes no other seed.
     "seed": _count(0, 2**32 - 1),
     "epochs": _count(),

@@ -79,6 +79,12 @@ def default_retain_loss(method: str) -> str:
     return {RMU: HIDDEN_STATES, TASK_VECTOR: NONE}.get(method, "cross_entropy")
 
 
+def default_stop(method: str) -> str:
+    """When a run by a method ends before its last epoch, unless it is asked for something else."""
+    learns = _ALIASES.get(method, method) == "cross_entropy"
+    return NONE if learns else "probability=0.2"
+
+
 def check_retain_loss(retain_loss: str, of_labels: Mapping[str, float]) -> None:
     """See that there is such a loss of the retain rows, and that it takes what it is given.
 
@@ -99,7 +105,7 @@ def check_retain_loss(retain_loss: str, of_labels: Mapping[str, float]) -> None:
 
 
 def check_goes_together(
-    method: str, retain_loss: str, dual_step_size: float, stop_at_probability: float | None
+    method: str, retain_loss: str, dual_step_size: float, stop_at: str | None
 ) -> None:
     """See that a method can run with the loss of the retain rows, and that nothing is idle.
 
@@ -107,7 +113,7 @@ def check_goes_together(
         method: its name.
         retain_loss: by name.
         dual_step_size: of a retain weight that follows the retain loss; 0 for none.
-        stop_at_probability: of forget tokens; None for no such stop.
+        stop_at: when the run ends before its last step; None or "none": never.
 
     Raises:
         ValueError: it cannot, or a setting would have no effect.
@@ -125,10 +131,10 @@ def check_goes_together(
             f"dual_step_size would have no effect with retain_loss 'none', got {dual_step_size}: "
             "there is no retain loss to follow"
         )
-    if method == TASK_VECTOR and stop_at_probability is not None:
+    if method == TASK_VECTOR and stop_at not in (None, NONE):
         raise ValueError(
-            f"stop_at_probability would end method {method!r} at once, got {stop_at_probability}: "
-            "it learns the forget rows, and what it learned is taken away after the last step"
+            f"stop_at would end method {method!r} at the wrong time, got {stop_at!r}: it learns "
+            "the forget rows, and what it learned is taken away after the last step"
         )
 
 

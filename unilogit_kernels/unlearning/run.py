@@ -5,28 +5,46 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
 from unilogit_kernels.unlearning.adapters import check_no_adapter
-from unilogit_kernels.unlearning.data import Encoding, Example, Row, padding_id
+from unilogit_kernels.unlearning.checks import check_settings
+from unilogit_kernels.unlearning.config import FILE as SETTINGS_FILE
+from unilogit_kernels.unlearning.config import as_yaml
+from unilogit_kernels.unlearning.data import IGNORED, Encoding, Example, Row, padding_id
 from unilogit_kernels.unlearning.errors import RunError, check_writable, reading
+from unilogit_kernels.unlearning.evaluation import SetReport
 from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
-from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.loading import (
+    DTYPES,
+    check_fits,
+    encode,
+    load_encoding,
+    load_model,
+)
 from unilogit_kernels.unlearning.methods import RMU
+from unilogit_kernels.unlearning.outcome import Outcome, check_known, measure_sets, sentence_of
 from unilogit_kernels.unlearning.processes import (
     check_launch,
     check_world,
     hearing_all,
-    on_cpu,
     together,
 )
 from unilogit_kernels.unlearning.record import (
@@ -41,11 +59,12 @@ from unilogit_kernels.unlearning.record import (
 from unilogit_kernels.unlearning.settings import Settings
 from unilogit_kernels.unlearning.sources import LEARNED, read_sets
 from unilogit_kernels.unlearning.trainer import UnlearningArguments, UnlearningTrainer
+from unilogit_kernels.unlearning.translation import training_arguments
 
 _RMU_LAYERS = 3
 """How many the paper trains: the one that it steers, and the two below."""
 
-__all__ = ["Prepared", "RunError", "Settings", "execute", "prepare", "training_arguments"]
+__all__ = ["Prepared", "RunError", "Settings", "execute", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ class Prepared:
         model: loaded, with frozen layers frozen.
         encoding: of the rows.
         sets: encoded rows by name: those of `sources.read_sets`.
-        rows: how many rows of each set there were before long texts were cut into blocks.
+        rows: as they were read, before long texts were cut into blocks.
         record: of the run, as it is or will be in the output directory.
         resumed: whether it is there already.
         checkpoint: to resume from, or None.
@@ -69,7 +88,7 @@ class Prepared:
     model: PreTrainedModel
     encoding: Encoding
     sets: dict[str, list[Example]]
-    rows: dict[str, int]
+    rows: dict[str, list[Row]]
     record: Record
     resumed: bool
     checkpoint: Path | None
@@ -81,7 +100,23 @@ class Prepared:
     def blocks(self) -> dict[str, int]:
         """How many examples there are of each set in which texts were cut into several."""
         sizes = {name: len(examples) for name, examples in self.sets.items()}
-        return {name: size for name, size in sizes.items() if size > self.rows[name]}
+        return {name: size for name, size in sizes.items() if size > len(self.rows[name])}
+
+
+class Done(NamedTuple):
+    """What a run did.
+
+    Attributes:
+        steps: that were taken.
+        log: what was logged at each.
+        ended: why it ended before its last step, or None.
+        outcome: both sets before and after; None where they were not measured.
+    """
+
+    steps: int
+    log: list[dict[str, float]]
+    ended: str | None
+    outcome: Outcome | None
 
 
 def prepare(
@@ -101,7 +136,7 @@ def prepare(
         DataError: a data file does not.
         UnsupportedHeadError: the model's lm_head does not.
     """
-    settings.check()
+    check_settings(settings)
     check_launch()
     with reading("the Trainer does not take these settings"):
         arguments = training_arguments(settings, settings.output / CHECKPOINTS)
@@ -154,7 +189,7 @@ def _prepare(
         model,
         encoding,
         sets=sets,
-        rows={name: len(each) for name, each in rows.items()},
+        rows=rows,
         record=record or Record(settings.recorded(), inputs, date),
         resumed=record is not None,
         checkpoint=newest_checkpoint(settings.output) if record is not None else None,
@@ -216,7 +251,7 @@ def _unfinished(settings: Settings, resume: bool) -> Record | None:
     return record
 
 
-def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> Done:
     """Unlearn, or learn, and write model and tokenizer to the output directory.
 
     Args:
@@ -224,36 +259,33 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
         callbacks: for progress bars and the like.
 
     Returns:
-        `steps`, and `log`: what was logged at each step.
+        What was done, and what came of it.
 
     Raises:
         TrainingError: a loss or gradient became NaN or infinite; the newest checkpoint stays.
         LostProcessError: another process ended, or did not answer in time.
         RunError: the output cannot be written, or the checkpoint not read.
     """
-    settings = prepared.settings
+    settings, arguments = prepared.settings, prepared.arguments
+    before = _measured(prepared, prepared.model, generate=True)
+    problem = check_known(before, arguments.target())
+    if problem is not None:
+        raise RunError(problem)
     started = Started()
-    features = {
-        name: [example.features() for example in examples]
-        for name, examples in prepared.sets.items()
-    }
-    trainer = UnlearningTrainer(
-        prepared.model,
-        prepared.arguments,
-        # Rows to learn are the method's, which is cross-entropy then.
-        forget=features.get("forget") or features[LEARNED],
-        retain=features.get("retain", []),
-        refusals=features.get("refusal", []),
-        pad_id=padding_id(prepared.encoding.tokenizer),
-        tokenizer=prepared.encoding.tokenizer,
-        callbacks=[started, StopAtNonFinite(settings.output), *callbacks],
-    )
+    with reading("push_to_hub") if arguments.push_to_hub else nullcontext():
+        trainer = _trainer(prepared, [started, StopAtNonFinite(settings.output), *callbacks])
     trainer.remove_callback(PrinterCallback)
+    if settings.save_dtype is not None and _is_sharded(trainer):
+        raise RunError(
+            f"save_dtype {settings.save_dtype!r}: a sharded model is written as it is trained; "
+            "cast what is written"
+        )
 
     def claim() -> None:
         if trainer.is_world_process_zero() and not prepared.resumed:
             with reading(f"{settings.output} cannot be written to"):
                 prepared.record.write(settings.output)
+                (settings.output / SETTINGS_FILE).write_text(as_yaml(settings), encoding="utf-8")
 
     together(claim)
     if prepared.checkpoint is None:
@@ -262,64 +294,86 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
     else:
         with started.reading(prepared.checkpoint), hearing_all():
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
+    if settings.save_dtype is not None and trainer.model is not None:
+        trainer.model.to(DTYPES[settings.save_dtype])
+    ended = trainer.watch.reason
+    outcome = None
+    if before:
+        after = _after(prepared, trainer)
+        told = ended if trainer.watch.damaged else None
+        sentence = sentence_of(before, after, arguments.target(), told)
+        outcome = Outcome(before, after, sentence, trainer.state.global_step, ended)
     with hearing_all():
         trainer.save_model(str(settings.output))
+        if outcome is not None and trainer.is_world_process_zero():
+            outcome.write(settings.output)
         if trainer.is_world_process_zero():
             shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
-    return {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+    state = trainer.state
+    return Done(state.global_step, list(state.log_history), ended, outcome)
 
 
-def training_arguments(settings: Settings, checkpoints: Path) -> UnlearningArguments:
-    """The Trainer's arguments for a run."""
-    budget = settings.memory_budget_mib
-    return UnlearningArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        **_recomputation(settings.gradient_checkpointing),
-        bf16=settings.autocast,
-        use_cpu=on_cpu(),
-        save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_first_step=True,
-        # `StopAtNonFinite` is to see them.
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=not on_cpu(),
-        seed=settings.seed,
-        method=settings.method,
-        method_parameters=dict(settings.method_parameters),
-        forget_weight=settings.forget_weight,
-        retain_loss=settings.retain_loss,
-        retain_weight=settings.retain_weight,
-        retain_per_forget=settings.retain_per_forget,
-        stop_at_probability=settings.stop_at_probability,
-        memory_budget=None if budget is None else budget << 20,
-        logits_dtype=settings.logits_dtype,
-        skip_below=settings.skip_below,
-        label_smoothing_factor=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        dual_step_size=settings.dual_step_size,
-        retain_loss_target=settings.retain_loss_target,
-        dual_update=settings.dual_update,
-        dual_warmup_epochs=settings.dual_warmup_epochs,
+def _trainer(prepared: Prepared, callbacks: list[TrainerCallback]) -> UnlearningTrainer:
+    features = {
+        name: [example.features() for example in examples]
+        for name, examples in prepared.sets.items()
+    }
+    encoding = prepared.encoding
+    evaluated: dict[str, Any] = {}
+    if prepared.arguments.eval_strategy != "no":
+        evaluated = {
+            "eval_dataset": {name: rows for name, rows in features.items() if rows},
+            "compute_metrics": _probability,
+        }
+    # What is looked at is what `unilogit evaluate` looks at: answers with their ends.
+    whole = encode(encoding, prepared.rows["forget"]) if "forget" in features else ()
+    return UnlearningTrainer(
+        prepared.model,
+        prepared.arguments,
+        # Rows to learn are the method's, which is cross-entropy then.
+        forget=features.get("forget") or features[LEARNED],
+        retain=features.get("retain", []),
+        refusals=features.get("refusal", []),
+        pad_id=padding_id(encoding.tokenizer),
+        tokenizer=encoding.tokenizer,
+        check_rows={"forget": [example.features() for example in whole]} if whole else {},
+        callbacks=callbacks,
+        **evaluated,
     )
 
 
-def _recomputation(wanted: bool) -> dict[str, Any]:
-    """To recompute activations in the backward; transformers 5.20 gave it another name."""
-    if not wanted:
+def _probability(prediction: EvalPrediction) -> dict[str, float]:
+    """Of the labels of each row, the geometric mean; the mean of that over the rows."""
+    labels, log_p = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+    counts = (labels[:, 1:] != IGNORED).sum(1)
+    means = log_p.sum(1, dtype="float64")[counts > 0] / counts[counts > 0]
+    return {"probability": float(np.exp(means).mean())}
+
+
+def _measured(prepared: Prepared, model: nn.Module, *, generate: bool) -> dict[str, SetReport]:
+    settings = prepared.settings
+    if settings.task != "unlearn":
         return {}
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    with printing_date(prepared.record.date, prepared.encoding):
+        return measure_sets(
+            model,
+            prepared.rows,
+            prepared.encoding,
+            most=settings.report_rows,
+            batch_size=settings.batch_size,
+            generate=generate,
+        )
+
+
+def _is_sharded(trainer: UnlearningTrainer) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _after(prepared: Prepared, trainer: UnlearningTrainer) -> dict[str, SetReport]:
+    """The sets under the model as it is now; a sharded one answers no prompts."""
+    model = trainer.model
+    if not _is_sharded(trainer) and model is not None:
+        return _measured(prepared, model, generate=True)
+    with trainer.evaluating_as_in_training() as wrapped:
+        return _measured(prepared, wrapped, generate=False)

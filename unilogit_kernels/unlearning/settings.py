@@ -1,138 +1,316 @@
-"""What a run is asked for, and whether it can be."""
+"""What a run is asked for: each setting once, with what it is, for Python, files and the shell.
+
+`unilogit unlearn` and `unilogit finetune` have an option for each field, `config` reads the same
+names from a YAML file, and `UnlearningArguments` has the fields of two of the classes. torch is not
+imported here, so that `--help` need not wait for it; `checks` says what goes together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from unilogit_kernels.unlearning.dual import check_dual
-from unilogit_kernels.unlearning.errors import RunError
-from unilogit_kernels.unlearning.limits import check_choice, check_numbers
-from unilogit_kernels.unlearning.methods import (
-    ALTPO,
-    NONE,
-    Method,
-    check_goes_together,
-    check_retain_loss,
-    default_retain_loss,
-)
 
 TASKS = {"unlearn": "unlearning", "finetune": "fine-tuning"}
 """What a run may do, and what that is called while it is done."""
 
+METHOD_OPTIONS: Mapping[str, str] = {
+    "alpha": "Parameter of wga, tnpo.",
+    "beta": "Parameter of npo, dpo, tnpo...",
+    "beta1": "Parameter of satimp.",
+    "beta2": "Parameter of satimp.",
+    "gamma": "Parameter of undial, self_undial.",
+    "delta": "Parameter of simnpo.",
+}
+"""Parameters of methods with an option of their own; `--method-parameter` takes every one."""
 
-@dataclass(frozen=True)
-class Settings:
-    """What is unlearned from what, and how.
 
-    Attributes:
-        model: directory or Hub id of a causal LM.
-        forget: file of the rows to forget, or None for the benchmark's.
-        retain: file of the rows to keep, or None for the benchmark's; None where `retain_loss` is
-            `"none"`.
-        output: directory for the model; checkpoints lie there until the run is done.
-        task: `"unlearn"`, or `"finetune"`, see `finetuning`.
-        benchmark: name of a benchmark whose rows to take, see `load_benchmark`.
-        data_dir: directory that holds its files.
-        data: files of rows to learn, in a fine-tuning.
-        with_forget: also learn the benchmark's forget rows, in a fine-tuning.
-        method: loss of the forget rows, a name from `methods.method_names()`.
-        method_parameters: the method's float parameters, where they differ from its defaults.
-        refusals: text file of what to say instead, one a line, for methods that take them; forget
-            rows take them in turn. `altpo` takes the rows' own alternates.
-        epochs: passes over the forget rows.
-        learning_rate: of AdamW, constant after the warm-up.
-        warmup_steps: steps over which the learning rate rises to it.
-        batch_size: forget rows in a batch; the retain rows come on top.
-        gradient_accumulation: batches in a step.
-        retain_per_forget: retain rows for each forget row.
-        forget_weight: factor of the forget loss.
-        retain_loss: of the retain rows, see `UnlearningArguments`; None for the method's own.
-        retain_weight: factor of that loss; where it is dual, the one at the start.
-        label_smoothing: of the retain rows' cross-entropy.
-        z_loss: see `UnlearningArguments`.
-        dual_step_size: see `UnlearningArguments`.
-        retain_loss_target: see `UnlearningArguments`.
-        dual_update: see `UnlearningArguments`.
-        dual_warmup_epochs: see `UnlearningArguments`.
-        stop_at_probability: stop at this mean probability of a forget token, or None.
-        train_layers: train only so many of the top layers, or None for all parameters. For `rmu`
-            it counts from the steered layer down, and None is 3, as in the paper.
-        memory_budget_mib: MiB that the losses' buffers may take, or None for the device's default.
-        logits_dtype: see `UnlearningArguments`.
-        skip_below: see `UnlearningArguments`.
-        max_length: rows are cut after so many tokens, and texts into blocks of as many.
-        block_stride: see `Encoding`.
-        chat_template: see `Encoding`.
-        template_arguments: see `Encoding`.
-        dtype: of the weights, a key of `DTYPES`.
-        autocast: compute in bfloat16 whatever the weights' dtype.
-        gradient_checkpointing: recompute activations in the backward to save memory.
-        checkpoint_steps: steps between checkpoints.
-        seed: of the order of the rows, and of dropout.
-        allow_missing_weights: see `load_model`.
+def about(help: str, **more: str) -> dict[str, str]:
+    """A field's metadata: its description, where Hugging Face's dataclasses have theirs.
+
+    Args:
+        help: what the field is, in a sentence.
+        more: of fields of `Settings` alone: `option`, the option's name where it is not the
+            field's; `argument`, the argument of `UnlearningArguments` that it becomes; `task`,
+            where only one has it.
+    """
+    return {"help": help, **more}
+
+
+OF_FINETUNING: Mapping[str, Any] = {
+    "task": "finetune",
+    "method": "cross_entropy",
+    "forget_weight": 1.0,
+    "retain_loss": "none",
+    "epochs": 5,
+}
+"""What is another in a run that learns rows and forgets none: nothing stops it but its epochs."""
+
+
+@dataclass
+class HeadSettings:
+    """How losses of labels are computed. Each field says in its metadata what it is."""
+
+    z_loss: float = field(
+        default=0.0,
+        metadata=about(
+            "Weight of the squared logsumexp of the logits in the cross-entropy of the rows to "
+            "retain, or to learn."
+        ),
+    )
+    logits_dtype: str | None = field(
+        default=None,
+        metadata=about(
+            "What logits are rounded to: float32, bfloat16 or float16. Default: the most that the "
+            "device's GEMM can write."
+        ),
+    )
+    skip_below: float = field(
+        default=0.0,
+        metadata=about("Tokens of a smaller share of the largest slope than this get no gradient."),
+    )
+
+
+@dataclass
+class ForgettingSettings:
+    """What is forgotten and kept. Each field says in its metadata what it is."""
+
+    method: str = field(
+        default="unilogit",
+        metadata=about("Loss of the forget rows; `unilogit methods` lists them."),
+    )
+    method_parameters: dict[str, float] = field(
+        default_factory=dict,
+        metadata=about("Parameters of the method by name, where they differ from its defaults."),
+    )
+    forget_weight: float = field(
+        default=0.03,
+        metadata=about(
+            "Factor of the forget loss. Unilogit's slope starts 15 to 25 times as steep as "
+            "cross-entropy's where a token is memorised, so 1 is too strong beside a retain weight "
+            "of 1."
+        ),
+    )
+    retain_loss: str | None = field(
+        default=None,
+        metadata=about(
+            "Loss of the retain rows: cross_entropy; kl, the divergence KL(starting model || "
+            "model), as in KL minimisation and NPO-KL; hidden_states (of rmu); or none, and then "
+            "there are no such rows. Default: the method's."
+        ),
+    )
+    retain_weight: float = field(
+        default=1.0,
+        metadata=about("Factor of the retain rows' loss; where it is dual, the one at the start."),
+    )
+    retain_per_forget: int = field(default=1, metadata=about("Retain rows for each forget row."))
+    dual_step_size: float = field(
+        default=0.0,
+        metadata=about(
+            "Of a retain weight that follows the retain loss, as in PDU: after each update it is "
+            "max(0, retain_weight + dual_step_size * (retain loss - target)). 0 leaves it constant."
+        ),
+    )
+    retain_loss_target: float = field(
+        default=0.0, metadata=about("Retain loss at which such a weight stays as it is.")
+    )
+    dual_update: str = field(
+        default="step",
+        metadata=about(
+            "When such a weight is updated: step, by the retain loss of each optimizer step, or "
+            "epoch, by the mean over its steps."
+        ),
+    )
+    dual_warmup_epochs: int = field(
+        default=0, metadata=about("Epochs before such a weight is updated.")
+    )
+    stop_at: str | None = field(
+        default=None,
+        metadata=about(
+            "End the run at probability=P, the mean probability of the forget rows' tokens; at "
+            "golden=G_EVAL.json, that of a golden model by its results; or at NAME=VALUE, a metric "
+            "of the evaluations (--args.eval_strategy). none: after the last epoch. Default of "
+            "`unilogit unlearn`: probability=0.2, but of methods that learn."
+        ),
+    )
+    check_steps: int = field(
+        default=5,
+        metadata=about("Steps between two looks at that at most; near the target there are more."),
+    )
+    max_retain_loss_rise: float | None = field(
+        default=None,
+        metadata=about(
+            "End the run once the loss of the retain rows' labels, the mean of -log p, has risen "
+            "by more than this."
+        ),
+    )
+
+
+@dataclass
+class Settings(ForgettingSettings, HeadSettings):
+    """What a run unlearns from what, or learns, and how.
+
+    Each field says in its metadata what it is; `unilogit unlearn --help` prints it.
     """
 
-    model: str
-    forget: Path | None
-    retain: Path | None
-    output: Path
-    task: str = "unlearn"
-    benchmark: str | None = None
-    data_dir: Path | None = None
-    data: tuple[Path, ...] = ()
-    with_forget: bool = False
-    method: str = "unilogit"
-    method_parameters: dict[str, float] = dataclasses.field(default_factory=dict)
-    refusals: Path | None = None
-    epochs: int = 5
-    learning_rate: float = 1e-5
-    warmup_steps: int = 5
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    retain_per_forget: int = 1
-    forget_weight: float = 0.1
-    retain_loss: str | None = None
-    retain_weight: float = 1.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    dual_step_size: float = 0.0
-    retain_loss_target: float = 0.0
-    dual_update: str = "step"
-    dual_warmup_epochs: int = 0
-    stop_at_probability: float | None = None
-    train_layers: int | None = None
-    memory_budget_mib: int | None = None
-    logits_dtype: str | None = None
-    skip_below: float = 0.0
-    max_length: int = 512
-    block_stride: int | None = None
-    chat_template: bool | None = None
-    template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dtype: str = "float32"
-    autocast: bool = False
-    gradient_checkpointing: bool = False
-    checkpoint_steps: int = 50
-    seed: int = 0
-    allow_missing_weights: bool = False
+    model: str = field(kw_only=True, metadata=about("Directory or Hub id of a causal LM."))
+    output: Path = field(
+        kw_only=True,
+        metadata=about("Directory for the model; checkpoints lie there until the run is done."),
+    )
+    task: str = field(
+        default="unlearn", metadata=about("What is done: unlearn or finetune.", task="")
+    )
+    forget: Path | None = field(
+        default=None,
+        metadata=about("File of the rows to forget. Default: the benchmark's.", task="unlearn"),
+    )
+    retain: Path | None = field(
+        default=None,
+        metadata=about(
+            "File of the rows to keep; none with --retain-loss none. Default: the benchmark's.",
+            task="unlearn",
+        ),
+    )
+    data: tuple[Path, ...] = field(
+        default=(), metadata=about("A file of rows to learn; may be repeated.", task="finetune")
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata=about(
+            "A benchmark whose rows to take, with its split, such as tofu:forget10: tofu, "
+            "muse-news, muse-books, rwku or wmdp."
+        ),
+    )
+    data_dir: Path | None = field(
+        default=None, metadata=about("Directory that holds the files of the benchmark.")
+    )
+    with_forget: bool = field(
+        default=False,
+        metadata=about(
+            "Also learn what the benchmark has a model forget: makes the starting model, where the "
+            "golden one comes without.",
+            task="finetune",
+        ),
+    )
+    refusals: Path | None = field(
+        default=None,
+        metadata=about(
+            "Answers to give instead, one a line, for idk_dpo, dpo and flat; forget rows take "
+            "them in turn.",
+            task="unlearn",
+        ),
+    )
+    epochs: int = field(
+        default=20,
+        metadata=about("Passes over the rows to forget, or to learn.", argument="num_train_epochs"),
+    )
+    learning_rate: float = field(
+        default=1e-5,
+        metadata=about(
+            "Learning rate of AdamW, constant after the warm-up.",
+            option="--lr",
+            argument="learning_rate",
+        ),
+    )
+    warmup_steps: int = field(
+        default=5,
+        metadata=about("Steps over which the learning rate rises.", argument="warmup_steps"),
+    )
+    batch_size: int = field(
+        default=8,
+        metadata=about(
+            "Rows to forget, or to learn, in a batch; retain rows come on top.",
+            argument="per_device_train_batch_size",
+        ),
+    )
+    gradient_accumulation: int = field(
+        default=1, metadata=about("Batches in a step.", argument="gradient_accumulation_steps")
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=about(
+            "Of the cross-entropy of the rows to retain, or to learn, from 0 to 1.",
+            argument="label_smoothing_factor",
+        ),
+    )
+    train_layers: int | None = field(
+        default=None,
+        metadata=about(
+            "Train only so many of the top layers; of rmu, from the steered layer down. Default: "
+            "all, and 3 of rmu, as in the paper."
+        ),
+    )
+    memory_budget_mib: int | None = field(
+        default=None,
+        metadata=about("MiB that the losses' buffers may take. Default: the device's."),
+    )
+    max_length: int = field(
+        default=512,
+        metadata=about("Rows are cut after so many tokens, and texts into blocks of as many."),
+    )
+    block_stride: int | None = field(
+        default=None,
+        metadata=about(
+            "Tokens from the start of a block of a text to that of the next. Default: all but one "
+            "of --max-length."
+        ),
+    )
+    chat_template: bool | None = field(
+        default=None,
+        metadata=about(
+            "Put prompts through the tokenizer's chat template. Default: if it has one."
+        ),
+    )
+    template_arguments: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("An argument of the chat template.", option="--template-arg"),
+    )
+    dtype: str = field(default="float32", metadata=about("Of the weights: float32 or bfloat16."))
+    save_dtype: str | None = field(
+        default=None,
+        metadata=about(
+            "Of the weights that are written: float32 or bfloat16. Default: that of --dtype."
+        ),
+    )
+    autocast: bool = field(
+        default=False,
+        metadata=about("Compute in bfloat16, whatever the weights are.", argument="bf16"),
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=about("Recompute activations, save memory.")
+    )
+    report_rows: int = field(
+        default=100,
+        metadata=about(
+            "Rows of each set that are measured before and after. 0: none.", task="unlearn"
+        ),
+    )
+    checkpoint_steps: int = field(
+        default=50, metadata=about("Steps between checkpoints.", argument="save_steps")
+    )
+    seed: int = field(
+        default=0, metadata=about("Of the order of the rows, and of dropout.", argument="seed")
+    )
+    allow_missing_weights: bool = field(
+        default=False,
+        metadata=about(
+            "Take a model whose files lack weights, which are then random, or have others."
+        ),
+    )
+    args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about(
+            "Any other argument of transformers.TrainingArguments, by its name, such as "
+            "--args.report_to wandb."
+        ),
+    )
 
     def recorded(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, for JSON."""
-        values = {name: value for name, value in vars(self).items() if name != "output"}
-        values["data"] = [str(path) for path in self.data]
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-
-    @property
-    def retain_loss_or_default(self) -> str:
-        """The loss of the retain rows, the method's own where none is given."""
-        return self.retain_loss or default_retain_loss(self.method)
-
-    @property
-    def takes_retain_rows(self) -> bool:
-        """Whether there is a loss of retain rows, and so are rows."""
-        return self.retain_loss_or_default != NONE
+        return {name: plain(value) for name, value in vars(self).items() if name != "output"}
 
     @classmethod
     def finetuning(cls, **given: Any) -> Settings:
@@ -141,64 +319,45 @@ class Settings:
         Args:
             given: settings by name; those of forgetting and retaining have no place here.
         """
-        fixed = {"forget": None, "retain": None, "task": "finetune", "method": "cross_entropy"}
-        return cls(**{**fixed, "forget_weight": 1.0, "retain_loss": NONE, **given})
+        return cls(**{**OF_FINETUNING, **given})
 
-    def check(self) -> None:
-        """See that they go together.
 
-        Raises:
-            RunError: they do not, or one of them has no such value.
-        """
-        self._check_sources()
-        try:
-            method = Method(self.method, self.method_parameters)
-            check_numbers(vars(self))
-            of_labels = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-            check_retain_loss(self.retain_loss_or_default, of_labels)
-            check_goes_together(
-                method.name,
-                self.retain_loss_or_default,
-                self.dual_step_size,
-                self.stop_at_probability,
-            )
-            check_dual(vars(self), self.epochs)
-        except ValueError as error:
-            raise RunError(str(error)) from error
-        self._check_retain_rows()
-        takes_refusals = method.needs_refusals and method.name != ALTPO
-        if takes_refusals and self.refusals is None:
-            raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
-        if self.refusals is not None and not takes_refusals:
-            raise RunError(f"method {method.name!r} takes no refusals")
+def plain(value: Any) -> Any:
+    """A setting's value as JSON and YAML have it."""
+    if isinstance(value, Path):
+        return str(value)
+    return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
-    def _check_sources(self) -> None:
-        """See that it is said where the rows come from, and once."""
-        check_choice("task", self.task, TASKS)
-        if (self.benchmark is None) != (self.data_dir is None):
-            raise RunError(
-                "--benchmark and --data-dir go together: the one names what, the other where"
-            )
-        if self.task == "finetune":
-            if not self.data and self.benchmark is None:
-                raise RunError("there is nothing to learn: name files by --data, or a --benchmark")
-            if self.with_forget and self.benchmark is None:
-                raise RunError("--with-forget is about the rows of a benchmark: name one")
-            return
-        if self.forget is None and self.benchmark is None:
-            raise RunError("name the rows to forget: --forget FILE, or a --benchmark")
 
-    def _check_retain_rows(self) -> None:
-        """See that there are rows to keep where there is a loss of them, and only there."""
-        retain_loss = self.retain_loss_or_default
-        if not self.takes_retain_rows and self.retain is not None:
-            raise RunError(f"retain_loss {retain_loss!r} takes no rows to keep, got {self.retain}")
-        if self.takes_retain_rows and self.task == "finetune":
-            raise RunError(
-                f"a fine-tuning keeps no rows: retain_loss must be 'none', got {retain_loss!r}"
-            )
-        if self.takes_retain_rows and self.retain is None and self.benchmark is None:
-            raise RunError(
-                f"retain_loss {retain_loss!r} needs rows to keep: --retain FILE, or a --benchmark; "
-                "retain_loss 'none' does not"
-            )
+def settings_of(task: str) -> Iterator[dataclasses.Field[Any]]:
+    """The fields of `Settings` that a command has: of the run, then of what it forgets, and how.
+
+    Args:
+        task: a key of `TASKS`.
+    """
+    forgetting, head = dataclasses.fields(ForgettingSettings), dataclasses.fields(HeadSettings)
+    shared = {each.name for each in (*forgetting, *head)}
+    by_name = {each.name: each for each in dataclasses.fields(Settings)}
+    for name, own in by_name.items():
+        if name not in shared and own.metadata.get("task", task) == task:
+            yield own
+    for part in (forgetting if task == "unlearn" else (), head):
+        yield from (by_name[each.name] for each in part)
+
+
+def option_of(known: dataclasses.Field[Any]) -> str:
+    """The option of a setting on the command line."""
+    return str(known.metadata.get("option", f"--{known.name.replace('_', '-')}"))
+
+
+def help_of(name: str) -> str:
+    """What a setting is."""
+    return str(Settings.__dataclass_fields__[name].metadata["help"])
+
+
+OWN_ARGUMENTS: Mapping[str, str] = {
+    known.metadata["argument"]: known.name
+    for known in dataclasses.fields(Settings)
+    if "argument" in known.metadata
+} | dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "gradient_checkpointing")
+"""Arguments of the Trainer that are settings of their own, with the setting's name."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unilogit_kernels.unlearning.alternates import with_alternates
 from unilogit_kernels.unlearning.benchmarks import Benchmark, load_benchmark
+from unilogit_kernels.unlearning.checks import takes_retain_rows
 from unilogit_kernels.unlearning.errors import RunError, reading
 from unilogit_kernels.unlearning.methods import ALTPO
 from unilogit_kernels.unlearning.rows import Row, read_refusals, read_rows
@@ -40,7 +41,7 @@ def read_sets(settings: Settings) -> dict[str, list[Row]]:
                 learned = _of(benchmark, "retain")
         return {LEARNED: learned}
     forget = _rows("forget", settings.forget, benchmark)
-    retain = _rows("retain", settings.retain, benchmark) if settings.takes_retain_rows else []
+    retain = _rows("retain", settings.retain, benchmark) if takes_retain_rows(settings) else []
     with reading("--refusals"):
         refusals = [] if settings.refusals is None else read_refusals(settings.refusals, forget)
     if settings.method == ALTPO:

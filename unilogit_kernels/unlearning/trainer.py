@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
 from unilogit_kernels.huggingface.two_heads import frozen_copy, run_two_heads_with_auxiliary_loss
 from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
 from unilogit_kernels.unlearning.batch_loss import BatchLoss, Heads, Targets
-from unilogit_kernels.unlearning.callbacks import Begin, StopAtProbability
-from unilogit_kernels.unlearning.coarse_weights import WarnOfCoarseWeights
+from unilogit_kernels.unlearning.callbacks import Begin, Watch
+from unilogit_kernels.unlearning.coarse_weights import CompensatingTrainer, WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
     DataError,
@@ -55,7 +52,7 @@ _REFERENCE = "reference_log_probs"
 """The column of a batch that holds `log p` of each label under the starting model."""
 
 
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(CompensatingTrainer):
     """A Trainer whose loss is `forget_weight * method + retain_weight * retain loss`.
 
     Each step runs the model once over forget and retain rows together, and its lm_head once, too,
@@ -85,6 +82,8 @@ class UnlearningTrainer(Trainer):
             tokenizer. Default: a copy of the model as it is given, whole on each device.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
+        check_rows: by `"forget"` and `"retain"`, what `stop_at` and `max_retain_loss_rise` look at,
+            where that is not `forget` and `retain`: the same rows with their ends, for instance.
         options: passed on to `Trainer`: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`;
             `eval_dataset`, examples or a dict of them by name; and `compute_metrics`, which is
             given the log-probabilities of the labels as `predictions` (see `prediction_step`).
@@ -114,6 +113,7 @@ class UnlearningTrainer(Trainer):
         teacher: nn.Module | None = None,
         pad_id: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        check_rows: Mapping[str, Sequence[Features]] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         refuse_options(options)
@@ -158,7 +158,8 @@ class UnlearningTrainer(Trainer):
             processing_class=tokenizer,
             **{name: value for name, value in options.items() if value is not None},
         )
-        if self._teacher is not None:
+        args.check_devices()
+        if self._teacher is not None and not self.is_model_parallel:
             self._teacher.to(args.device)
         # What it smooths, were it asked, would be logits; `BatchLoss` smooths without them.
         self.label_smoother = None
@@ -166,8 +167,9 @@ class UnlearningTrainer(Trainer):
             self.add_callback(DualRetainWeight(args.retain_weight))
         self.add_callback(Begin(self))
         self.add_callback(WarnOfCoarseWeights(self))
-        if args.stop_at_probability is not None:
-            self.add_callback(StopAtProbability(self, forget, pad_id))
+        watched = {"forget": forget, "retain": retain, **check_rows}
+        self.watch = Watch(self, watched["forget"], watched["retain"], pad_id)
+        self.add_callback(self.watch)
         for name, empty in self._pairs.without_labels.items():
             if empty and self.is_world_process_zero():
                 warnings.warn(
@@ -284,11 +286,7 @@ class UnlearningTrainer(Trainer):
         """What the means of the whole step are over: `[forget, retain]`, over all devices."""
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batch_samples:
-            # The first token of a row is not predicted.
-            counted = batch["labels"][:, 1:] != IGNORED
-            forget_rows = self._batch_loss.forget_rows(counted)
-            forget = self._method.items(counted[:forget_rows])
-            counts += torch.stack([forget, counted[forget_rows:].sum()]).cpu()
+            counts += self._batch_loss.items(batch["labels"]).cpu()
         counts = counts.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")

@@ -170,7 +170,7 @@ class Demo:
             f"--train-layers {recipe.top_layers} --lr {recipe.forget_rate} "
             f"--batch-size {recipe.forget_batch} --epochs {recipe.most_epochs} "
             f"--forget-weight {recipe.forget_weight} "
-            f"--stop-at-probability {recipe.stop_at_probability} --seed {recipe.seed}"
+            f"--stop-at probability={recipe.stop_at_probability} --seed {recipe.seed}"
         )
 
     def _sample_answers(self) -> Table:

@@ -134,7 +134,7 @@ def unlearn(
         dataloader_pin_memory=False,
         seed=recipe.seed,
         forget_weight=recipe.forget_weight,
-        stop_at_probability=recipe.stop_at_probability,
+        stop_at=f"probability={recipe.stop_at_probability}",
     )
     trainer = UnlearningTrainer(
         top, arguments, forget=forget, retain=retain, pad_id=pad_id, callbacks=list(callbacks)
