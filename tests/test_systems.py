@@ -150,8 +150,10 @@ def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyP
     # Memory for logits to keep is not all written, and two runs would differ there.
     monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.saved_capacity", lambda *_: 0)
     logits, hidden, weight = torch.randn(4, 30), torch.randn(4, 6), torch.randn(30, 6)
-    for x in (logits, hidden, weight):
-        x.requires_grad_()
+    head = (hidden, weight, None, torch.randn(4, 2), torch.randn(30, 2))
+    for x in (logits, *head):
+        if x is not None:
+            x.requires_grad_()
     labels = torch.arange(4)
     rows = (labels, -100, 1.0, 0.0, 30, 0, 30, "", False, "eager")
     with_runner_up = (*rows[:8], True, "eager")
@@ -163,22 +165,22 @@ def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyP
         "log_odds": ("log_odds", (logits, *rows)),
         "linear_log_odds": (
             "linear_log_odds",
-            (hidden, weight, None, active, *rows, *options, True),
+            (*head, active, *rows, *options, True),
         ),
         "runner-up": ("log_odds", (logits, *with_runner_up)),
         "linear runner-up": (
             "linear_log_odds",
-            (hidden, weight, None, active, *with_runner_up, *options, True),
+            (*head, active, *with_runner_up, *options, True),
         ),
         "objective": ("objective_loss", (logits, *rows, *weighted, True)),
         "linear_objective": (
             "linear_objective_loss",
-            (hidden, weight, None, *rows, *weighted, *options, True, True, False),
+            (*head, *rows, *weighted, *options, True, True, False, True, True),
         ),
         "objective with tensors": ("objective_loss", (logits, *rows, *with_tensors, True)),
         "linear_objective with tensors": (
             "linear_objective_loss",
-            (hidden, weight, None, *rows, *with_tensors, *options, True, True, False),
+            (*head, *rows, *with_tensors, *options, True, True, False, True, True),
         ),
     }
     operator, args = arguments[name]
@@ -266,13 +268,15 @@ def test_tensors_without_data_have_the_right_shapes() -> None:
     with FakeTensorMode():
         hidden = torch.empty(3, 4, 8, dtype=torch.float16, requires_grad=True)
         weight = torch.empty(100, 8, dtype=torch.float16, requires_grad=True)
+        inner, up = torch.empty(12, 2), torch.empty(100, 2)
         labels = torch.empty(3, 4, dtype=torch.int64)
         rows = (labels.reshape(-1), -100, 1.0, 0.0, 100, 0, 100, "", False, "eager")
         weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [], [])
         options = (0, None, 0.0, True)
         loss, losses, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(
-            hidden.reshape(-1, 8), weight, None, *rows, *weighted, *options, True, True, False
+            *(hidden.reshape(-1, 8), weight, None, inner, up),
+            *(*rows, *weighted, *options, True, True, False, True, True),
         )
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         assert (losses.shape, losses.dtype) == ((12,), torch.float32)
-        assert [g.shape for g in gradients] == [(12, 8), (100, 8), (0,)]
+        assert [g.shape for g in gradients] == [(12, 8), (100, 8), (0,), (12, 2), (100, 2)]
