@@ -19,6 +19,7 @@ from unilogit_kernels import reference
 from unilogit_kernels.functional import ObjectiveLike
 from unilogit_kernels.functional.token_statistics import FIELDS, TokenStatistics
 from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.huggingface.adapted_head import HeadOperands
 from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
@@ -82,8 +83,9 @@ def fused_loss(
         A scalar, or `[B, T]` for `reduction="none"`, where position t is the loss of token t + 1.
 
     Raises:
-        UnsupportedHeadError: the lm_head is not a plain linear layer (LoRA, quantised, sharded over
-            its vocabulary), the model does to its logits what the kernels cannot, or `labels` do
+        UnsupportedHeadError: the lm_head is not a linear layer, plain or with LoRA, a trained copy
+            or trainable tokens of peft's (it is quantised, sharded over its vocabulary, or has
+            another adapter), the model does to its logits what the kernels cannot, or `labels` do
             not belong to its positions.
         TypeError: the model's forward has no argument of a given name.
         ValueError: an auxiliary loss cannot be added to losses of tokens (`reduction="none"`).
@@ -310,11 +312,11 @@ def replace_head(
 
         def compute_head(
             hidden: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
+            operands: HeadOperands,
             transform: HeadTransform = observation.transform,
         ) -> Tensor:
-            return compute(HeadCall(hidden, weight, bias, transform, virtual_tokens))
+            weight, bias, adapter = operands
+            return compute(HeadCall(hidden, weight, bias, transform, virtual_tokens, adapter))
 
         done = forward_with(
             model,
