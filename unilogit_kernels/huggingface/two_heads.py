@@ -8,7 +8,8 @@ there, also where FSDP gathers them for their own module's forward alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -84,13 +85,28 @@ class WithoutAdapters:
             found[:] = [head]
             return head.hidden.new_zeros(())
 
-        with torch.no_grad(), evaluating(model), adapters_disabled(model):
+        with running(self, model):
             replace_head(model, keep, inputs)
         return found[0]
 
 
 Reference = nn.Module | WithoutAdapters
 """A frozen model, or the model's own base."""
+
+
+@contextmanager
+def running(reference: Reference, model: nn.Module) -> Iterator[nn.Module]:
+    """The module to run as a reference: in eval mode, without gradients.
+
+    Args:
+        reference: the teacher.
+        model: the student, as it is called.
+    """
+    own = isinstance(reference, WithoutAdapters)
+    module = model if isinstance(reference, WithoutAdapters) else reference
+    below = adapters_disabled(module) if own else nullcontext()
+    with torch.no_grad(), evaluating(module), below:
+        yield module
 
 
 def run_two_heads(
@@ -164,7 +180,7 @@ def run_two_heads_with_auxiliary_loss(
             )
         return results[-1][0]
 
-    with torch.no_grad(), evaluating(reference):
+    with running(reference, model):
         replace_head(reference, run_student, inputs)
     return results[-1]
 
