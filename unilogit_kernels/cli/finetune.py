@@ -41,6 +41,8 @@ def finetune(
         float, typer.Option(help="Weight of the squared logsumexp in the loss.")
     ] = Settings.z_loss,
     train_layers: options.TrainLayers = Settings.train_layers,
+    lora: options.Lora = Settings.lora,
+    merge: options.Merge = Settings.merge,
     memory_budget_mib: options.MemoryBudget = Settings.memory_budget_mib,
     logits_dtype: options.LogitsDtype = Settings.logits_dtype,
     skip_below: options.SkipBelow = Settings.skip_below,

@@ -24,6 +24,16 @@ LearningRate = Annotated[float, typer.Option(help="Learning rate, constant after
 WarmupSteps = Annotated[int, typer.Option(help="Steps over which the learning rate rises.")]
 GradientAccumulation = Annotated[int, typer.Option(help="Batches in a step.")]
 TrainLayers = Annotated[int | None, typer.Option(help="Train only so many of the top layers.")]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="Train a LoRA adapter, such as r=16,alpha=32,targets=all-linear; also dropout=0.05, "
+        "rslora, modules_to_save=NAME, and names of targets with + between them."
+    ),
+]
+Merge = Annotated[
+    bool, typer.Option("--merge", help="Write the whole model, the adapter merged into it.")
+]
 MemoryBudget = Annotated[int | None, typer.Option(help="MiB that the losses' buffers may take.")]
 LogitsDtype = Annotated[
     str | None, typer.Option(help="What logits are rounded to: float32, bfloat16 or float16.")

@@ -89,6 +89,8 @@ def unlearn(
         typer.Option(help="Stop once the mean probability of a forget token is this low."),
     ] = Settings.stop_at_probability,
     train_layers: options.TrainLayers = Settings.train_layers,
+    lora: options.Lora = Settings.lora,
+    merge: options.Merge = Settings.merge,
     memory_budget_mib: options.MemoryBudget = Settings.memory_budget_mib,
     logits_dtype: options.LogitsDtype = Settings.logits_dtype,
     skip_below: options.SkipBelow = Settings.skip_below,

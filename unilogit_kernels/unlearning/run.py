@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from unilogit_kernels.huggingface.head import observe_logit_transform
@@ -21,6 +22,7 @@ from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
+from unilogit_kernels.unlearning.lora import add_lora, merged
 from unilogit_kernels.unlearning.methods import RMU
 from unilogit_kernels.unlearning.processes import (
     check_launch,
@@ -55,7 +57,7 @@ class Prepared:
     Attributes:
         settings: of the run.
         arguments: the Trainer's.
-        model: loaded, with frozen layers frozen.
+        model: loaded, with frozen layers frozen, or with a new adapter.
         encoding: of the rows.
         sets: encoded rows by name: those of `sources.read_sets`.
         rows: how many rows of each set there were before long texts were cut into blocks.
@@ -66,7 +68,7 @@ class Prepared:
 
     settings: Settings
     arguments: UnlearningArguments
-    model: PreTrainedModel
+    model: nn.Module
     encoding: Encoding
     sets: dict[str, list[Example]]
     rows: dict[str, int]
@@ -147,11 +149,10 @@ def _prepare(
     if record is not None:
         record.check(settings.output, "inputs", inputs)
         _keep_steps(arguments, record, note)
-    _freeze(model, settings)
     return Prepared(
         settings,
         arguments,
-        model,
+        _trainable(model, settings),
         encoding,
         sets=sets,
         rows={name: len(each) for name, each in rows.items()},
@@ -161,8 +162,12 @@ def _prepare(
     )
 
 
-def _freeze(model: PreTrainedModel, settings: Settings) -> None:
-    """Leave trainable what the settings say; RMU reaches no layer above the one that it steers."""
+def _trainable(model: PreTrainedModel, settings: Settings) -> nn.Module:
+    """The model with what the settings say left trainable; RMU reaches no layer above its own."""
+    if settings.lora is not None:
+        adapted = add_lora(model, settings.lora, seed=settings.seed, merge=settings.merge)
+        observe_logit_transform(adapted)
+        return adapted
     layers, below = settings.train_layers, None
     if settings.method == RMU:
         with reading("method rmu"):
@@ -171,6 +176,7 @@ def _freeze(model: PreTrainedModel, settings: Settings) -> None:
     with reading("train_layers"):
         if layers is not None:
             train_only_top_layers(model, layers, below=below)
+    return model
 
 
 def _keep_steps(
@@ -263,6 +269,8 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
         with started.reading(prepared.checkpoint), hearing_all():
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint))
     with hearing_all():
+        if settings.merge and trainer.model is not None:
+            trainer.model = merged(trainer.model)
         trainer.save_model(str(settings.output))
         if trainer.is_world_process_zero():
             shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Any
 from unilogit_kernels.unlearning.dual import check_dual
 from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.limits import check_choice, check_numbers
+from unilogit_kernels.unlearning.lora import lora_options
 from unilogit_kernels.unlearning.methods import (
     ALTPO,
     NONE,
@@ -73,6 +74,8 @@ class Settings:
         checkpoint_steps: steps between checkpoints.
         seed: of the order of the rows, and of dropout.
         allow_missing_weights: see `load_model`.
+        lora: train a LoRA adapter, see `lora.lora_config`, or None for the weights themselves.
+        merge: write the whole model, with the adapter merged, in the place of the adapter.
     """
 
     model: str
@@ -117,6 +120,8 @@ class Settings:
     checkpoint_steps: int = 50
     seed: int = 0
     allow_missing_weights: bool = False
+    lora: str | None = None
+    merge: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed, for JSON."""
@@ -166,6 +171,7 @@ class Settings:
         except ValueError as error:
             raise RunError(str(error)) from error
         self._check_retain_rows()
+        self._check_lora(method)
         takes_refusals = method.needs_refusals and method.name != ALTPO
         if takes_refusals and self.refusals is None:
             raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
@@ -187,6 +193,18 @@ class Settings:
             return
         if self.forget is None and self.benchmark is None:
             raise RunError("name the rows to forget: --forget FILE, or a --benchmark")
+
+    def _check_lora(self, method: Method) -> None:
+        """See that an adapter is asked for in a way that can be, and with what goes with one."""
+        if self.lora is None:
+            if self.merge:
+                raise RunError("--merge is about the adapter of --lora, which is not given")
+            return
+        lora_options(self.lora)
+        if self.train_layers is not None:
+            raise RunError("--train-layers and --lora both say what is trained: leave one out")
+        if method.is_negated:
+            raise RunError(f"method {method.name!r} negates weights, which --lora does not train")
 
     def _check_retain_rows(self) -> None:
         """See that there are rows to keep where there is a loss of them, and only there."""
