@@ -67,8 +67,8 @@ def layer_of(head: nn.Module) -> nn.Module:
     kind = class_of(head)
     raise UnsupportedHeadError(
         f"the lm_head is a {kind.__module__}.{kind.__qualname__}: of peft's adapters, LoRA, "
-        "modules_to_save and trainable tokens of a plain torch.nn.Linear are known here, and what "
-        f"another one does to the logits would be lost; {_REMEDY}"
+        "modules_to_save and trainable tokens of a plain torch.nn.Linear, not quantised, are known "
+        f"here, and what another one does to the logits would be lost; {_REMEDY}"
     )
 
 

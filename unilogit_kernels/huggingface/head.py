@@ -24,6 +24,7 @@ from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
 from unilogit_kernels.huggingface.observation import input_device, observe, observe_logit_transform
+from unilogit_kernels.huggingface.quantised import require_gradients
 from unilogit_kernels.huggingface.rounding import Rounding
 from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
 from unilogit_kernels.huggingface.stand_in import Call, Forward, attach, evaluating, forward_with
@@ -305,6 +306,8 @@ def replace_head(
     """
     if call is None:
         check_inputs(model, inputs)
+    if torch.is_grad_enabled():
+        require_gradients(model)
     virtual_tokens = VirtualTokens.of(model)
     difference = None
     for again in (False, True):

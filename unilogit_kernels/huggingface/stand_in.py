@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from unilogit_kernels.huggingface.adapted_head import HeadOperands, layer_of, operands_of
 from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
+from unilogit_kernels.huggingface.quantised import packs_in_eval
 from unilogit_kernels.huggingface.sharding import (
     class_of,
     require_gathered,
@@ -245,6 +246,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, so that an extra forward draws no random numbers."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in filter(packs_in_eval, modes):
+        module.training = True
     try:
         yield
     finally:
