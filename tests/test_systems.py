@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.library import opcheck
 
 from tests.support.problems import assert_equal_steps
 from unilogit_kernels import (
+    LowRank,
     available_backends,
     linear_objective_loss,
     linear_unilogit_loss,
@@ -67,7 +69,7 @@ def _compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("entry", ["logits", "linear"])
+@pytest.mark.parametrize("entry", ["logits", "linear", "low rank"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> None:
     """Same value and gradients as eager execution, no recompilation for another n."""
@@ -75,10 +77,16 @@ def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def loss(*inputs: Tensor) -> Tensor:
-        return function(*inputs, reduction=reduction, backend=backend).sum()
+        more: dict[str, Any] = {"reduction": reduction, "backend": backend}
+        if entry == "low rank":
+            hidden, a, b, labels = inputs
+            adapter = LowRank(a, b, scale=0.5)
+            return linear_unilogit_loss(hidden, weight, labels, adapter=adapter, **more).sum()
+        return function(*inputs, **more).sum()
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
     weight = torch.randn(90, 8, requires_grad=True)
+    low = torch.randn(2, 8, requires_grad=True), torch.randn(90, 2, requires_grad=True)
     graphs = []
     for n in (5, 9, 33):
         labels = torch.randint(0, 90, (n,))
@@ -86,7 +94,8 @@ def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> 
         if entry == "logits":
             inputs: tuple[Tensor, ...] = (torch.randn(n, 90, requires_grad=True),)
         else:
-            inputs = (torch.randn(n, 8, requires_grad=True), weight)
+            others = low if entry == "low rank" else (weight,)
+            inputs = (torch.randn(n, 8, requires_grad=True), *others)
         values = [f(*inputs, labels) for f in (compiled, loss)]
         assert_equal_steps(values, inputs)
         graphs.append(counter.frame_count)
