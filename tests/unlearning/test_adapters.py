@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -284,6 +285,9 @@ def test_an_adapter_that_was_trained_before_is_said_not_to_be_the_start(tmp_path
         with pytest.warns(UserWarning, match="has been trained already .*lora_B"):
             trainer = train(tmp_path, model, **options)
         assert trainer.state.global_step > 0
+        if "method" in options:
+            # That of a model which is its own reference.
+            assert abs(logged(trainer, "forget_loss")[0] - 2 / BETA * math.log(2)) > 1e-3
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the adapter has been trained")
         train(tmp_path, model, method="unilogit")

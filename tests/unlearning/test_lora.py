@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -112,6 +113,8 @@ def test_an_adapter_is_written_or_merged(run: Run, lora: str) -> None:
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "model"
     assert not Path("adapter/model.safetensors").exists()
+    written = load_file("adapter/adapter_model.safetensors")
+    assert all("lora_" in name for name in written) == ("modules_to_save" not in lora)
     assert Path("adapter/tokenizer.json").exists()
     base = AutoModelForCausalLM.from_pretrained("model")
     before = logits_of(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +146,17 @@ def _linear(model: PreTrainedModel) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write an adapter alone: peft adds the frozen weight of an lm_head that is a target of it.
+
+    Args:
+        model: with the adapter, whole.
+        folder: where the Trainer has written it already.
+    """
+    adapted: Any = model
+    adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
 def merged(model: nn.Module) -> nn.Module:

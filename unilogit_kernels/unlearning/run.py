@@ -22,7 +22,7 @@ from unilogit_kernels.unlearning.guards import Started, StopAtNonFinite
 from unilogit_kernels.unlearning.hidden_states import steered_layer
 from unilogit_kernels.unlearning.layers import train_only_top_layers
 from unilogit_kernels.unlearning.loading import check_fits, encode, load_encoding, load_model
-from unilogit_kernels.unlearning.lora import add_lora, merged
+from unilogit_kernels.unlearning.lora import add_lora, merged, save_adapter
 from unilogit_kernels.unlearning.methods import RMU
 from unilogit_kernels.unlearning.processes import (
     check_launch,
@@ -273,6 +273,9 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> di
             trainer.model = merged(trainer.model)
         trainer.save_model(str(settings.output))
         if trainer.is_world_process_zero():
+            adapts = settings.lora is not None and not settings.merge
+            if adapts and trainer.model is not None and not trainer.is_fsdp_enabled:
+                save_adapter(trainer.model, settings.output)
             shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
     return {"steps": trainer.state.global_step, "log": trainer.state.log_history}
