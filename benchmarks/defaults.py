@@ -85,7 +85,10 @@ def main() -> None:
     cells = []
     for path in data.values():
         found = evaluate_rows(
-            prepared.model, read_rows(path), prepared.encoding, generate=options.generate
+            prepared.model,  # type: ignore[arg-type]  # adapted ones answer, too
+            read_rows(path),
+            prepared.encoding,
+            generate=options.generate,
         )
         recall = "" if found.key_recall is None else f" / {found.key_recall:.2f}"
         cells.append(f"{found.probability:.2f}{recall}")

@@ -71,6 +71,7 @@ ABOVE_THE_KERNELS = {
     "ops/test_divergence.py": ("cuda-", "cpu-"),
     "functional/test_kl_extremes.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
     "fused_linear/test_divergence.py": ("cuda-", "cpu-"),
+    "fused_linear/test_low_rank.py": ("cuda-", "cpu-"),
     "functional/test_kl_methods.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
     "fused_linear/test_options.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,
     "functional/test_methods.py": SPLIT_ROWS_AND_OLDER_PROCESSORS,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.library import opcheck
 
 from tests.support.problems import assert_equal_steps
 from unilogit_kernels import (
+    LowRank,
     available_backends,
     linear_objective_loss,
     linear_unilogit_loss,
@@ -67,7 +69,7 @@ def _compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("entry", ["logits", "linear"])
+@pytest.mark.parametrize("entry", ["logits", "linear", "low rank"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> None:
     """Same value and gradients as eager execution, no recompilation for another n."""
@@ -75,10 +77,16 @@ def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def loss(*inputs: Tensor) -> Tensor:
-        return function(*inputs, reduction=reduction, backend=backend).sum()
+        more: dict[str, Any] = {"reduction": reduction, "backend": backend}
+        if entry == "low rank":
+            hidden, a, b, labels = inputs
+            adapter = LowRank(a, b, scale=0.5)
+            return linear_unilogit_loss(hidden, weight, labels, adapter=adapter, **more).sum()
+        return function(*inputs, **more).sum()
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
     weight = torch.randn(90, 8, requires_grad=True)
+    low = torch.randn(2, 8, requires_grad=True), torch.randn(90, 2, requires_grad=True)
     graphs = []
     for n in (5, 9, 33):
         labels = torch.randint(0, 90, (n,))
@@ -86,7 +94,8 @@ def test_compile_fullgraph_dynamic(backend: str, entry: str, reduction: str) -> 
         if entry == "logits":
             inputs: tuple[Tensor, ...] = (torch.randn(n, 90, requires_grad=True),)
         else:
-            inputs = (torch.randn(n, 8, requires_grad=True), weight)
+            others = low if entry == "low rank" else (weight,)
+            inputs = (torch.randn(n, 8, requires_grad=True), *others)
         values = [f(*inputs, labels) for f in (compiled, loss)]
         assert_equal_steps(values, inputs)
         graphs.append(counter.frame_count)
@@ -150,8 +159,10 @@ def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyP
     # Memory for logits to keep is not all written, and two runs would differ there.
     monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.saved_capacity", lambda *_: 0)
     logits, hidden, weight = torch.randn(4, 30), torch.randn(4, 6), torch.randn(30, 6)
-    for x in (logits, hidden, weight):
-        x.requires_grad_()
+    head = (hidden, weight, None, torch.randn(4, 2), torch.randn(30, 2))
+    for x in (logits, *head):
+        if x is not None:
+            x.requires_grad_()
     labels = torch.arange(4)
     rows = (labels, -100, 1.0, 0.0, 30, 0, 30, "", False, "eager")
     with_runner_up = (*rows[:8], True, "eager")
@@ -163,22 +174,22 @@ def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyP
         "log_odds": ("log_odds", (logits, *rows)),
         "linear_log_odds": (
             "linear_log_odds",
-            (hidden, weight, None, active, *rows, *options, True),
+            (*head, active, *rows, *options, True),
         ),
         "runner-up": ("log_odds", (logits, *with_runner_up)),
         "linear runner-up": (
             "linear_log_odds",
-            (hidden, weight, None, active, *with_runner_up, *options, True),
+            (*head, active, *with_runner_up, *options, True),
         ),
         "objective": ("objective_loss", (logits, *rows, *weighted, True)),
         "linear_objective": (
             "linear_objective_loss",
-            (hidden, weight, None, *rows, *weighted, *options, True, True, False),
+            (*head, *rows, *weighted, *options, True, True, False, True, True),
         ),
         "objective with tensors": ("objective_loss", (logits, *rows, *with_tensors, True)),
         "linear_objective with tensors": (
             "linear_objective_loss",
-            (hidden, weight, None, *rows, *with_tensors, *options, True, True, False),
+            (*head, *rows, *with_tensors, *options, True, True, False, True, True),
         ),
     }
     operator, args = arguments[name]
@@ -266,13 +277,15 @@ def test_tensors_without_data_have_the_right_shapes() -> None:
     with FakeTensorMode():
         hidden = torch.empty(3, 4, 8, dtype=torch.float16, requires_grad=True)
         weight = torch.empty(100, 8, dtype=torch.float16, requires_grad=True)
+        inner, up = torch.empty(12, 2), torch.empty(100, 2)
         labels = torch.empty(3, 4, dtype=torch.int64)
         rows = (labels.reshape(-1), -100, 1.0, 0.0, 100, 0, 100, "", False, "eager")
         weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [], [])
         options = (0, None, 0.0, True)
         loss, losses, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(
-            hidden.reshape(-1, 8), weight, None, *rows, *weighted, *options, True, True, False
+            *(hidden.reshape(-1, 8), weight, None, inner, up),
+            *(*rows, *weighted, *options, True, True, False, True, True),
         )
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         assert (losses.shape, losses.dtype) == ((12,), torch.float32)
-        assert [g.shape for g in gradients] == [(12, 8), (100, 8), (0,)]
+        assert [g.shape for g in gradients] == [(12, 8), (100, 8), (0,), (12, 2), (100, 2)]

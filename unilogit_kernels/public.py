@@ -1,6 +1,7 @@
 """The public names: what `import unilogit_kernels` gives, at the first use of one of them."""
 
 from unilogit_kernels.backends.registry import available_backends
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.vocab_parallel import VocabParallel
 from unilogit_kernels.functional import (
     linear_objective_loss,
@@ -38,6 +39,7 @@ __all__ = [
     "CrossEntropyResult",
     "LinearOptions",
     "LinearUnilogitLoss",
+    "LowRank",
     "Mask",
     "MixedLoss",
     "Shift",

@@ -18,7 +18,8 @@ from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch, validation
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.ops.arguments import Head, Logits
+from unilogit_kernels.ops.arguments import Logits
+from unilogit_kernels.ops.heads import Head
 from unilogit_kernels.rows.ranks import Shard
 from unilogit_kernels.testing import (
     assert_sum_within_budget,
@@ -61,7 +62,7 @@ def on_shard(problem: Problem, shard: Shard) -> tuple[Tensor, list[Tensor]]:
         inputs = [problem.operands[0][:, own].clone()]
         whole = validation.describe_logits(problem.operands[0], problem.labels, options)
     inputs = [x.requires_grad_() for x in inputs]
-    operands = Head(inputs[0], inputs[1], None) if problem.linear else Logits(inputs[0])
+    operands = Head(inputs[0], inputs[1], None, None, None) if problem.linear else Logits(inputs[0])
     loss = dispatch.objective_of(
         operands, whole._replace(shard=shard), objectives.by_name(problem.objective)
     )

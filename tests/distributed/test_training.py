@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -83,12 +84,23 @@ def _shard_on_cpus() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def _train(way: str, folder: str, options: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
+def with_adapter() -> Any:
+    """LoRA beside and on the head."""
+    model = make_model()
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    return peft.get_peft_model(model, config)
+
+
+def _train(
+    way: str, folder: str, options: dict[str, Any], make: Callable[[], Any] = make_model
+) -> tuple[torch.Tensor, list[Any]]:
     args = arguments(Path(folder), ddp_backend="gloo", **STEPS, **options)
     assert args.world_size == 2
     if way == "fsdp2":
         _shard_on_cpus()
-    trainer = make_trainer(make_model(), args, callbacks=[Doing(1, 2, be_late)])
+    late = [Doing(1, 2, be_late)] if make is make_model else []
+    trainer = make_trainer(make(), args, callbacks=late)
     seen: list[Any] = []
     collate = trainer.data_collator
 
@@ -131,6 +143,20 @@ def test_the_losses_of_one_process(way: str, options: dict[str, Any], tmp_path: 
     # The last batch of an epoch of 3 rows is a filler.
     mine, others = ([batch[0][0] for batch in each[:2]] for each in (first, second))
     assert mine[0] != others[0] != mine[1]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_adapters_and_the_base_below_them(way: str, tmp_path: Path) -> None:
+    """The teacher is the wrapped model itself: the losses of one process, on both."""
+    options = {"method": "undial", "retain_loss": "kl"}
+    trainer = make_trainer(
+        with_adapter(), arguments(tmp_path, **STEPS, **options, gradient_accumulation_steps=2)
+    )
+    trainer.train()
+    (found, _), (other, _) = run_ranks(_train, way, str(tmp_path), options, with_adapter)
+    assert torch.equal(found, other)
+    torch.testing.assert_close(found, losses(trainer))
+    assert float(found[2, 0]) == 0 < float(found[2, -1])
 
 
 @pytest.fixture

@@ -49,10 +49,10 @@ SPREADS = [
 EVERY = pytest.mark.parametrize(("size", "cut", "dtype"), SPREADS)
 
 
-def together(results: Sequence[Result]) -> Result:
+def together(results: Sequence[Result], whole: Sequence[int] = (0,)) -> Result:
     """What the ranks found as one process would have: each part of a gradient from its rank.
 
-    Loss and hidden states' gradient are those of every rank, bitwise.
+    The loss and the gradients `whole`, of hidden states first, are those of every rank, bitwise.
     """
     first = results[0]
     for other in results[1:]:
@@ -62,9 +62,12 @@ def together(results: Sequence[Result]) -> Result:
     if len(gradients[0]) == 1:
         return first._replace(gradients=[torch.cat([x[0] for x in gradients], 1)])
     for each in gradients[1:]:
-        assert torch.equal(each[0], gradients[0][0])
-    parts = [torch.cat(own) for own in zip(*(x[1:] for x in gradients), strict=True)]
-    return first._replace(gradients=[gradients[0][0], *parts])
+        for i in whole:
+            assert torch.equal(each[i], gradients[0][i])
+    parts = [torch.cat(own) for own in zip(*gradients, strict=True)]
+    for i in whole:
+        parts[i] = first.gradients[i]
+    return first._replace(gradients=parts)
 
 
 def check(result: Result, problem: Problem | Pair) -> None:
@@ -106,6 +109,18 @@ def test_objectives(size: int, cut: str, dtype: torch.dtype, entry: str) -> None
     found = run_ranks(of_problems, problems, CUTS[size][cut], ranks=size)
     for problem, results in zip(problems, zip(*found, strict=True), strict=True):
         check(together(results), problem)
+
+
+@EVERY
+def test_a_low_rank_term(size: int, cut: str, dtype: torch.dtype) -> None:
+    """Every rank has A, and its own rows of B; A's gradient is that of the whole vocabulary."""
+    problems: list[Problem | Pair] = [
+        linear_problem(N, H, COLUMNS, dtype, objective, bias=True, rank=3, vocab_size=VOCAB_SIZE)
+        for objective in ("unilogit", "cross_entropy")
+    ]
+    found = run_ranks(of_problems, problems, CUTS[size][cut], ranks=size)
+    for problem, results in zip(problems, zip(*found, strict=True), strict=True):
+        check(together(results, whole=(0, 3)), problem)
 
 
 @EVERY

@@ -81,7 +81,8 @@ def of_problem(problem: Problem | Pair, cut: Sequence[int], backend: str) -> Res
         part = Pair(student, teacher, problem.labels, options)
     else:
         operands = part_of(problem.operands, own)
-        part = dataclasses.replace(problem, operands=operands, options=options)
+        adapter = part_of(problem.adapter, own) if problem.adapter else ()
+        part = dataclasses.replace(problem, operands=operands, options=options, adapter=adapter)
     with recorded() as sent:
         loss, gradients = part.ours(backend)
     return Result(loss.detach(), [x.detach() for x in gradients], sent)

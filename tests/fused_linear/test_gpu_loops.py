@@ -46,6 +46,7 @@ class Case:
         dtype: Of hidden states and lm_head.
         reduction: As of the call; `"none"` projects logits again in the backward.
         pair: Whether there is a reference model.
+        rank: Of a low-rank term; 0 for none.
     """
 
     budget: int
@@ -53,6 +54,7 @@ class Case:
     dtype: torch.dtype = NARROW
     reduction: str = "sum"
     pair: bool = False
+    rank: int = 0
 
     @property
     def options(self) -> LinearOptions:
@@ -69,6 +71,7 @@ class Case:
             reduction=self.reduction,
             options=self.options,
             ref_h=H if self.pair else None,
+            rank=self.rank,
         )
 
     def problem(self) -> problems.Problem | divergence_pairs.Pair:
@@ -77,7 +80,7 @@ class Case:
             return divergence_pairs.linear_pair(
                 N, H, V, self.dtype, ref_h=H, bias=False, reduction="sum"
             )
-        return problems.linear_problem(N, H, V, self.dtype, reduction="sum")
+        return problems.linear_problem(N, H, V, self.dtype, rank=self.rank, reduction="sum")
 
 
 CASES = {
@@ -91,6 +94,9 @@ CASES = {
     "logits are projected again": Case(1 << 16, {"columns": 512}, reduction="none"),
     "float32": Case(1 << 18, {"order": "token_chunks", "tokens": 20}, WIDE),
     "two models": Case(1 << 18, {}, pair=True),
+    "a low-rank term, rows that wait": Case(1 << 20, {"saves_rows": True}, rank=4),
+    "a low-rank term, token chunks": Case(1 << 18, {"order": "token_chunks"}, rank=4),
+    "a low-rank term, projected again": Case(1 << 16, {}, reduction="none", rank=4),
 }
 
 
@@ -129,7 +135,7 @@ def check(case: Case, backend: str, arch: int) -> None:
     exact_terms, exact = problem.plain(torch.float64)
     plain_terms, plain = problem.plain(case.dtype)
     assert_sum_within_budget(loss.sum(), exact_terms, plain_terms, "loss")
-    for i, what in enumerate(("hidden", "weight")):
+    for i, what in enumerate(("hidden", "weight", "a", "b")[: len(gradients)]):
         divergence_pairs.check_gradient(gradients[i], exact[i], plain[i], f"gradient of {what}")
     # What scales a finished gradient in the backward is no launch of the loops.
     launches = [name for name in launches if name not in SCALING]

@@ -247,14 +247,6 @@ def test_lora_on_other_modules() -> None:
     assert any("lora_A" in key and bool(grad.any()) for key, grad in grads.items())
 
 
-@pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
-def test_an_adapter_on_the_head_is_an_error(where: str) -> None:
-    options: dict[str, Any] = {"target_modules": ["q_proj"], where: ["lm_head"]}
-    adapted = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**options))
-    with pytest.raises(UnsupportedHeadError, match="merge_and_unload"):
-        fused_loss(adapted, **make_batch())
-
-
 def test_a_quantised_head_is_an_error() -> None:
     class QuantisedLinear(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:

@@ -285,8 +285,8 @@ def test_the_fused_functions_take_a_patched_model() -> None:
 def test_what_cannot_be_patched() -> None:
     with pytest.raises(ValueError, match="objective 'forgetting' is unknown"):
         patch(make_model(), "forgetting")
-    config = peft.LoraConfig(target_modules=["lm_head"])
-    with pytest.raises(UnsupportedHeadError, match="wrapped by peft"):
+    config = peft.LoHaConfig(target_modules=["lm_head"])
+    with pytest.raises(UnsupportedHeadError, match="of peft's adapters"):
         patch(peft.get_peft_model(make_model(), config))
     model = patch(make_model(), SimNPO())
     assert model(**batch()).loss.isfinite()

@@ -148,15 +148,37 @@ def test_operators_are_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> 
     pair = (torch.arange(3), -100, 1.0, 0.0, 1.0, 0.0, *shard, *rewrite, "eager")
     options = (None, None, 0.0, True)
     opcheck(torch.ops.unilogit_kernels.divergence, (logits, ref_logits, *pair))
-    heads = (torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), None)
-    teacher = (torch.randn(3, 5), torch.randn(9, 5), torch.randn(9))
+    heads = (
+        torch.randn(3, 4, requires_grad=True),
+        torch.randn(9, 4, requires_grad=True),
+        None,
+        None,
+        None,
+    )
+    teacher = (
+        torch.randn(3, 5),
+        torch.randn(9, 5),
+        torch.randn(9),
+        torch.randn(3, 2),
+        torch.randn(9, 2),
+    )
     opcheck(
         torch.ops.unilogit_kernels.linear_divergence,
         (*heads, *teacher, torch.tensor([True, False, True]), *pair, *options, True),
     )
     opcheck(
         torch.ops.unilogit_kernels.linear_divergence_loss,
-        (*heads, *teacher, *pair, torch.rand(3), torch.ones(()), *options, True, True, False),
+        (
+            *heads,
+            *teacher,
+            *pair,
+            torch.rand(3),
+            torch.ones(()),
+            *options,
+            True,
+            True,
+            *(False,) * 3,
+        ),
     )
 
 

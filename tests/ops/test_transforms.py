@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from unilogit_kernels import (
+    LowRank,
     kl_loss,
     linear_kl_loss,
     linear_mixed_loss,
@@ -40,6 +41,7 @@ def _pairs(backend: str) -> dict[str, tuple[Scalar, Scalar, Tensor]]:
     labels = torch.tensor([0, 1, -100, 3, 4, 49])
     x, h, w, b = torch.randn(N, V), torch.randn(N, H), torch.randn(V, H), torch.randn(V)
     teacher, ref_h, ref_w = torch.randn(N, V), torch.randn(N, 4), torch.randn(V, 4)
+    a, up, other = torch.randn(3, H) / 3, torch.randn(V, 3) / 3, torch.randn(V, 3)
     segments = torch.arange(N) % 2
     ce = "cross_entropy"
 
@@ -93,6 +95,42 @@ def _pairs(backend: str) -> dict[str, tuple[Scalar, Scalar, Tensor]]:
             lambda q: linear_objective_loss(h, w, labels, ce, bias=q, backend=backend),
             lambda q: F.cross_entropy(F.linear(h, w, q), labels),
             b,
+        ),
+        "low rank: a": (
+            lambda q: linear_objective_loss(
+                h, w, labels, ce, adapter=LowRank(q, up), backend=backend
+            ),
+            lambda q: F.cross_entropy(h @ w.T + (h @ q.T) @ up.T, labels),
+            a,
+        ),
+        "low rank: b": (
+            lambda q: linear_objective_loss(
+                h, w, labels, ce, adapter=LowRank(a, q), backend=backend
+            ),
+            lambda q: F.cross_entropy(h @ w.T + (h @ a.T) @ q.T, labels),
+            up,
+        ),
+        "low rank: hidden": (
+            lambda q: linear_objective_loss(
+                q, w, labels, ce, adapter=LowRank(a, up), backend=backend
+            ),
+            lambda q: F.cross_entropy(q @ w.T + (q @ a.T) @ up.T, labels),
+            h,
+        ),
+        "low rank: pair of heads": (
+            lambda q: linear_kl_loss(
+                h,
+                w,
+                ref_h,
+                ref_w,
+                adapter=LowRank(a, q),
+                ref_adapter=LowRank(a[:, :4], other, 2.0),
+                backend=backend,
+            ),
+            lambda q: _kl(
+                h @ w.T + (h @ a.T) @ q.T, ref_h @ ref_w.T + 2 * (ref_h @ a[:, :4].T) @ other.T
+            ),
+            up,
         ),
         "mixed": (mixed, plain_mixed, h),
         "pair of logits": (
@@ -149,7 +187,9 @@ def test_batched(backend: str, entry: str) -> None:
     assert _close(found, upstream.reshape(2, *[1] * x.dim()) * grad(plain)(x))
 
 
-@pytest.mark.parametrize("entry", ["logits", "logits, none", "weight", "pair of heads"])
+@pytest.mark.parametrize(
+    "entry", ["logits", "logits, none", "weight", "low rank: a", "low rank: b", "pair of heads"]
+)
 def test_second_derivatives_are_an_error_or_right(entry: str) -> None:
     ours, plain, x = _pairs("cpu")[entry]
     with pytest.raises(NotImplementedError, match=r"Trying to use forward AD with unilogit_ker"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import literal
-from unilogit_kernels import linear_objective_loss, objective_loss, reference
+from unilogit_kernels import LowRank, linear_objective_loss, objective_loss, reference
 from unilogit_kernels.fused_linear.gemm import GemmDtypes
 from unilogit_kernels.testing import assert_sum_within_budget, assert_within_budget
 
@@ -22,6 +22,9 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "padded vocabulary": {"vocab_size": 480},
 }
 
+SCALE = 0.75
+"""Of a low-rank term."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,6 +34,7 @@ class Problem:
     labels: Tensor
     objective: str = "unilogit"
     options: dict[str, Any] = field(default_factory=dict)
+    adapter: tuple[Tensor, ...] = ()  # A and B of a low-rank term of scale `SCALE`, or nothing
 
     @property
     def linear(self) -> bool:
@@ -38,7 +42,9 @@ class Problem:
 
     def ours(self, backend: str, **more: Any) -> tuple[Tensor, list[Tensor]]:
         """Loss and gradients by the package."""
-        inputs = [x.detach().requires_grad_() for x in self.operands]
+        inputs, adapter = (
+            [x.detach().requires_grad_() for x in part] for part in (self.operands, self.adapter)
+        )
         options = {**self.options, **more, "backend": backend}
         if self.linear:
             hidden, weight, *bias = inputs
@@ -48,11 +54,12 @@ class Problem:
                 self.labels,
                 self.objective,
                 bias=bias[0] if bias else None,
+                adapter=LowRank(adapter[0], adapter[1], SCALE) if adapter else None,
                 **options,
             )
         else:
             loss = objective_loss(inputs[0], self.labels, self.objective, **options)
-        return loss, list(torch.autograd.grad(loss.sum(), inputs))
+        return loss, list(torch.autograd.grad(loss.sum(), [*inputs, *adapter]))
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """Terms of the loss, which sum to it, and gradients by plain torch.
@@ -60,11 +67,17 @@ class Problem:
         Operands in `dtype`, statistics as transformers does: the GEMM in the operands' dtype, its
         logits upcast to at least float32.
         """
-        inputs = [x.detach().to(dtype).requires_grad_() for x in self.operands]
+        inputs, adapter = (
+            [x.detach().to(dtype).requires_grad_() for x in part]
+            for part in (self.operands, self.adapter)
+        )
         logits = F.linear(*inputs) if self.linear else inputs[0]
+        if adapter:
+            a, b = adapter
+            logits = logits + SCALE * F.linear(F.linear(inputs[0], a), b)
         logits = logits.to(torch.promote_types(dtype, torch.float32))
         terms = plain_terms(logits, self.labels, self.objective, **self.options)
-        return terms, list(torch.autograd.grad(terms.sum(), inputs))
+        return terms, list(torch.autograd.grad(terms.sum(), [*inputs, *adapter]))
 
 
 def plain_terms(
@@ -112,6 +125,7 @@ def linear_problem(
     objective: str = "unilogit",
     *,
     bias: bool = False,
+    rank: int = 0,
     **options: Any,
 ) -> Problem:
     """Random hidden states and lm_head with logits of a few units."""
@@ -119,7 +133,10 @@ def linear_problem(
     if bias:
         operands.append(torch.randn(v))
     limit = options.get("vocab_size") or v
-    return Problem(tuple(x.to(dtype) for x in operands), labels_for(n, limit), objective, options)
+    labels = labels_for(n, limit)
+    adapter = [torch.randn(rank, h) / h**0.5, torch.randn(v, rank)] if rank else []
+    given = [tuple(x.to(dtype) for x in part) for part in (operands, adapter)]
+    return Problem(given[0], labels, objective, options, given[1])
 
 
 def labels_for(n: int, v: int) -> Tensor:
@@ -148,7 +165,9 @@ def check(problem: Problem, backend: str, **more: Any) -> None:
     plain_terms_, plain_gradients = problem.plain(dtype)
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert_sum_within_budget(loss, exact_terms, plain_terms_, "loss")
-    names = ("hidden", "weight", "bias")[: len(gradients)] if problem.linear else ("logits",)
+    names = ["hidden", "weight", "bias"][: len(problem.operands)] if problem.linear else ["logits"]
+    if problem.adapter:
+        names += ["a", "b"]
     for name, ours, exact, plain in zip(
         names, gradients, exact_gradients, plain_gradients, strict=True
     ):

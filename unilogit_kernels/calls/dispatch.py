@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unilogit_kernels import objectives, ops
 from unilogit_kernels.calls import validation
+from unilogit_kernels.calls.low_rank import LowRank, check_low_rank, term_of
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.sharded import local_heads, local_logits
 from unilogit_kernels.calls.validation import LossCall
@@ -24,13 +25,11 @@ from unilogit_kernels.objectives import (
 )
 from unilogit_kernels.ops.arguments import (
     NO_GRADIENT,
-    NO_GRADIENTS,
-    Head,
     Logits,
-    Operands,
     TokenRows,
     WeightedObjective,
 )
+from unilogit_kernels.ops.heads import NO_GRADIENTS, Head, Operands
 from unilogit_kernels.ops.linear import Active
 from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.contract import weigh
@@ -50,8 +49,15 @@ def from_linear(
     labels: Tensor,
     options: CallOptions,
     linear: LinearOptions | None,
+    adapter: LowRank | None = None,
 ) -> tuple[Operands, LossCall]:
-    """Validate a call on hidden states and an lm_head; see `validation.describe_linear`."""
+    """Validate a call on hidden states and an lm_head.
+
+    Raises:
+        TypeError: See `validation.describe_linear` and `low_rank.check_low_rank`.
+        ValueError: See there.
+        RuntimeError: See there.
+    """
     heads, labels, options = local_heads([("", (hidden, weight, bias))], labels, options)
     ((hidden, weight, bias),) = heads
     hidden, weight = validation.cast_for_autocast(hidden), validation.cast_for_autocast(weight)
@@ -59,7 +65,9 @@ def from_linear(
     call = validation.describe_linear(
         hidden, weight, bias, labels, options, linear or LinearOptions()
     )
-    return Head(validation.as_rows(hidden), weight, bias), call
+    adapter = check_low_rank(adapter, hidden, weight)
+    rows = validation.as_rows(hidden)
+    return Head(rows, weight, bias, *term_of(adapter, rows, call.row_weight != 0)), call
 
 
 def objective_of(

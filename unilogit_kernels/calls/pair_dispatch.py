@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from unilogit_kernels import ops
 from unilogit_kernels.calls import pair_validation
+from unilogit_kernels.calls.low_rank import LowRank, check_low_rank, term_of
 from unilogit_kernels.calls.options import CallOptions, TeacherOptions
 from unilogit_kernels.calls.sharded import local_heads, local_logits
 from unilogit_kernels.calls.validation import LossCall, as_rows, cast_for_autocast
 from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.ops.arguments import NO_GRADIENT, NO_GRADIENTS
+from unilogit_kernels.ops.arguments import NO_GRADIENT
 from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
+from unilogit_kernels.ops.heads import NO_GRADIENTS
 from unilogit_kernels.ops.linear import Active
 from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.contract import weigh
@@ -42,8 +45,15 @@ def of_heads(
     options: CallOptions,
     teacher_options: TeacherOptions,
     linear: LinearOptions | None,
+    adapters: tuple[LowRank | None, LowRank | None] = (None, None),
 ) -> Tensor:
-    """The reduced divergence of two lm_heads; see `pair_validation.describe_linear` for errors."""
+    """The reduced divergence of two lm_heads, each perhaps with a low-rank term.
+
+    Raises:
+        TypeError: See `pair_validation.describe_linear` and `low_rank.check_low_rank`.
+        ValueError: See there.
+        RuntimeError: See there.
+    """
     hidden, weight, bias = teacher
     teacher = _detached(hidden), _detached(weight), None if bias is None else _detached(bias)
     heads = [("", student), ("ref_", teacher)]
@@ -53,16 +63,27 @@ def of_heads(
         student, teacher, labels, options, teacher_options, linear or LinearOptions()
     )
     call, rows = pair.call, pair.rows()
-    pairs = HeadPair(as_rows(student[0]), *student[1:], as_rows(teacher[0]), *teacher[1:])
-    if call.reduction == "none" or any_tangent(student):
+    active = Active(call.row_weight != 0)
+    own = _operands(student, adapters[0], active)
+    with torch.no_grad():
+        pairs = HeadPair(*own, *_operands(teacher, adapters[1], active, prefix="ref_"))
+    if call.reduction == "none" or any_tangent(own):
         # What is finished in one pass has no tangents; the values of rows do.
-        active = Active(call.row_weight != 0)
         found = ops.divergence.linear_divergence(pairs, active, rows, call.linear, NO_GRADIENT)
         return _reduced(found.values, call)
     weights = Weights(call.row_weight, call.factor)
     return ops.divergence.linear_divergence_loss(
         pairs, rows, weights, call.linear, NO_GRADIENTS
     ).loss
+
+
+def _operands(
+    head: Head, adapter: LowRank | None, active: Active, prefix: str = ""
+) -> ops.heads.Head:
+    hidden, weight, bias = head
+    adapter = check_low_rank(adapter, hidden, weight, prefix=prefix)
+    tokens = as_rows(hidden)
+    return ops.heads.Head(tokens, weight, bias, *term_of(adapter, tokens, active.active))
 
 
 def _detached(teacher: Tensor) -> Tensor:

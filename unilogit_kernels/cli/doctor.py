@@ -30,6 +30,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "scipy",
         ),
     ),
+    "lora": ("LoRA adapters in unilogit unlearn and finetune", ("peft",)),
     "bench": (
         "unilogit bench with its peers and plots",
         ("pytest-benchmark", "matplotlib", "cut-cross-entropy", "liger-kernel"),
@@ -49,7 +50,7 @@ def diagnose() -> dict[str, Any]:
         each; `backends`: name to None where it can run here, else to the reason why not; `extras`:
         name to what it gives, and which of its packages are missing.
     """
-    packages = ["unilogit-kernels", "torch", "peft"]
+    packages = ["unilogit-kernels", "torch"]
     packages += [name for _, names in EXTRAS.values() for name in names]
     return {
         "python": platform.python_version(),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
@@ -14,7 +15,7 @@ from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import CrossEntropy
-from unilogit_kernels.ops.arguments import Operands
+from unilogit_kernels.ops.heads import Operands
 
 
 class CrossEntropyResult(NamedTuple):
@@ -99,6 +100,7 @@ def linear_cross_entropy_loss(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -146,7 +148,7 @@ def linear_cross_entropy_loss(
         num_items_in_batch,
         vocab_parallel,
     )
-    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options, adapter)
     return _of(*described, objective)
 
 

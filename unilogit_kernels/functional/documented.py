@@ -23,6 +23,8 @@ PARAMETERS = {
     "are moved by one along the last dimension, and with them token weights and the objective's "
     "tensors of tokens. The result of position t is about token t + 1.",
     "bias": "`[V]`, of the lm_head, or None.",
+    "adapter": "A low-rank term of the lm_head, such as LoRA's (`LowRank`), or None.",
+    "ref_adapter": "The same of the teacher's lm_head; it gets no gradient.",
     "ignore_index": "Label of positions that contribute nothing, whatever their logits hold.",
     "reduction": '`"mean"`, `"sum"` or `"none"`.',
     "token_weights": "`[...]`, a constant factor per token, of either sign. It does not enter the "

@@ -19,7 +19,7 @@ from unilogit_kernels.fused_linear.cost import (
     loss_costs,
     recomputing_costs,
 )
-from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
+from unilogit_kernels.fused_linear.gemm import EVERYTHING, NOTHING, GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import (
     Plan,
@@ -166,6 +166,8 @@ def explain_plan(
     ref_h: int | None = None,
     ref_dtype: torch.dtype | None = None,
     vocab_parallel: int | None = None,
+    rank: int = 0,
+    train_adapter: bool = True,
 ) -> PlanReport:
     """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
 
@@ -188,6 +190,8 @@ def explain_plan(
         ref_dtype: Of its hidden states and lm_head; default: `dtype`.
         vocab_parallel: Number of ranks that share the vocabulary (`VocabParallel`), in equal parts;
             the report is then of one of them. Predicted times leave out what they send.
+        rank: Of the lm_head's low-rank term (`LowRank`); 0 for none.
+        train_adapter: Whether that term wants a gradient.
 
     Returns:
         The report. For `reduction="none"` it adds forward and backward up.
@@ -211,7 +215,11 @@ def explain_plan(
         raise ValueError(f"ref_h must be at least 1, or None for a loss of one model, got {ref_h}")
     options = options or LinearOptions()
     options = validation.check_linear_options(options, dtype)
-    needs = Needs(train_hidden, train_weight, train_bias)
+    if rank < 0:
+        raise ValueError(f"rank must be at least 0, got {rank}")
+    adapts = rank > 0 and train_adapter
+    inner = rank > 0 and (train_adapter or train_hidden)
+    needs = Needs(train_hidden, train_weight, train_bias, inner, adapts)
     dtypes = GemmDtypes.of(dtype, device, options.logits_dtype)
     reference = None
     if ref_h is not None:
@@ -226,7 +234,7 @@ def explain_plan(
             raise ValueError(f"vocab_parallel must be at least 1, or None, got {vocab_parallel}")
         shares = Shares(vocab_parallel, vocab_size)
         columns = -(-vocab_size // vocab_parallel)
-    shape = LinearShape(n, h, columns, dtypes, dtype, device, needs, reference)
+    shape = LinearShape(n, h, columns, dtypes, dtype, device, needs, reference, rank)
     if reduction not in validation.REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(validation.REDUCTIONS)}, got {reduction!r}"
@@ -242,9 +250,9 @@ def _finished(shape: LinearShape, options: LinearOptions, shares: Shares | None)
 
 
 def _recomputing(shape: LinearShape, options: LinearOptions, shares: Shares | None) -> list[Costs]:
-    everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
+    everything = shape._replace(needs=EVERYTHING)
     saved = saved_capacity(everything, options) if shape.needs.any() else 0
-    nothing = shape._replace(needs=Needs(hidden=False, weight=False, bias=False))
+    nothing = shape._replace(needs=NOTHING)
     shared = shares is not None
     forward = plan_linear(nothing, options, passes=1)
     backward = None
@@ -258,11 +266,17 @@ def _recomputing(shape: LinearShape, options: LinearOptions, shares: Shares | No
 def _report(shape: LinearShape, calls: list[Costs], memory_budget: int) -> PlanReport:
     plan, flops = calls[-1].plan, sum(call.flops for call in calls)
     unit = 2 * shape.n * shape.h * shape.vocab_size
-    projected = flops - unit * (shape.needs.hidden + shape.needs.weight)
-    once = 2 * shape.n * shape.vocab_size * sum(head.h for head in shape.heads)
+    trained = _trained_widths(shape)
+    projected = flops - 2 * shape.n * shape.vocab_size * sum(trained)
+    once = 2 * shape.n * shape.vocab_size * sum(head.h + head.rank for head in shape.heads)
     passes = 2 if shape.needs.any() and plan.order == "vocabulary_chunks" else 1
-    whole = [_whole_gemm(shape, head) for head in shape.heads]
-    whole += (shape.needs.hidden + shape.needs.weight) * whole[:1]
+    whole = [
+        _whole_gemm(shape, width, head.dtypes)
+        for head in shape.heads
+        for width in (head.h, head.rank)
+        if width
+    ]
+    whole += [_whole_gemm(shape, width, shape.dtypes) for width in trained]
     recorded = launches = [launch for call in calls for launch in call.launches]
     predicted, bare, launches_on = {}, {}, {}
     if shape.device_type == "cuda":
@@ -290,19 +304,27 @@ def _report(shape: LinearShape, calls: list[Costs], memory_budget: int) -> PlanR
     )
 
 
-def _whole_gemm(shape: LinearShape, head: HeadShape) -> Launch:
+def _trained_widths(shape: LinearShape) -> list[int]:
+    """The inner size of each product that a gradient takes."""
+    needs, r = shape.needs, shape.rank
+    widths = [needs.hidden * shape.h, needs.weight * shape.h, needs.inner * r, needs.up * r]
+    return [width for width in widths if width]
+
+
+def _whole_gemm(shape: LinearShape, h: int, dtypes: GemmDtypes) -> Launch:
     """A matrix product of a head in one piece: n x h, h x V and n x V, each moved once."""
-    n, v, h, size = shape.n, shape.vocab_size, head.h, head.dtypes.operands.itemsize
+    n, v, size = shape.n, shape.vocab_size, dtypes.operands.itemsize
     return Launch("bare", 2 * n * v * h, size * n * v, (Read(size * (n + v) * h, math.inf),))
 
 
 def _title(shape: LinearShape) -> str:
-    names = ("hidden states", "weight", "bias")
-    trained = [name for name, need in zip(names, shape.needs, strict=True) if need]
+    names = ("hidden states", "weight", "bias", "", "a low-rank term")
+    trained = [name for name, need in zip(names, shape.needs, strict=True) if need and name]
     against = ""
     if shape.reference is not None:
         against = f" against a reference model of {shape.reference.h:,}"
+    adapted = f" with a term of rank {shape.rank:,}" if shape.rank else ""
     return (
-        f"{shape.n:,} tokens x {shape.h:,} x {shape.vocab_size:,}, {shape.input_dtype} on "
+        f"{shape.n:,} tokens x {shape.h:,} x {shape.vocab_size:,}{adapted}, {shape.input_dtype} on "
         f"{shape.device_type}, trains {', '.join(trained) or 'nothing'}{against}"
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import pair_dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions, TeacherOptions
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
@@ -101,6 +102,8 @@ def linear_kl_loss(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    adapter: LowRank | None = None,
+    ref_adapter: LowRank | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     token_weights: Tensor | None = None,
@@ -170,7 +173,8 @@ def linear_kl_loss(
     )
     teacher = TeacherOptions(rewrite, direction, temperature, ref_softcap, ref_logit_scale)
     heads = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
-    return pair_dispatch.of_heads(*heads, labels, call_options, teacher, options)
+    adapters = adapter, ref_adapter
+    return pair_dispatch.of_heads(*heads, labels, call_options, teacher, options, adapters)
 
 
 def count_ignored_positions(labels: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
@@ -61,6 +62,7 @@ def linear_target_log_odds(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
@@ -92,5 +94,7 @@ def linear_target_log_odds(
     call_options = CallOptions(
         ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
     )
-    operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    operands, call = dispatch.from_linear(
+        hidden, weight, bias, labels, call_options, options, adapter
+    )
     return dispatch.log_odds(operands, call).reshape(call.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
@@ -17,7 +18,7 @@ from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives import Objective
-from unilogit_kernels.ops.arguments import Operands
+from unilogit_kernels.ops.heads import Operands
 
 
 class MixedLoss(NamedTuple):
@@ -113,6 +114,7 @@ def linear_mixed_loss(
     segments: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     weights: Sequence[float] | None = None,
     ignore_index: int = -100,
@@ -166,7 +168,9 @@ def linear_mixed_loss(
         token_weights,
         vocab_parallel=vocab_parallel,
     )
-    operands, call = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    operands, call = dispatch.from_linear(
+        hidden, weight, bias, labels, call_options, options, adapter
+    )
     return _mixed(operands, call, segments, resolved, factors, items)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.vocab_parallel import VocabParallel
 from unilogit_kernels.functional import objective
 from unilogit_kernels.fused_linear.options import LinearOptions
@@ -119,6 +120,7 @@ class LinearUnilogitLoss(UnilogitLoss):
         labels: Tensor,
         *,
         bias: Tensor | None = None,
+        adapter: LowRank | None = None,
         token_weights: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor:
@@ -128,6 +130,7 @@ class LinearUnilogitLoss(UnilogitLoss):
             weight,
             labels,
             bias=bias,
+            adapter=adapter,
             token_weights=token_weights,
             num_items_in_batch=num_items_in_batch,
             **self._options(),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unilogit_kernels import objectives
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
 from unilogit_kernels.functional.documented import documented
@@ -88,6 +89,7 @@ def linear_unilogit_loss(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     direction: str = "reverse",
     ignore_index: int = -100,
@@ -133,6 +135,7 @@ def linear_unilogit_loss(
         labels,
         _unilogit(direction),
         bias=bias,
+        adapter=adapter,
         ignore_index=ignore_index,
         reduction=reduction,
         token_weights=token_weights,
@@ -213,6 +216,7 @@ def linear_objective_loss(
     objective: ObjectiveLike,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -260,7 +264,7 @@ def linear_objective_loss(
         vocab_parallel,
     )
     resolved = objectives.resolve(objective)
-    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options, adapter)
     return dispatch.objective_of(*described, resolved)
 
 

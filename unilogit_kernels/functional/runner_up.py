@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
@@ -15,7 +16,7 @@ from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths.row_state import RowNeeds
-from unilogit_kernels.ops.arguments import Operands
+from unilogit_kernels.ops.heads import Operands
 
 
 class TargetAndRunnerUp(NamedTuple):
@@ -89,6 +90,7 @@ def linear_target_and_runner_up(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
@@ -118,7 +120,7 @@ def linear_target_and_runner_up(
     call_options = CallOptions(
         ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
     )
-    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options, adapter)
     return _of(*described, ignore_index)
 
 

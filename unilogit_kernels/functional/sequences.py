@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
@@ -13,7 +14,7 @@ from unilogit_kernels.functional.documented import documented
 from unilogit_kernels.functional.shifting import shifting
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.objectives.token import log_sigmoid
-from unilogit_kernels.ops.arguments import Operands
+from unilogit_kernels.ops.heads import Operands
 
 
 @documented
@@ -67,6 +68,7 @@ def linear_sequence_log_probs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     average: bool = False,
     ignore_index: int = -100,
@@ -109,7 +111,7 @@ def linear_sequence_log_probs(
     call_options = CallOptions(
         ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
     )
-    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options, adapter)
     return _log_probs(*described, average)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.calls import dispatch
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.validation import LossCall
 from unilogit_kernels.calls.vocab_parallel import VocabParallel, on_all_ranks
@@ -18,7 +19,7 @@ from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.maths import row_state, statistics
 from unilogit_kernels.maths.row_state import PLAIN, RowNeeds
 from unilogit_kernels.objectives.statistics import RowStatistics
-from unilogit_kernels.ops.arguments import Operands
+from unilogit_kernels.ops.heads import Operands
 
 
 class TokenStatistics(NamedTuple):
@@ -127,6 +128,7 @@ def linear_token_statistics(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     shift: bool = False,
     fields: Sequence[str] = FIELDS,
     ignore_index: int = -100,
@@ -161,7 +163,7 @@ def linear_token_statistics(
     call_options = CallOptions(
         ignore_index, softcap, logit_scale, vocab_size, backend, vocab_parallel=vocab_parallel
     )
-    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options)
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options, adapter)
     return _of(*described, fields, ignore_index)
 
 

@@ -37,11 +37,13 @@ class HeadShape(NamedTuple):
         h: Hidden size.
         dtypes: Of the GEMMs.
         input_dtype: Of hidden states and weight.
+        rank: Of its low-rank term; 0 for none.
     """
 
     h: int
     dtypes: GemmDtypes
     input_dtype: torch.dtype
+    rank: int = 0
 
     @property
     def casts_weight(self) -> bool:
@@ -62,6 +64,7 @@ class LinearShape(NamedTuple):
         needs: Which gradients the call computes.
         reference: The reference model's lm_head, if there is one: its logits exist beside those of
             the student, tile by tile.
+        rank: Of the low-rank term; 0 for none.
     """
 
     n: int
@@ -72,11 +75,12 @@ class LinearShape(NamedTuple):
     device_type: str
     needs: Needs
     reference: HeadShape | None = None
+    rank: int = 0
 
     @property
     def heads(self) -> tuple[HeadShape, ...]:
         """Every lm_head, the student's first."""
-        own = HeadShape(self.h, self.dtypes, self.input_dtype)
+        own = HeadShape(self.h, self.dtypes, self.input_dtype, self.rank)
         return (own,) if self.reference is None else (own, self.reference)
 
     @property
@@ -108,6 +112,16 @@ class LinearShape(NamedTuple):
     def narrows(self) -> bool:
         """Whether a product is wider than where it goes, so that it exists beside it."""
         return self.dtypes.results.itemsize < self.dtypes.operands.itemsize
+
+    @property
+    def trains_inner(self) -> bool:
+        """Whether there is a low-rank term whose hidden states' side wants a gradient."""
+        return self.needs.inner and self.rank > 0
+
+    @property
+    def trains_up(self) -> bool:
+        """Whether there is a low-rank term whose vocabulary's side wants a gradient."""
+        return self.needs.up and self.rank > 0
 
     @property
     def sums_hidden(self) -> bool:
@@ -146,12 +160,13 @@ def weight_sum_bytes(shape: LinearShape) -> int:
     """Bytes in which the weight's gradient adds up over token chunks, beside its own memory.
 
     That holds as many of the sums as fit (`WeightSum`). Where the GEMM cannot add to a wider sum,
-    its product is a tensor of its own.
+    its product is a tensor of its own; so is that of a low-rank term, whose gradient is its sum.
     """
+    total = shape.vocab_size * shape.rank * product_bytes(shape) if shape.trains_up else 0
     if not shape.needs.weight or shape.dtypes.results == shape.dtypes.exact:
-        return 0
+        return total
     beside = shape.vocab_size - rows_inside(shape.vocab_size, shape.dtypes)
-    return beside * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
+    return total + beside * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
 
 
 def vector_bytes(shape: LinearShape) -> int:
@@ -166,9 +181,10 @@ def hidden_copy_bytes(shape: LinearShape, tokens: int) -> int:
 
 def hidden_sum_bytes(shape: LinearShape) -> int:
     """Bytes in which the hidden states' gradient adds up, beside its own memory."""
+    total = shape.n * shape.rank * product_bytes(shape) if shape.trains_inner else 0
     if not shape.sums_hidden:
-        return 0
-    return shape.n * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
+        return total
+    return total + shape.n * shape.h * (shape.dtypes.exact.itemsize + product_bytes(shape))
 
 
 def product_bytes(shape: LinearShape) -> int:
@@ -188,7 +204,7 @@ def _weight_bytes(shape: LinearShape, *, adds_up: bool) -> int:
 
 def cast_bytes(shape: LinearShape) -> int:
     """Bytes of a row of each weight, or of hidden states, that GEMMs read in another dtype."""
-    return sum(h.h * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)
+    return sum((h.h + h.rank) * h.dtypes.operands.itemsize for h in shape.heads if h.casts_weight)
 
 
 def saved_token_count(shape: LinearShape, *, rows: bool) -> int:

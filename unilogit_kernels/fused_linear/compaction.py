@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
-from unilogit_kernels.fused_linear.active_rows import active_index, counting, significant, spread
+from unilogit_kernels.fused_linear.active_rows import active_index, counting, significant
 from unilogit_kernels.fused_linear.budget import HeadShape, LinearShape, saved_capacity
-from unilogit_kernels.fused_linear.gemm import GemmDtypes, LinearHead, Needs
+from unilogit_kernels.fused_linear.gemm import EVERYTHING, NOTHING, GemmDtypes, LinearHead, Needs
 from unilogit_kernels.fused_linear.loops import linear_gradient, linear_loss, linear_state
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.fused_linear.plan import plan_linear, plan_saving
@@ -20,34 +20,39 @@ from unilogit_kernels.fused_linear.tiles import Gradients, Heads
 from unilogit_kernels.fused_linear.vocabulary_chunks import VocabularyLoop
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
 
-NOTHING = Needs(hidden=False, weight=False, bias=False)
-EVERYTHING = Needs(hidden=True, weight=True, bias=True)
-
 
 class HeadInputs(NamedTuple):
-    """The operands of one model as they are given: `[n, h]`, `[V, h]`, and `[V]` or None."""
+    """The operands of one model as they are given; see `LinearHead`."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    inner: Tensor | None = None
+    up: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank term; 0 for none."""
+        return 0 if self.up is None else self.up.shape[1]
 
 
 class LinearInputs(NamedTuple):
     """The operands of a fused linear call as they are given, and how to run it.
 
     Attributes:
-        hidden: `[n, h]`.
-        weight: `[V, h]`.
-        bias: `[V]` or None.
+        own: Those of the model that learns.
         options: How the call may run.
         reference: The operands of the reference model, if there is one.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    own: HeadInputs
     options: LinearOptions
     reference: HeadInputs | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """`[n, h]`."""
+        return self.own.hidden
 
     @property
     def dtypes(self) -> GemmDtypes:
@@ -60,10 +65,12 @@ class LinearInputs(NamedTuple):
         h, dtype = self.hidden.shape[1], self.hidden.dtype
         reference = None
         if self.reference is not None:
-            hidden = self.reference.hidden
-            reference = HeadShape(hidden.shape[1], self._dtypes_of(hidden), hidden.dtype)
+            hidden, rank = self.reference.hidden, self.reference.rank
+            reference = HeadShape(hidden.shape[1], self._dtypes_of(hidden), hidden.dtype, rank)
         columns = columns or 1  # of a shard of padding: nothing is cut
-        return LinearShape(n, h, columns, self.dtypes, dtype, device_type, needs, reference)
+        return LinearShape(
+            n, h, columns, self.dtypes, dtype, device_type, needs, reference, self.own.rank
+        )
 
     def positions(self, active: Tensor) -> Tensor | None:
         """Positions of the active rows, or None for all; always None where `compact` is off."""
@@ -71,7 +78,7 @@ class LinearInputs(NamedTuple):
 
     def head(self, active: Tensor, index: Tensor | None) -> LinearHead:
         """The lm_head on the rows `index`, or on all of them with inactive ones cleared."""
-        return self._head(HeadInputs(*self[:3]), active, index)
+        return self._head(self.own, active, index)
 
     def heads(self, active: Tensor, index: Tensor | None) -> Heads:
         """The lm_heads of all models, the student's first."""
@@ -83,15 +90,22 @@ class LinearInputs(NamedTuple):
     def new_gradients(self, columns: int, needs: Needs) -> Gradients:
         """Gradients to be written; rows that carry no probability have theirs."""
         results, exact = self.dtypes.results, self.dtypes.exact
-        hidden = weight = bias = None
-        if needs.hidden:
-            hidden = allocate(self.hidden.shape, results, self.hidden.device)
-        if needs.weight:
-            weight = allocate(self.weight.shape, results, self.weight.device)
-            weight[columns:] = 0
+        own, bias = self.own, None
+
+        def empty(wanted: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            if not wanted or like is None:
+                return None
+            return allocate(like.shape, dtype, like.device)
+
+        weight = empty(needs.weight, own.weight, results)
+        up = empty(needs.up, own.up, exact)
+        for gradient in (weight, up):
+            if gradient is not None:
+                gradient[columns:] = 0
         if needs.bias:
-            bias = self.weight.new_zeros(self.weight.shape[0], dtype=exact)
-        return Gradients(hidden, weight, bias)
+            bias = own.weight.new_zeros(own.weight.shape[0], dtype=exact)
+        hidden = empty(needs.hidden, own.hidden, results)
+        return Gradients(hidden, weight, bias, empty(needs.inner, own.inner, exact), up)
 
     def new_saved(self, columns: int, *, needs_grad: bool) -> list[Tensor]:
         """Memory for each model's logits that are saved for a backward, as the budget leaves it."""
@@ -103,13 +117,13 @@ class LinearInputs(NamedTuple):
         return GemmDtypes.of(hidden.dtype, hidden.device.type, self.options.logits_dtype)
 
     def _head(self, inputs: HeadInputs, active: Tensor, index: Tensor | None) -> LinearHead:
-        hidden = inputs.hidden
-        if index is not None:
-            hidden = hidden[index]
-        elif not self.options.compact:
+        hidden, weight, bias, inner, up = inputs
+        if index is None and not self.options.compact:
             # Their gradient rows are 0, and 0 * NaN is not.
             hidden = hidden.masked_fill(~active[:, None], 0.0)
-        return LinearHead(hidden, inputs.weight, inputs.bias, self._dtypes_of(hidden))
+            inner = None if inner is None else inner.masked_fill(~active[:, None], 0.0)
+        head = LinearHead(hidden, weight, bias, self._dtypes_of(hidden), inner, up)
+        return head if index is None else head.at(index)
 
 
 def compacted_values(
@@ -169,7 +183,8 @@ def compacted_gradient(
     counts = counting(upstream)
     index = inputs.positions(counts)
     if upstream.numel() == 0 or (index is not None and index.numel() == 0):
-        return _zeroed(gradients)
+        gradients.zero()
+        return gradients
     heads = inputs.heads(counts, index)
     m = heads[0].hidden.shape[0]
     shape, shared = inputs.shape(m, rows.columns, needs), rows.shard is not None
@@ -187,13 +202,13 @@ def compacted_gradient(
     if index is not None:
         rows = rows.at(index)
         state, upstream = state[:, index], upstream[..., index]
-    part = gradients
-    if index is not None and gradients.hidden is not None:
-        part = gradients._replace(hidden=gradients.hidden[:m])
+    part = gradients if index is None else gradients.of_first(m)
     linear_gradient(
         VocabularyLoop(heads, rows, plan, saved_logits, position), state, upstream, part
     )
-    return _spread(gradients, index)
+    if index is not None:
+        gradients.spread(index)
+    return gradients
 
 
 def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[Tensor, Gradients]:
@@ -207,7 +222,8 @@ def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[T
     gradients = inputs.new_gradients(columns, needs)
     if active.numel() == 0 or (index is not None and index.numel() == 0):
         nothing = torch.zeros_like(loss.row_weight)
-        return torch.stack((nothing, nothing)) if loss.reports else nothing, _zeroed(gradients)
+        gradients.zero()
+        return torch.stack((nothing, nothing)) if loss.reports else nothing, gradients
     heads = inputs.heads(active, index)
     m = heads[0].hidden.shape[0]
     shape = inputs.shape(m, columns, needs)
@@ -221,24 +237,10 @@ def compacted_loss(inputs: LinearInputs, loss: RowLoss, needs: Needs) -> tuple[T
     )
     part = gradients
     if index is not None:
-        loss = loss.at(index)
-        if gradients.hidden is not None:
-            part = gradients._replace(hidden=gradients.hidden[:m])
+        loss, part = loss.at(index), gradients.of_first(m)
     losses = weigh(loss.row_weight, linear_loss(heads, loss, plan, part, inputs.options))
     if index is not None:
         everywhere = losses.new_zeros(*losses.shape[:-1], active.numel())
         losses = everywhere.index_copy_(-1, index, losses)
-    return losses, _spread(gradients, index)
-
-
-def _spread(gradients: Gradients, index: Tensor | None) -> Gradients:
-    if index is not None and gradients.hidden is not None:
-        spread(gradients.hidden, index)
-    return gradients
-
-
-def _zeroed(gradients: Gradients) -> Gradients:
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.zero_()
-    return gradients
+        gradients.spread(index)
+    return losses, gradients

@@ -199,12 +199,18 @@ class _Call:
             self._empty(shape.n, shape.h, dtype=results) if shape.needs.hidden else None,
             self._empty(shape.vocab_size, shape.h, dtype=results) if shape.needs.weight else None,
             self._empty(shape.vocab_size, dtype=exact) if shape.needs.bias else None,
+            self._empty(shape.n, shape.rank, dtype=exact) if shape.trains_inner else None,
+            self._empty(shape.vocab_size, shape.rank, dtype=exact) if shape.trains_up else None,
         )
 
     def _head(self, head: HeadShape) -> LinearHead:
         hidden = self._empty(self.shape.n, head.h, dtype=head.input_dtype)
         weight = self._empty(self.shape.vocab_size, head.h, dtype=head.input_dtype)
-        return LinearHead(hidden, weight, None, head.dtypes)
+        if not head.rank:
+            return LinearHead(hidden, weight, None, head.dtypes)
+        inner = self._empty(self.shape.n, head.rank, dtype=head.input_dtype)
+        up = self._empty(self.shape.vocab_size, head.rank, dtype=head.input_dtype)
+        return LinearHead(hidden, weight, None, head.dtypes, inner, up)
 
     @staticmethod
     def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

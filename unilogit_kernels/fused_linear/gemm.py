@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -25,10 +25,16 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    inner: bool = False
+    up: bool = False
 
     def any(self) -> bool:
         """Whether there is a backward at all."""
-        return self.hidden or self.weight or self.bias
+        return True in self
+
+
+EVERYTHING = Needs(*(True,) * len(Needs._fields))
+NOTHING = Needs(*(False,) * len(Needs._fields))
 
 
 class GemmDtypes(NamedTuple):
@@ -147,44 +153,83 @@ def multiplies_bfloat16() -> bool:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """One side of a tile's products: some hidden states, or the weight of some columns.
+
+    Attributes:
+        wide: `[rows, h]`.
+        thin: `[rows, r]`, its side of the low-rank term, or None.
+    """
+
+    wide: Tensor
+    thin: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> Operand:
+        """Some of the rows."""
+        return Operand(self.wide[rows], None if self.thin is None else self.thin[rows])
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The thin one first: what it is rounded to on the way is the smaller number's rounding."""
+        return [self.wide] if self.thin is None else [self.thin, self.wide]
+
+
+@dataclass(frozen=True)
 class LinearHead:
     """An lm_head applied to some hidden states, of which only tiles of logits are ever computed.
+
+    Its logits are `hidden @ weight.T + inner @ up.T + bias`.
 
     Attributes:
         hidden: `[n, h]`, in the inputs' dtype.
         weight: `[V, h]`, the rows that carry probability, in the inputs' dtype.
         bias: `[V]` or None.
         dtypes: See `GemmDtypes`.
+        inner: `[n, r]`, the hidden states in a low-rank adapter's own space, or None.
+        up: `[V, r]`, the adapter's way out of it, or None.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     dtypes: GemmDtypes
+    inner: Tensor | None = None
+    up: Tensor | None = None
 
-    def weight_columns(self, columns: slice) -> Tensor:
-        """The weight of these vocabulary columns, `[v, h]`, in the operands' dtype."""
-        return self.weight[columns].to(self.dtypes.operands)
+    def at(self, index: Tensor) -> LinearHead:
+        """The same on some of the tokens."""
+        inner = None if self.inner is None else self.inner[index]
+        return replace(self, hidden=self.hidden[index], inner=inner)
 
-    def project(self, hidden: Tensor, columns: slice, weight: Tensor, out: Tensor) -> None:
+    def weight_columns(self, columns: slice) -> Operand:
+        """The weight of these vocabulary columns, in the operands' dtype."""
+        dtype = self.dtypes.operands
+        up = None if self.up is None else self.up[columns].to(dtype)
+        return Operand(self.weight[columns].to(dtype), up)
+
+    def project(self, tokens: Operand, columns: slice, weight: Operand, out: Tensor) -> None:
         """Write the logits of a tile into `out`, `[tokens, columns]` in `dtypes.logits`.
 
-        `hidden` are rows of `self.hidden` and `weight` is `weight_columns(columns)`, both in the
-        operands' dtype. Logits are rounded once, to theirs.
+        `tokens` are rows of the hidden states and `weight` is `weight_columns(columns)`, both in
+        the operands' dtype. Logits are rounded once, to theirs.
         """
-        if self.bias is not None and out.dtype == hidden.dtype:
-            bias = self.bias[columns].to(hidden.dtype)
-            torch.addmm(bias, hidden, weight.t(), out=out)
-            return
-        exact = self.dtypes.exact
-        if out.dtype == exact != hidden.dtype and not self.dtypes.wider:
-            hidden, weight = hidden.to(exact), weight.to(exact)
+        factors = list(zip(tokens.parts, weight.parts, strict=True))
+        bias = None if self.bias is None else self.bias[columns]
+        dtype, exact, begun = tokens.wide.dtype, self.dtypes.exact, False
         logits = out
-        if out.dtype.itemsize < hidden.dtype.itemsize:
-            logits = torch.empty_like(out, dtype=hidden.dtype)
-        self.dtypes.multiply(hidden, weight.t(), logits)
-        if self.bias is not None:
-            logits.add_(self.bias[columns])
+        if bias is not None and out.dtype == dtype:
+            rows, others = factors.pop(0)
+            torch.addmm(bias.to(dtype), rows, others.t(), out=out)
+            bias, begun = None, True
+        elif out.dtype == exact != dtype and not self.dtypes.wider:
+            factors = [(rows.to(exact), others.to(exact)) for rows, others in factors]
+        elif out.dtype.itemsize < dtype.itemsize:
+            logits = torch.empty_like(out, dtype=dtype)
+        for rows, others in factors:
+            self.dtypes.multiply(rows, others.t(), logits, accumulate=begun)
+            begun = True
+        if bias is not None:
+            logits.add_(bias)
         if logits is not out:
             out.copy_(logits)
 
@@ -201,24 +246,31 @@ class OperandRows:
 
     def __init__(self, heads: Sequence[LinearHead], tokens: int) -> None:
         self._heads = heads
-        self._copies = [self._room(head, tokens) for head in heads]
+        self._copies = [
+            (self._room(head, head.hidden, tokens), self._room(head, head.inner, tokens))
+            for head in heads
+        ]
         self._copied: slice | None = None
 
-    def at(self, tokens: slice) -> list[Tensor]:
-        """`[tokens, h]` of each head."""
+    def at(self, tokens: slice) -> list[Operand]:
+        """Those of each head."""
         result = []
-        for head, copies in zip(self._heads, self._copies, strict=True):
-            rows = head.hidden[tokens]
-            if copies is not None:
-                copy = copies[: rows.shape[0]]
-                rows = copy if tokens == self._copied else copy.copy_(rows)
-            result.append(rows)
+        for head, (wide, thin) in zip(self._heads, self._copies, strict=True):
+            inner = None if head.inner is None else self._rows(head.inner, thin, tokens)
+            result.append(Operand(self._rows(head.hidden, wide, tokens), inner))
         self._copied = tokens
         return result
 
+    def _rows(self, given: Tensor, room: Tensor | None, tokens: slice) -> Tensor:
+        rows = given[tokens]
+        if room is None:
+            return rows
+        copy = room[: rows.shape[0]]
+        return copy if tokens == self._copied else copy.copy_(rows)
+
     @staticmethod
-    def _room(head: LinearHead, tokens: int) -> Tensor | None:
-        hidden, dtype = head.hidden, head.dtypes.operands
-        if hidden.dtype == dtype:
+    def _room(head: LinearHead, given: Tensor | None, tokens: int) -> Tensor | None:
+        dtype = head.dtypes.operands
+        if given is None or given.dtype == dtype:
             return None
-        return allocate((tokens, hidden.shape[1]), dtype, hidden.device)
+        return allocate((tokens, given.shape[1]), dtype, given.device)

@@ -150,9 +150,9 @@ def _sum_rest(
         _take_labels(out, labels - columns.start, label_entry)
         if before is not None:
             total.mul_(row_state.rest_share(before, state)[:, None])
-        dtypes.multiply(out, weight, total, accumulate=before is not None)
+        dtypes.multiply(out, weight.wide, total, accumulate=before is not None)
         if every_row is not None:
-            _add_every_row(weight, every_row, dtypes)
+            _add_every_row(weight.wide, every_row, dtypes)
         del weight  # which may be a copy, before the next one is made
     return _Part(state, label_entry, every_row)
 

@@ -31,7 +31,7 @@ from unilogit_kernels.fused_linear.budget import (
     vector_bytes,
     weight_sum_bytes,
 )
-from unilogit_kernels.fused_linear.gemm import Needs
+from unilogit_kernels.fused_linear.gemm import EVERYTHING, Needs
 from unilogit_kernels.fused_linear.options import LinearOptions
 
 MIN_TILE_COLUMNS = 512
@@ -210,8 +210,7 @@ def plan_saving(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
     Both must have one cut of the columns. It has at least `SAVED_PARTS` chunks, so that what is
     saved fills the room for it.
     """
-    everything = shape._replace(needs=Needs(hidden=True, weight=True, bias=True))
-    plan = plan_linear(everything, options, passes=1, coupled=True)
+    plan = plan_linear(shape._replace(needs=EVERYTHING), options, passes=1, coupled=True)
     part = -(-shape.vocab_size // SAVED_PARTS)
     columns = min(plan.columns, max(part, MIN_TILE_COLUMNS))
     columns = aligned_size(columns, per_device(ALIGNED_COLUMNS, shape.device_type))
@@ -313,7 +312,7 @@ def _suits_online(shape: LinearShape, *, shared: bool) -> bool:
     sum of two softmaxes whose shares come last: it would take a GEMM for each.
     """
     alone = shape.reference is None and shape.needs == Needs(True, False, False)
-    return alone and (shape.device_type == "cpu" or shared)
+    return alone and not shape.rank and (shape.device_type == "cpu" or shared)
 
 
 def _online(shape: LinearShape, budget: int) -> Plan | None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from unilogit_kernels.backends.memory import allocate
-from unilogit_kernels.fused_linear.gemm import LinearHead
+from unilogit_kernels.fused_linear.active_rows import spread
+from unilogit_kernels.fused_linear.gemm import LinearHead, Operand
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.rows.contract import Rows
 
@@ -19,23 +20,45 @@ Heads = tuple[LinearHead, ...]
 
 
 class Gradients(NamedTuple):
-    """Gradients of a fused linear call, each in `GemmDtypes.results`, or None where not wanted."""
+    """Gradients of a fused linear call, or None where not wanted.
+
+    The first two are in `GemmDtypes.results`, the small ones in `GemmDtypes.exact`.
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    inner: Tensor | None = None
+    up: Tensor | None = None
+
+    def of_first(self, m: int) -> Gradients:
+        """The same with so many tokens, the first ones."""
+        hidden, inner = (None if x is None else x[:m] for x in (self.hidden, self.inner))
+        return self._replace(hidden=hidden, inner=inner)
+
+    def spread(self, index: Tensor) -> None:
+        """What was written of the first tokens belongs to the tokens `index`; others have none."""
+        for rows in (self.hidden, self.inner):
+            if rows is not None:
+                spread(rows, index)
+
+    def zero(self) -> None:
+        """No token has a gradient."""
+        for gradient in self:
+            if gradient is not None:
+                gradient.zero_()
 
 
-def weight_tiles(heads: Heads, columns: slice) -> list[Tensor]:
+def weight_tiles(heads: Heads, columns: slice) -> list[Operand]:
     """The weights of these vocabulary columns, in the operands' dtypes."""
     return [head.weight_columns(columns) for head in heads]
 
 
 def project_tiles(
     heads: Heads,
-    hidden: list[Tensor],
+    hidden: list[Operand],
     columns: slice,
-    weights: list[Tensor],
+    weights: list[Operand],
     logits: list[Tensor],
 ) -> None:
     """Write a tile of each head's logits, of the same tokens and columns."""

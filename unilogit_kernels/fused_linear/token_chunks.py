@@ -61,13 +61,18 @@ def by_tokens(
         own = hidden[0]
         if index is not None:
             out, own = gather_in_place(out, index), own[index]
-        if gradients.hidden is not None:
-            d_hidden = gradients.hidden[tokens]
-            dtypes.multiply(out, weights[0], d_hidden[: out.shape[0]])
-            if index is not None:
-                spread(d_hidden, index)
+        of_tokens = (gradients.hidden, weights[0].wide), (gradients.inner, weights[0].thin)
+        for gradient, factor in of_tokens:
+            if gradient is not None and factor is not None:
+                part_of = gradient[tokens]
+                dtypes.multiply(out, factor, part_of[: out.shape[0]])
+                if index is not None:
+                    spread(part_of, index)
         if weight_sum is not None:
-            weight_sum.add(out, own, first=tokens.start == 0)
+            weight_sum.add(out, own.wide, first=tokens.start == 0)
+        if gradients.up is not None and own.thin is not None:
+            d_up = gradients.up[vocabulary]
+            dtypes.multiply(out.t(), own.thin, d_up, accumulate=tokens.start > 0)
         if gradients.bias is not None:
             gradients.bias[vocabulary] += out.sum(0, dtype=dtypes.exact)
     if weight_sum is not None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unilogit_kernels.fused_linear.active_rows import spread
-from unilogit_kernels.fused_linear.gemm import LinearHead, OperandRows
+from unilogit_kernels.fused_linear.gemm import LinearHead, Operand, OperandRows
 from unilogit_kernels.fused_linear.hidden_sum import HiddenSum
 from unilogit_kernels.fused_linear.plan import Plan
 from unilogit_kernels.fused_linear.saved import Saved
@@ -64,7 +63,7 @@ class VocabularyLoop:
 
     def select(self, index: Tensor) -> VocabularyLoop:
         """The loop over some of the tokens, after the first pass saw all of them."""
-        heads = tuple(replace(head, hidden=head.hidden[index]) for head in self.heads)
+        heads = tuple(head.at(index) for head in self.heads)
         still_saved = int((index < self.plan.saved_tokens).sum())
         still_inside = int((index < self.plan.saved_inside).sum())
         plan = replace(self.plan, saved_tokens=still_saved, saved_beside=still_saved - still_inside)
@@ -134,18 +133,19 @@ class VocabularyLoop:
         return torch.cat(states, dim=1)
 
     def gradients(self, state: Tensor, slope: Tensor, gradients: Gradients) -> None:
-        """Write the gradients for a `slope` `[..., n]`: `hidden`'s has a row for each token."""
+        """Write the gradients for a `slope` `[..., n]`: those of tokens have a row for each."""
         student, plan = self.student, self.plan
-        d_hidden, d_weight, d_bias = gradients
+        d_hidden, d_weight, d_bias, d_inner, d_up = gradients
         dtypes = student.dtypes
         exact = dtypes.exact
         groups = token_groups(self.tokens, plan)
         longest = longest_of([span_of(group) for group in groups])
         operand_rows = OperandRows(self.heads, longest)
         scratch, row_scratch = self._gradient_scratch(groups, longest)
-        hidden_sum = None
-        if d_hidden is not None:
-            hidden_sum = HiddenSum(d_hidden, dtypes, self.rows.shard)
+        sums = [
+            None if gradient is None else HiddenSum(gradient, dtypes, self.rows.shard)
+            for gradient in (d_hidden, d_inner)
+        ]
         # Several groups add up in float32, and not where something saved is still to be read.
         in_gradient = self.saved is not None and self.saved.in_gradient
         adds_up = len(groups) > 1 and (in_gradient or dtypes.results != exact)
@@ -166,23 +166,27 @@ class VocabularyLoop:
                     self._gradient_rows(
                         tile, rows, columns, weights, state, slope, scratch, out[here]
                     )
-                if hidden_sum is not None:
-                    own = hidden_sum.memory[tokens]
-                    dtypes.multiply(out, weights[0], own, accumulate=columns.start > 0)
-                    if columns.stop == self.rows.columns and i == len(groups) - 1:
-                        hidden_sum.complete()
+                for total, factor in zip(sums, (weights[0].wide, weights[0].thin), strict=True):
+                    if total is not None and factor is not None:
+                        own = total.memory[tokens]
+                        dtypes.multiply(out, factor, own, accumulate=columns.start > 0)
+                        if columns.stop == self.rows.columns and i == len(groups) - 1:
+                            total.complete()
                 if weight_sum is not None:
-                    dtypes.multiply(out.t(), hidden[0], weight_sum, accumulate=i > 0)
+                    dtypes.multiply(out.t(), hidden[0].wide, weight_sum, accumulate=i > 0)
+                if d_up is not None and hidden[0].thin is not None:
+                    dtypes.multiply(out.t(), hidden[0].thin, d_up[columns], accumulate=i > 0)
                 if d_bias is not None:
                     d_bias[columns] += out.sum(0, dtype=exact)
             if d_weight is not None and weight_sum is not None and adds_up:
                 d_weight[columns] = weight_sum
             del weights, weight_sum  # as in `statistics`
-        if hidden_sum is not None:
-            if not self.rows.columns:
-                hidden_sum.memory.zero_()
-                hidden_sum.complete()
-            hidden_sum.finish()
+        for total in sums:
+            if total is not None:
+                if not self.rows.columns:
+                    total.memory.zero_()
+                    total.complete()
+                total.finish()
 
     def _gradient_scratch(
         self, groups: list[list[slice]], tokens: int
@@ -206,9 +210,9 @@ class VocabularyLoop:
     def _gradient_rows(
         self,
         tokens: slice,
-        hidden: list[Tensor],
+        hidden: list[Operand],
         columns: slice,
-        weights: list[Tensor],
+        weights: list[Operand],
         state: Tensor,
         slope: Tensor,
         scratch: list[Tensor | None],
@@ -249,14 +253,9 @@ def some_gradients(
     loop: VocabularyLoop, index: Tensor, state: Tensor, slope: Tensor, gradients: Gradients
 ) -> None:
     """Gradients of the rows `index`; those of the others are 0."""
-    hidden = gradients.hidden
     if index.numel() == 0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.zero_()
+        gradients.zero()
         return
-    if hidden is not None:
-        gradients = gradients._replace(hidden=hidden[: index.numel()])
-    loop.select(index).gradients(state[:, index], slope[..., index], gradients)
-    if hidden is not None:
-        spread(hidden, index)
+    part = gradients.of_first(index.numel())
+    loop.select(index).gradients(state[:, index], slope[..., index], part)
+    gradients.spread(index)

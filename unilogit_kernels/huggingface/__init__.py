@@ -17,6 +17,7 @@ from unilogit_kernels.huggingface.head import (
 )
 from unilogit_kernels.huggingface.trl_head import restore_trl, use_in_trl
 from unilogit_kernels.huggingface.two_heads import (
+    WithoutAdapters,
     frozen_copy,
     fused_kl_loss,
     heads_kl_loss,
@@ -28,6 +29,7 @@ __all__ = [
     "HeadCall",
     "HeadTransform",
     "UnsupportedHeadError",
+    "WithoutAdapters",
     "frozen_copy",
     "fused_kl_loss",
     "fused_log_odds",

@@ -19,10 +19,12 @@ from unilogit_kernels import reference
 from unilogit_kernels.functional import ObjectiveLike
 from unilogit_kernels.functional.token_statistics import FIELDS, TokenStatistics
 from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.huggingface.adapted_head import HeadOperands
 from unilogit_kernels.huggingface.head_call import HeadCall
 from unilogit_kernels.huggingface.logit_transform import HeadTransform, UnsupportedHeadError
 from unilogit_kernels.huggingface.model_inputs import VirtualTokens, check_inputs
 from unilogit_kernels.huggingface.observation import input_device, observe, observe_logit_transform
+from unilogit_kernels.huggingface.quantised import require_gradients
 from unilogit_kernels.huggingface.rounding import Rounding
 from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
 from unilogit_kernels.huggingface.stand_in import Call, Forward, attach, evaluating, forward_with
@@ -82,8 +84,9 @@ def fused_loss(
         A scalar, or `[B, T]` for `reduction="none"`, where position t is the loss of token t + 1.
 
     Raises:
-        UnsupportedHeadError: the lm_head is not a plain linear layer (LoRA, quantised, sharded over
-            its vocabulary), the model does to its logits what the kernels cannot, or `labels` do
+        UnsupportedHeadError: the lm_head is not a linear layer, plain or with LoRA, a trained copy
+            or trainable tokens of peft's (it is quantised, sharded over its vocabulary, or has
+            another adapter), the model does to its logits what the kernels cannot, or `labels` do
             not belong to its positions.
         TypeError: the model's forward has no argument of a given name.
         ValueError: an auxiliary loss cannot be added to losses of tokens (`reduction="none"`).
@@ -303,6 +306,8 @@ def replace_head(
     """
     if call is None:
         check_inputs(model, inputs)
+    if torch.is_grad_enabled():
+        require_gradients(model)
     virtual_tokens = VirtualTokens.of(model)
     difference = None
     for again in (False, True):
@@ -310,11 +315,11 @@ def replace_head(
 
         def compute_head(
             hidden: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
+            operands: HeadOperands,
             transform: HeadTransform = observation.transform,
         ) -> Tensor:
-            return compute(HeadCall(hidden, weight, bias, transform, virtual_tokens))
+            weight, bias, adapter = operands
+            return compute(HeadCall(hidden, weight, bias, transform, virtual_tokens, adapter))
 
         done = forward_with(
             model,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from unilogit_kernels.calls.low_rank import LowRank
 from unilogit_kernels.functional import (
     ObjectiveLike,
     linear_objective_loss,
@@ -73,6 +74,7 @@ class HeadCall:
         bias: `[rows]` or None.
         transform: what happens to the logits after the head.
         virtual_tokens: what peft puts in front of each sequence.
+        adapter: a low-rank term of the head, such as LoRA's, or None.
     """
 
     hidden: Tensor
@@ -80,6 +82,7 @@ class HeadCall:
     bias: Tensor | None
     transform: HeadTransform
     virtual_tokens: VirtualTokens = dataclasses.field(default_factory=VirtualTokens)
+    adapter: LowRank | None = None
 
     def objective_loss(
         self,
@@ -125,6 +128,7 @@ class HeadCall:
             at.of_tokens(labels, ignore_index),
             objective,
             bias=self.bias,
+            adapter=self.adapter,
             ignore_index=ignore_index,
             reduction=reduction,
             # A weight belongs to the token, as its label does, so it moves with it.
@@ -174,6 +178,7 @@ class HeadCall:
             [at.of_part(part) for part in parts],
             rows.to(at.hidden.device)[:, None].expand(at.hidden.shape[:2]),
             bias=self.bias,
+            adapter=self.adapter,
             weights=weights,
             reduction=reduction,
             num_items_in_batch=num_items_in_batch,
@@ -197,6 +202,7 @@ class HeadCall:
             self.weight,
             at.of_tokens(labels, -100),
             bias=self.bias,
+            adapter=self.adapter,
             backend=backend,
             options=options,
             **dataclasses.asdict(self.transform),
@@ -219,6 +225,7 @@ class HeadCall:
             self.weight,
             at.of_tokens(labels, -100),
             bias=self.bias,
+            adapter=self.adapter,
             fields=fields,
             backend=backend,
             options=options,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unilogit_kernels.huggingface import logit_transform, stand_in
+from unilogit_kernels.huggingface.adapted_head import HeadOperands
 from unilogit_kernels.huggingface.logit_transform import (
     OBSERVED_TOKENS,
     HeadTransform,
@@ -143,7 +144,7 @@ def _observe_on(
         probes.append(logit_transform.first_probe(rows))
         return probes[-1].to(device)
 
-    def no_result(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def no_result(hidden: Tensor, operands: HeadOperands) -> Tensor:
         return hidden.new_zeros(())
 
     ids = torch.arange(math.prod(OBSERVED_TOKENS)).view(OBSERVED_TOKENS)

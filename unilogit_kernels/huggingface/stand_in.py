@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from unilogit_kernels.huggingface.adapted_head import HeadOperands, layer_of, operands_of
 from unilogit_kernels.huggingface.auxiliary_loss import OwnLoss
 from unilogit_kernels.huggingface.logit_transform import UnsupportedHeadError, failed_after_head
+from unilogit_kernels.huggingface.quantised import packs_in_eval
 from unilogit_kernels.huggingface.sharding import (
     class_of,
     require_gathered,
@@ -26,7 +28,7 @@ from unilogit_kernels.huggingface.sharding import (
 )
 from unilogit_kernels.huggingface.wrappers import unwrapped
 
-Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Compute = Callable[[Tensor, HeadOperands], Tensor]
 Call = Callable[..., Any]
 """Runs a model's forward. What stands in that forward's place passes on what it replaced, so that
 the hooks around the model, which run already, do not run once more."""
@@ -62,7 +64,7 @@ def forward_with(
 
     Args:
         model: a Hugging Face causal LM, wrapped or not.
-        compute: from the head's input `[B, T, H]`, weight and bias to a tensor.
+        compute: from the head's input `[B, T, H]` and what it applies to a tensor.
         make_probe: from the rows of the weight to what the head returns, on its device.
         inputs: what the model's forward takes.
         auxiliary: also compute the model's own auxiliary loss, where it has one.
@@ -77,20 +79,28 @@ def forward_with(
     results: list[Tensor] = []
     returned = False
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor, **chosen: Any) -> Tensor:
         nonlocal returned
         if results:
             raise UnsupportedHeadError("the lm_head was called more than once in one forward")
-        # Read once, as the layer itself does: a parametrisation computes it anew each time.
-        weight, bias = head.weight, head.bias
-        for name, tensor in (("input", hidden), ("weight", weight), ("bias", bias)):
+        if chosen.get("adapter_names") is not None:
+            raise UnsupportedHeadError(
+                "adapter_names chooses an adapter of the lm_head for each sequence, and all go "
+                "through it at once: call the model once for each adapter"
+            )
+        operands = operands_of(head)
+        weight, bias, adapter = operands
+        parts = {"input": hidden, "weight": weight, "bias": bias}
+        if adapter is not None:
+            parts |= {"adapter's A": adapter.a, "adapter's B": adapter.b}
+        for name, tensor in parts.items():
             _require_plain(name, tensor)
         if hidden.dim() != 3:
             raise UnsupportedHeadError(
                 f"the lm_head was called on hidden states of shape {list(hidden.shape)}, where "
                 "[batch, time, hidden size] was expected; use objective_loss on model(...).logits"
             )
-        results.append(compute(hidden, weight, bias))
+        results.append(compute(hidden, operands))
         output = _StandIn.apply(results[-1], make_probe(weight.shape[0]))
         returned = True
         return cast(Tensor, output)
@@ -134,7 +144,7 @@ def is_stood_in_for(model: nn.Module) -> bool:
 @contextmanager
 def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     # accelerate's hooks have replaced `forward` already and call what it was from within.
-    attribute = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    attribute = "_old_forward" if "_hf_hook" in vars(head) else "forward"
     previous = vars(head).get(attribute)
     setattr(head, attribute, forward)
     _replaced.add(head)
@@ -156,16 +166,19 @@ def containers_of_head(model: nn.Module, head: nn.Module) -> list[nn.Module]:
     return [inner, *(inner.get_submodule(".".join(names[:i])) for i in range(1, len(names)))]
 
 
-def plain_head(model: nn.Module) -> nn.Linear:
-    """The lm_head, if its forward is `hidden @ weight.T + bias` and nothing else.
+def plain_head(model: nn.Module) -> nn.Module:
+    """The lm_head, if its forward is `hidden @ weight.T + bias`, with an adapter or without.
+
+    Returns:
+        The module that the model calls: a plain linear layer, or what peft wraps one in.
 
     Raises:
-        UnsupportedHeadError: it is not.
+        UnsupportedHeadError: it is neither.
     """
     inner = unwrapped(model)
     find = getattr(inner, "get_output_embeddings", None)
     try:
-        head = find() if find is not None else None
+        head: nn.Module | None = find() if find is not None else None
     except NotImplementedError:
         head = None
     if head is None:
@@ -174,26 +187,28 @@ def plain_head(model: nn.Module) -> nn.Linear:
         )
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise UnsupportedHeadError(f"{type(inner).__name__} is an encoder-decoder, not a causal LM")
-    head_class = class_of(head)
-    kind = f"{head_class.__module__}.{head_class.__qualname__}"
-    if kind.startswith("peft."):
+    layer = layer_of(head)
+    kind = class_of(layer)
+    if not isinstance(layer, nn.Linear) or kind.forward is not nn.Linear.forward:
         raise UnsupportedHeadError(
-            f"the lm_head is wrapped by peft ({kind}): its adapter would be lost. Leave lm_head "
-            "out of target_modules and modules_to_save, or call merge_and_unload() first"
+            f"the lm_head is a {kind.__module__}.{kind.__qualname__}, not a plain "
+            f"torch.nn.Linear{_DEQUANTISE}"
         )
-    if not isinstance(head, nn.Linear) or head_class.forward is not nn.Linear.forward:
+    for module in (head, layer):
+        if "forward" in vars(module) and "_hf_hook" not in vars(module):
+            raise UnsupportedHeadError(
+                "the forward of the lm_head has been replaced on the module, so its effect on the "
+                "logits is unknown: undo that first"
+            )
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedHeadError(
+                "the lm_head has backward hooks, which would see no gradient of the logits, since "
+                "there are none: remove them first"
+            )
+    if layer is not head and (layer._forward_hooks or layer._forward_pre_hooks):
         raise UnsupportedHeadError(
-            f"the lm_head is a {kind}, not a plain torch.nn.Linear{_DEQUANTISE}"
-        )
-    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
-        raise UnsupportedHeadError(
-            "the forward of the lm_head has been replaced on the module, so its effect on the "
-            "logits is unknown: undo that first"
-        )
-    if head._backward_hooks or head._backward_pre_hooks:
-        raise UnsupportedHeadError(
-            "the lm_head has backward hooks, which would see no gradient of the logits, since "
-            "there are none: remove them first"
+            "the layer below the lm_head's adapter has forward hooks, which would not run, since "
+            "its weight is taken instead: remove them, or wrap the whole lm_head"
         )
     for name, tensor in head.named_parameters():
         # A shard is whole inside the forward, where it is looked at again.
@@ -213,6 +228,11 @@ def _require_plain(name: str, tensor: Tensor | None) -> None:
     if tensor is None:
         return
     require_gathered(name, tensor)
+    if tensor.is_meta:
+        raise UnsupportedHeadError(
+            f"the lm_head's {name} is on the meta device inside its own forward, without numbers: "
+            "keep an lm_head with an adapter out of what accelerate offloads"
+        )
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
         raise UnsupportedHeadError(
             f"the lm_head's {name} is a {type(tensor).__module__}.{type(tensor).__qualname__} of "
@@ -226,6 +246,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, so that an extra forward draws no random numbers."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in filter(packs_in_eval, modes):
+        module.training = True
     try:
         yield
     finally:

@@ -8,7 +8,8 @@ there, also where FSDP gathers them for their own module's forward alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from unilogit_kernels.functional.kl import linear_kl_loss
 from unilogit_kernels.fused_linear.options import LinearOptions
+from unilogit_kernels.huggingface.adapted_head import adapters_disabled
 from unilogit_kernels.huggingface.head import (
     HeadCall,
     add_auxiliary_loss,
@@ -43,9 +45,73 @@ def frozen_copy(model: _Model) -> _Model:
     return reference
 
 
+class WithoutAdapters:
+    """A model's own base, its adapters disabled, as a reference: no second model, and no copy.
+
+    Args:
+        model: wrapped by peft, or with adapters of its own (`PreTrainedModel.add_adapter`).
+
+    Raises:
+        ValueError: it has none.
+
+    Example:
+        >>> import peft, torch, transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...     num_attention_heads=2,
+        ... )
+        >>> lora = peft.LoraConfig(target_modules="all-linear")
+        >>> model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+        >>> ids = torch.randint(50, (2, 7))
+        >>> fused_kl_loss(model, WithoutAdapters(model), input_ids=ids, labels=ids).item()
+        0.0
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        with adapters_disabled(model):
+            plain_head(model)
+        self.model = model
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> HeadCall:
+        """The inputs of the base's head.
+
+        Args:
+            model: the same, as it is called: wrapped by DDP, FSDP, accelerate.
+            inputs: of its forward.
+        """
+        found: list[HeadCall] = []
+
+        def keep(head: HeadCall) -> Tensor:
+            found[:] = [head]
+            return head.hidden.new_zeros(())
+
+        with running(self, model):
+            replace_head(model, keep, inputs)
+        return found[0]
+
+
+Reference = nn.Module | WithoutAdapters
+"""A frozen model, or the model's own base."""
+
+
+@contextmanager
+def running(reference: Reference, model: nn.Module) -> Iterator[nn.Module]:
+    """The module to run as a reference: in eval mode, without gradients.
+
+    Args:
+        reference: the teacher.
+        model: the student, as it is called.
+    """
+    own = isinstance(reference, WithoutAdapters)
+    module = model if isinstance(reference, WithoutAdapters) else reference
+    below = adapters_disabled(module) if own else nullcontext()
+    with torch.no_grad(), evaluating(module), below:
+        yield module
+
+
 def run_two_heads(
     model: nn.Module,
-    reference: nn.Module,
+    reference: Reference,
     compute: Callable[[HeadCall, HeadCall], Tensor],
     **inputs: Any,
 ) -> Tensor:
@@ -53,7 +119,8 @@ def run_two_heads(
 
     Args:
         model: the student, see `fused_loss`.
-        reference: the teacher, run in eval mode and without gradients.
+        reference: the teacher, run in eval mode and without gradients; `WithoutAdapters(model)` for
+            the model's own base.
         compute: from the inputs of the student's head and of the teacher's to a small tensor.
         inputs: what the models' forwards take. Both are called without labels.
 
@@ -70,7 +137,7 @@ def run_two_heads(
 
 def run_two_heads_with_auxiliary_loss(
     model: nn.Module,
-    reference: nn.Module,
+    reference: Reference,
     compute: Callable[[HeadCall, HeadCall], Tensor],
     **inputs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -89,10 +156,17 @@ def run_two_heads_with_auxiliary_loss(
     Raises:
         UnsupportedHeadError, TypeError, ValueError: see `run_two_heads`.
     """
+    if isinstance(reference, WithoutAdapters):
+        # Not one forward inside the other: there is but one lm_head.
+        teacher = reference.run(model, inputs)
+        return run_head_with_auxiliary_loss(
+            model, lambda student: compute(student, teacher), **inputs
+        )
     if plain_head(model) is plain_head(reference):
         raise ValueError(
             "model and reference share one lm_head, which cannot be in two forwards at once: pass "
-            "a copy as the reference, such as frozen_copy(...) makes"
+            "a copy as the reference, such as frozen_copy(...) makes, or WithoutAdapters(model) "
+            "for the model below its adapters"
         )
     results: list[tuple[Tensor, Tensor | None]] = []
     with_gradient = torch.is_grad_enabled()
@@ -106,7 +180,7 @@ def run_two_heads_with_auxiliary_loss(
             )
         return results[-1][0]
 
-    with torch.no_grad(), evaluating(reference):
+    with running(reference, model):
         replace_head(reference, run_student, inputs)
     return results[-1]
 
@@ -188,6 +262,8 @@ def heads_kl_loss(
         options=options,
         bias=student.bias,
         ref_bias=teacher.bias,
+        adapter=student.adapter,
+        ref_adapter=teacher.adapter,
         softcap=student.transform.softcap,
         ref_softcap=teacher.transform.softcap,
         logit_scale=student.transform.logit_scale,
@@ -198,7 +274,7 @@ def heads_kl_loss(
 
 def fused_kl_loss(
     model: nn.Module,
-    reference: nn.Module,
+    reference: Reference,
     *,
     labels: Tensor,
     shift: bool = True,
@@ -220,7 +296,7 @@ def fused_kl_loss(
     Args:
         model: a Hugging Face causal LM, also wrapped by DDP, FSDP2, accelerate or peft.
         reference: the teacher, with the same tokenizer; its size may differ. It runs in eval mode
-            and gets no gradient: see `frozen_copy`.
+            and gets no gradient: see `frozen_copy`, and `WithoutAdapters` for one with adapters.
         labels: int64 `[B, T]`, not shifted: usually `input_ids` with prompt and padding set to
             `ignore_index`.
         shift: whether `labels` are those of Hugging Face, of each token itself; False for labels

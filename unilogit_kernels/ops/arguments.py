@@ -12,10 +12,6 @@ from torch import Tensor
 from unilogit_kernels import objectives
 from unilogit_kernels.backends import registry
 from unilogit_kernels.backends.contract import LogitTransform
-from unilogit_kernels.fused_linear.compaction import HeadInputs, LinearInputs
-from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
-from unilogit_kernels.fused_linear.options import LinearOptions
-from unilogit_kernels.fused_linear.tiles import Gradients
 from unilogit_kernels.maths import row_state, statistics
 from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.maths.statistics import Statistics
@@ -35,32 +31,6 @@ class Logits(NamedTuple):
     """`[n, V]`."""
 
     logits: Tensor
-
-
-class Head(NamedTuple):
-    """An lm_head and the hidden states that enter it: `[n, h]`, `[V, h]`, and `[V]` or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-Operands = Logits | Head
-"""What the logits of a call come from: themselves, or an lm_head."""
-
-
-def linear_inputs(heads: Sequence[Tensor | None], options: LinearOptions) -> LinearInputs:
-    """The operands of one lm_head or of two as the layers below take them."""
-    (hidden, weight, bias), reference = heads[:3], heads[3:]
-    assert hidden is not None
-    assert weight is not None
-    inputs = LinearInputs(hidden, weight, bias, options)
-    if not reference:
-        return inputs
-    ref_hidden, ref_weight, ref_bias = reference
-    assert ref_hidden is not None
-    assert ref_weight is not None
-    return inputs._replace(reference=HeadInputs(ref_hidden, ref_weight, ref_bias))
 
 
 # ---- rows --------------------------------------------------------------------------------------
@@ -288,44 +258,6 @@ class LogitsGradient(NamedTuple):
     logits_grad: Tensor
 
 
-class HeadGradients(NamedTuple):
-    """Gradients of an lm_head's operands; an unwanted one is empty."""
-
-    hidden_grad: Tensor
-    weight_grad: Tensor
-    bias_grad: Tensor
-
-    @staticmethod
-    def of(gradients: Gradients, head: Sequence[Tensor | None]) -> HeadGradients:
-        """Those that are wanted, in the dtypes that they were added up in."""
-        like = head[0]
-        assert like is not None
-        return HeadGradients(*(like.new_empty(0) if g is None else g for g in gradients))
-
-    @staticmethod
-    def like(
-        needs: NeedsGradients, head: Sequence[Tensor | None], dtypes: GemmDtypes | None = None
-    ) -> HeadGradients:
-        """What these look like to a fake kernel; finished if no `dtypes` are given."""
-        hidden, weight = head[:2]
-        assert hidden is not None
-        assert weight is not None
-        return HeadGradients(
-            gradient_like(needs[0], hidden, dtypes and dtypes.results),
-            gradient_like(needs[1], weight, dtypes and dtypes.results),
-            gradient_like(needs[2], weight[:, 0], dtypes and dtypes.exact),
-        )
-
-    def finished(self, head: Sequence[Tensor | None]) -> HeadGradients:
-        """In the operands' dtypes."""
-        hidden, weight = head[:2]
-        assert hidden is not None
-        assert weight is not None
-        return HeadGradients(
-            self[0].to(hidden.dtype), self[1].to(weight.dtype), self[2].to(weight.dtype)
-        )
-
-
 class NeedsGradient(NamedTuple):
     """Whether any operand wants a gradient; autograd switches it on."""
 
@@ -337,26 +269,8 @@ class NeedsGradient(NamedTuple):
         return NeedsGradient(any(needs))
 
 
-class NeedsGradients(NamedTuple):
-    """Which operands of an lm_head want a gradient; autograd switches them on."""
-
-    needs_hidden: bool
-    needs_weight: bool
-    needs_bias: bool
-
-    @staticmethod
-    def of_needs(needs: Sequence[bool]) -> NeedsGradients:
-        """From which of the operands do."""
-        return NeedsGradients(*needs)
-
-    def needs(self) -> Needs:
-        """The same as the layers below take it."""
-        return Needs(*self)
-
-
 NO_GRADIENT = NeedsGradient(needs_grad=False)
-NO_GRADIENTS = NeedsGradients(needs_hidden=False, needs_weight=False, needs_bias=False)
-"""What a caller says: autograd knows better which gradients are wanted."""
+"""What a caller says: autograd knows better whether one is wanted."""
 
 
 class Saved(NamedTuple):
@@ -364,12 +278,12 @@ class Saved(NamedTuple):
 
     Attributes:
         loss: Its own result, by which a derivative of a gradient would be taken.
-        dtype: Of the operands.
+        dtypes: Of the operands.
         backend: Name of the backend.
     """
 
     loss: Tensor
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     backend: str
 
 

@@ -37,14 +37,18 @@ class LogitsPair(NamedTuple):
 
 
 class HeadPair(NamedTuple):
-    """The operands of the student's lm_head and of the teacher's; see `arguments.Head`."""
+    """The operands of the student's lm_head and of the teacher's; see `heads.Head`."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    inner: Tensor | None
+    up: Tensor | None
     ref_hidden: Tensor
     ref_weight: Tensor
     ref_bias: Tensor | None
+    ref_inner: Tensor | None
+    ref_up: Tensor | None
 
 
 class PairRows(NamedTuple):

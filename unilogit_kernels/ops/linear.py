@@ -16,22 +16,26 @@ from unilogit_kernels.fused_linear.compaction import (
 from unilogit_kernels.fused_linear.gemm import GemmDtypes
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.arguments import (
-    Head,
-    HeadGradients,
     LossArguments,
     NeedsGradient,
-    NeedsGradients,
     RowArguments,
     Saved,
     TokenRows,
     WeightedObjective,
     exact_dtype,
-    linear_inputs,
     loss_like,
     losses_like,
     total_of,
 )
 from unilogit_kernels.ops.fragments import Fragment, rebuilt
+from unilogit_kernels.ops.heads import (
+    HEAD,
+    Head,
+    HeadGradients,
+    NeedsGradients,
+    dtypes_of,
+    linear_inputs,
+)
 from unilogit_kernels.ops.literal import gradients_of
 from unilogit_kernels.ops.logits import has_literal, of_unit_slopes, wants_literal
 from unilogit_kernels.ops.registration import Operator, operator
@@ -40,8 +44,6 @@ from unilogit_kernels.ops.scaling import scaled_gradients
 H = TypeVar("H", bound=Fragment)
 R = TypeVar("R", bound=RowArguments)
 L = TypeVar("L", bound=LossArguments[Any])
-
-_MODEL = len(Head._fields)
 
 
 class Active(NamedTuple):
@@ -104,7 +106,7 @@ def linear_values_operator(
     ) -> HeadGradients:
         models = list(heads)
         inputs = linear_inputs(models, options)
-        saved = [upstream.saved, upstream.ref_kept][: len(models) // _MODEL]
+        saved = [upstream.saved, upstream.ref_kept][: len(models) // HEAD]
         gradients = compacted_gradient(
             inputs,
             active.active,
@@ -149,7 +151,7 @@ def linear_values_operator(
         return LinearValues(*rows.values_like(inputs.hidden), *_pair(saved))
 
     class _Derivatives:
-        operands: ClassVar[int] = _MODEL
+        operands: ClassVar[int] = HEAD
 
         @staticmethod
         def save(
@@ -199,9 +201,9 @@ def linear_values_operator(
 
             def along(slope: Tensor) -> Tensor:
                 upstream = LinearUpstream(result.state, slope, nothing, nothing)
-                only_hidden = NeedsGradients.of_needs((True, False, False))
-                found = backward(wide, active, rows, options, upstream, only_hidden)
-                return wider.tangent(found.hidden_grad)
+                of_tokens = NeedsGradients.of_needs((True, False, False, True, False))
+                found = backward(wide, active, rows, options, upstream, of_tokens)
+                return wider.tangent(found)
 
             return of_unit_slopes(along, result.values)
 
@@ -213,32 +215,54 @@ class _Wider:
     """An lm_head whose hidden states' gradient also holds what a tangent of its weights needs.
 
     With hidden states `[h, 0]` and weights `[W, W']` the logits are the same, and the gradient of
-    the added zeros is that of the logits times `W'`; likewise for the bias.
+    the added zeros is that of the logits times `W'`; likewise for the bias, and a low-rank term.
     """
 
     def __init__(self, heads: Fragment, tangents: Sequence[Tensor | None]) -> None:
-        hidden, weight, *others = heads
-        self._hidden, (self._t_hidden, t_weight, t_bias) = hidden, tangents
+        hidden, weight, bias, inner, up, *others = heads
+        t_hidden, t_weight, t_bias, t_inner, t_up = tangents
+        self._wide = _WiderFactor(hidden, weight, t_hidden, t_weight, t_bias)
+        self._thin = None if inner is None else _WiderFactor(inner, up, t_inner, t_up)
+        thin = (inner, up) if self._thin is None else self._thin.factors
+        self.heads: list[Any] = [*self._wide.factors, bias, *thin, *others]
+
+    def tangent(self, gradients: HeadGradients) -> Tensor:
+        """The tangent of what the gradients of a token's operands belong to, `[n]`."""
+        found = self._wide.tangent(gradients.hidden_grad)
+        return found if self._thin is None else found + self._thin.tangent(gradients.inner_grad)
+
+
+class _WiderFactor:
+    """One product of a `_Wider` head: rows `[n, k]` and a weight `[V, k]`, and their tangents."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        t_rows: Tensor | None,
+        t_weight: Tensor | None,
+        t_bias: Tensor | None = None,
+    ) -> None:
+        self._rows, self._t_rows = rows, t_rows
+        self._of_weight, self._of_bias = t_weight is not None, t_bias is not None
         more = [] if t_weight is None else [t_weight]
-        self._of_bias = t_bias is not None
         if t_bias is not None:
             more.append(t_bias[:, None])
         if more:
             weight = torch.cat([weight, *more], 1)
-            width = weight.shape[1] - hidden.shape[1]
-            hidden = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], width)], 1)
-        self._of_weight = t_weight is not None
-        self.heads: list[Any] = [hidden, weight, *others]
+            width = weight.shape[1] - rows.shape[1]
+            rows = torch.cat([rows, rows.new_zeros(rows.shape[0], width)], 1)
+        self.factors = rows, weight
 
     def tangent(self, gradient: Tensor) -> Tensor:
-        """The tangent of what `gradient`, `[n, h']`, belongs to, `[n]`."""
-        exact, h = exact_dtype(gradient), self._hidden.shape[1]
+        """The tangent of what `gradient`, `[n, k']`, belongs to, `[n]`."""
+        exact, k = exact_dtype(gradient), self._rows.shape[1]
         gradient = gradient.to(exact)
         found = gradient.new_zeros(gradient.shape[0])
-        if self._t_hidden is not None:
-            found = found + (gradient[:, :h] * self._t_hidden).sum(1)
+        if self._t_rows is not None:
+            found = found + (gradient[:, :k] * self._t_rows).sum(1)
         if self._of_weight:
-            found = found + (gradient[:, h : 2 * h] * self._hidden).sum(1)
+            found = found + (gradient[:, k : 2 * k] * self._rows).sum(1)
         return found + gradient[:, -1] if self._of_bias else found
 
 
@@ -250,16 +274,19 @@ def _pair(saved: list[Tensor]) -> list[Tensor]:
 def _own_and_others(heads: Fragment) -> tuple[list[Any], list[Any]]:
     """The operands of the student, and those of another one."""
     models = list(heads)
-    return models[:_MODEL], models[_MODEL:]
+    return models[:HEAD], models[HEAD:]
 
 
 def _literal(models: Sequence[Tensor | None], rows: RowArguments) -> Tensor:
     logits = []
-    for i in range(0, len(models), _MODEL):
-        hidden, weight, bias = models[i : i + _MODEL]
+    for i in range(0, len(models), HEAD):
+        hidden, weight, bias, inner, up = models[i : i + HEAD]
         assert hidden is not None
         assert weight is not None
-        logits.append(torch.nn.functional.linear(hidden, weight, bias))
+        z = torch.nn.functional.linear(hidden, weight, bias)
+        if inner is not None and up is not None:
+            z = z + torch.nn.functional.linear(inner, up)
+        logits.append(z)
     return rows.literal(logits)
 
 
@@ -275,9 +302,11 @@ class LossOfHead(NamedTuple):
     Attributes:
         loss: 0-d.
         losses: `[n]`, weighted; `[2, n]` where a part of them is reported.
-        hidden_grad: See `HeadGradients`; as are the other two.
+        hidden_grad: See `HeadGradients`; as are the others.
         weight_grad: See there.
         bias_grad: See there.
+        inner_grad: See there.
+        up_grad: See there.
     """
 
     loss: Tensor
@@ -285,6 +314,8 @@ class LossOfHead(NamedTuple):
     hidden_grad: Tensor
     weight_grad: Tensor
     bias_grad: Tensor
+    inner_grad: Tensor
+    up_grad: Tensor
 
 
 def linear_loss_operator(
@@ -314,7 +345,7 @@ def linear_loss_operator(
         return LossOfHead(loss_like(hidden), losses, *gradients)
 
     class _Derivatives:
-        operands: ClassVar[int] = _MODEL
+        operands: ClassVar[int] = HEAD
 
         @staticmethod
         def save(
@@ -326,7 +357,7 @@ def linear_loss_operator(
             needs: NeedsGradients,
         ) -> Iterable[Fragment]:
             finished = HeadGradients(*result[2:])
-            saved = Saved(result.loss, next(iter(heads)).dtype, rows.backend)
+            saved = Saved(result.loss, dtypes_of(list(heads)), rows.backend)
             return (
                 finished,
                 saved,

@@ -213,7 +213,7 @@ class _ObjectiveDerivatives:
         needs: NeedsGradient,
     ) -> Iterable[Fragment]:
         finished = _Finished(result.logits_grad, result.row_scale)
-        saved = Saved(result.loss, operand.logits.dtype, rows.backend)
+        saved = Saved(result.loss, (operand.logits.dtype,), rows.backend)
         return (
             finished,
             saved,
@@ -229,7 +229,7 @@ class _ObjectiveDerivatives:
             return gradients_of(
                 lambda z: loss.literal(rows.literal([z]), rows.vocab_size), operand, needs, upstream
             )
-        row_scale = finished.row_scale if saved.dtype == torch.float16 else None
+        row_scale = finished.row_scale if saved.dtypes[0] == torch.float16 else None
         return scaled_gradients([finished.gradient], needs, upstream, saved, row_scale)
 
     @staticmethod

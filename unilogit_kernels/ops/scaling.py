@@ -58,43 +58,44 @@ def scaled_gradients(
         gradients: Of the loss, as the forward finished them.
         needs: Which of them are wanted.
         upstream: The loss's gradient.
-        saved: What the forward saved beside them.
+        saved: What the forward saved beside them; a dtype for each of them.
         row_scale: `[n]`, of float16 rows that lack it; None for rows that don't.
     """
     factor = upstream if row_scale is None else (row_scale * upstream)[:, None]
 
-    def scaled(gradient: Tensor) -> Tensor:
+    def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         if torch.is_grad_enabled():
-            return scaled_gradient(Scaling(gradient, factor, saved.loss, saved.dtype)).scaled
-        return _scaled(gradient, factor, saved)
+            return scaled_gradient(Scaling(gradient, factor, saved.loss, dtype)).scaled
+        return _scaled(gradient, factor, dtype, saved.backend)
 
     return tuple(
-        scaled(gradient) if need else None for gradient, need in zip(gradients, needs, strict=True)
+        scaled(gradient, dtype) if need else None
+        for gradient, dtype, need in zip(gradients, saved.dtypes, needs, strict=True)
     )
 
 
-def _scaled(gradient: Tensor, factor: Tensor, saved: Saved) -> Tensor:
-    """`factor * gradient` in `saved.dtype`, at no cost where the factor is exactly 1.
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`factor * gradient` in `dtype`, at no cost where the factor is exactly 1.
 
     The saved gradient is handed on itself, scaled in place where the backend can, but only if this
     backward frees the graph: a graph that is kept will want it again, as it was.
     """
     in_place = (
-        gradient.dtype == saved.dtype
+        gradient.dtype == dtype
         and _has_values(gradient, factor)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
     if not in_place:
-        return _product(gradient, factor, saved.dtype)
+        return _product(gradient, factor, dtype)
     if factor.dim():
         return _scale_rows(gradient, factor)
-    kernels = registry.load(saved.backend)
+    kernels = registry.load(backend)
     if kernels.scales_in_place:
         kernels.scale_(gradient, factor)
         return gradient
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return gradient
-    return _product(gradient, factor, saved.dtype)
+    return _product(gradient, factor, dtype)
 
 
 def _product(gradient: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,14 +1,21 @@
-"""PEFT adapters: what is refused of them, so that nothing that was trained is lost."""
+"""PEFT adapters: the model below is the starting model; what training would lose is refused."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from unilogit_kernels.huggingface.adapted_head import adapters_disabled, has_adapters
+from unilogit_kernels.huggingface.two_heads import Reference, WithoutAdapters, frozen_copy
+from unilogit_kernels.unlearning.arguments import UnlearningArguments
 from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.loading import listed
+from unilogit_kernels.unlearning.methods import MethodError
 
 
 def check_no_adapter(model: str) -> None:
@@ -30,6 +37,76 @@ def check_no_adapter(model: str) -> None:
             "models: load it with peft, merge it with merge_and_unload(), save the result with "
             "save_pretrained, and pass that folder as --model"
         )
+
+
+def starting_model(model: nn.Module) -> Reference:
+    """The model to compare with where none is given: its own base, or a frozen copy of it.
+
+    Args:
+        model: not wrapped for several processes.
+    """
+    if not has_adapters(model):
+        return frozen_copy(model)
+    _warn_of_trained_adapters(model)
+    return WithoutAdapters(model)
+
+
+@contextmanager
+def at_the_start(model: nn.Module) -> Iterator[None]:
+    """The model as the starting model: below its adapters, if it has some.
+
+    Args:
+        model: as it trains, before its first step.
+    """
+    if not has_adapters(model):
+        yield
+        return
+    _warn_of_trained_adapters(model)
+    with adapters_disabled(model):
+        yield
+
+
+def _warn_of_trained_adapters(model: nn.Module) -> None:
+    changed = [
+        name
+        for name, weight in model.named_parameters()
+        if (".lora_B." in name or ".lora_embedding_B." in name) and bool(weight.detach().any())
+    ]
+    if changed:
+        warnings.warn(
+            f"the adapter has been trained already ({listed(changed)} are not 0): the starting "
+            "model that the method compares with is the one below it; to compare with the model as "
+            "it is, merge the adapter first (merge_and_unload) and add a new one",
+            stacklevel=3,
+        )
+
+
+def check_adapters(model: nn.Module, args: UnlearningArguments) -> None:
+    """See that a model's adapters can be trained as the arguments say, and all of them.
+
+    Where activations are recomputed, inputs are made to require a gradient: with reentrant
+    checkpoints no adapter of any layer would get one otherwise.
+
+    Args:
+        model: any; one without adapters passes.
+        args: the Trainer's.
+
+    Raises:
+        ValueError: see `check_saves_what_it_trains`.
+        MethodError: the method is none for adapters.
+    """
+    check_saves_what_it_trains(model)
+    if not has_adapters(model):
+        return
+    if args.resolved_method().is_negated:
+        raise MethodError(
+            f"method {args.method!r} negates weights, and a product of two negated factors is not "
+            "negated: train the whole model, or merge the adapter first"
+        )
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    if any(getattr(args, name, False) for name in names):
+        whole: Any = model
+        whole.enable_input_require_grads()
 
 
 def check_saves_what_it_trains(model: nn.Module) -> None:

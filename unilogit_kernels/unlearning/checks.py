@@ -9,6 +9,7 @@ from unilogit_kernels.unlearning.dual import check_dual
 from unilogit_kernels.unlearning.errors import RunError
 from unilogit_kernels.unlearning.limits import check_choice, check_numbers
 from unilogit_kernels.unlearning.loading import DTYPES
+from unilogit_kernels.unlearning.lora import lora_options
 from unilogit_kernels.unlearning.methods import (
     ALTPO,
     NONE,
@@ -55,6 +56,7 @@ def check_settings(settings: Settings) -> None:
     except ValueError as error:
         raise RunError(str(error)) from error
     _check_retain_rows(settings)
+    _check_lora(settings, method)
     takes_refusals = method.needs_refusals and method.name != ALTPO
     if takes_refusals and settings.refusals is None:
         raise RunError(f"method {method.name!r} needs refusals: a text file with one a line")
@@ -94,3 +96,16 @@ def _check_retain_rows(settings: Settings) -> None:
             f"retain_loss {retain_loss!r} needs rows to keep: --retain FILE, or a --benchmark; "
             "retain_loss 'none' does not"
         )
+
+
+def _check_lora(settings: Settings, method: Method) -> None:
+    """See that an adapter is asked for in a way that can be, and with what goes with one."""
+    if settings.lora is None:
+        if settings.merge:
+            raise RunError("--merge is about the adapter of --lora, which is not given")
+        return
+    lora_options(settings.lora)
+    if settings.train_layers is not None:
+        raise RunError("--train-layers and --lora both say what is trained: leave one out")
+    if method.is_negated:
+        raise RunError(f"method {method.name!r} negates weights, which --lora does not train")

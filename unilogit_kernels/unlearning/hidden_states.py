@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from unilogit_kernels.huggingface.head import (
     HeadCall,
-    evaluating,
     run_head,
     run_head_with_auxiliary_loss,
 )
+from unilogit_kernels.huggingface.two_heads import Reference, running
 from unilogit_kernels.huggingface.wrappers import unwrapped
 from unilogit_kernels.unlearning.encoding import IGNORED
 from unilogit_kernels.unlearning.layers import decoder_layers
@@ -66,12 +66,12 @@ class Rmu:
     layer: int
     target: Tensor
     forget_weight: float
-    teacher: nn.Module | None
+    teacher: Reference | None
 
     @staticmethod
     def of(
         model: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Reference | None,
         parameters: Mapping[str, float],
         forget_weight: float,
         seed: int,
@@ -123,8 +123,8 @@ class Rmu:
         before = None
         if self.teacher is not None:
             rest = {name: value[forget_rows:] for name, value in inputs.items()}
-            with torch.no_grad(), evaluating(self.teacher), self._recording(self.teacher) as seen:
-                run_head(self.teacher, lambda head: head.hidden.new_zeros(()), **rest)
+            with running(self.teacher, model) as start, self._recording(start) as seen:
+                run_head(start, lambda head: head.hidden.new_zeros(()), **rest)
             before = seen[-1]
 
         def compute(head: HeadCall) -> Tensor:

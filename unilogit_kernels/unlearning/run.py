@@ -39,6 +39,7 @@ from unilogit_kernels.unlearning.loading import (
     load_encoding,
     load_model,
 )
+from unilogit_kernels.unlearning.lora import add_lora, merged, save_adapter
 from unilogit_kernels.unlearning.methods import RMU
 from unilogit_kernels.unlearning.outcome import Outcome, check_known, measure_sets, sentence_of
 from unilogit_kernels.unlearning.processes import (
@@ -74,7 +75,7 @@ class Prepared:
     Attributes:
         settings: of the run.
         arguments: the Trainer's.
-        model: loaded, with frozen layers frozen.
+        model: loaded, with frozen layers frozen, or with a new adapter.
         encoding: of the rows.
         sets: encoded rows by name: those of `sources.read_sets`.
         rows: as they were read, before long texts were cut into blocks.
@@ -85,7 +86,7 @@ class Prepared:
 
     settings: Settings
     arguments: UnlearningArguments
-    model: PreTrainedModel
+    model: nn.Module
     encoding: Encoding
     sets: dict[str, list[Example]]
     rows: dict[str, list[Row]]
@@ -182,11 +183,10 @@ def _prepare(
     if record is not None:
         record.check(settings.output, "inputs", inputs)
         _keep_steps(arguments, record, note)
-    _freeze(model, settings)
     return Prepared(
         settings,
         arguments,
-        model,
+        _trainable(model, settings),
         encoding,
         sets=sets,
         rows=rows,
@@ -196,8 +196,12 @@ def _prepare(
     )
 
 
-def _freeze(model: PreTrainedModel, settings: Settings) -> None:
-    """Leave trainable what the settings say; RMU reaches no layer above the one that it steers."""
+def _trainable(model: PreTrainedModel, settings: Settings) -> nn.Module:
+    """The model with what the settings say left trainable; RMU reaches no layer above its own."""
+    if settings.lora is not None:
+        adapted = add_lora(model, settings.lora, seed=settings.seed, merge=settings.merge)
+        observe_logit_transform(adapted)
+        return adapted
     layers, below = settings.train_layers, None
     if settings.method == RMU:
         with reading("method rmu"):
@@ -206,6 +210,7 @@ def _freeze(model: PreTrainedModel, settings: Settings) -> None:
     with reading("train_layers"):
         if layers is not None:
             train_only_top_layers(model, layers, below=below)
+    return model
 
 
 def _keep_steps(
@@ -304,10 +309,15 @@ def execute(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> Do
         sentence = sentence_of(before, after, arguments.target(), told)
         outcome = Outcome(before, after, sentence, trainer.state.global_step, ended)
     with hearing_all():
+        if settings.merge and trainer.model is not None:
+            trainer.model = merged(trainer.model)
         trainer.save_model(str(settings.output))
         if outcome is not None and trainer.is_world_process_zero():
             outcome.write(settings.output)
         if trainer.is_world_process_zero():
+            adapts = settings.lora is not None and not settings.merge
+            if adapts and trainer.model is not None and not trainer.is_fsdp_enabled:
+                save_adapter(trainer.model, settings.output)
             shutil.rmtree(settings.output / CHECKPOINTS, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
     state = trainer.state

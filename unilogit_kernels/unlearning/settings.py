@@ -243,6 +243,16 @@ class Settings(ForgettingSettings, HeadSettings):
             "all, and 3 of rmu, as in the paper."
         ),
     )
+    lora: str | None = field(
+        default=None,
+        metadata=about(
+            "Train a LoRA adapter, such as r=16,alpha=32,targets=all-linear; also dropout=0.05, "
+            "rslora, modules_to_save=NAME, and names of targets with + between them."
+        ),
+    )
+    merge: bool = field(
+        default=False, metadata=about("Write the whole model, the adapter merged into it.")
+    )
     memory_budget_mib: int | None = field(
         default=None,
         metadata=about("MiB that the losses' buffers may take. Default: the device's."),

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
-from unilogit_kernels.huggingface.two_heads import frozen_copy, run_two_heads_with_auxiliary_loss
-from unilogit_kernels.unlearning.adapters import check_saves_what_it_trains
+from unilogit_kernels.huggingface.two_heads import Reference, run_two_heads_with_auxiliary_loss
+from unilogit_kernels.unlearning.adapters import at_the_start, check_adapters, starting_model
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
 from unilogit_kernels.unlearning.batch_loss import BatchLoss, Heads, Targets
 from unilogit_kernels.unlearning.callbacks import Begin, Watch
@@ -79,7 +79,7 @@ class UnlearningTrainer(CompensatingTrainer):
         refusals: for methods that take them (DPO, AltPO, FLAT): what the model should say instead
             of each forget example, in their order.
         teacher: the model to compare with, where one is needed: any causal LM with the same
-            tokenizer. Default: a copy of the model as it is given, whole on each device.
+            tokenizer. Default: a frozen copy, whole on each device; of adapters, the model below.
         pad_id: the token to pad with.
         tokenizer: saved with the model.
         check_rows: by `"forget"` and `"retain"`, what `stop_at` and `max_retain_loss_rise` look at,
@@ -110,7 +110,7 @@ class UnlearningTrainer(CompensatingTrainer):
         forget: Sequence[Features],
         retain: Sequence[Features] = (),
         refusals: Sequence[Features] = (),
-        teacher: nn.Module | None = None,
+        teacher: Reference | None = None,
         pad_id: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         check_rows: Mapping[str, Sequence[Features]] = MappingProxyType({}),
@@ -118,7 +118,7 @@ class UnlearningTrainer(CompensatingTrainer):
     ) -> None:
         refuse_options(options)
         args.check_run(len(forget))
-        check_saves_what_it_trains(model)
+        check_adapters(model, args)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
             takes = "needs refusals, one for each" if not refusals else "takes no refusals of the"
@@ -132,7 +132,7 @@ class UnlearningTrainer(CompensatingTrainer):
         check_sets("eval_dataset", options.get("eval_dataset"))
         needs_teacher = self._method.needs_teacher or args.retain_loss in ("kl", HIDDEN_STATES)
         if teacher is None and needs_teacher:
-            teacher = frozen_copy(model)
+            teacher = starting_model(model)
         for name, given in (("teacher", teacher), ("vocab_size", args.vocab_size)):
             if given is not None and not needs_teacher:
                 raise MethodError(
@@ -159,7 +159,7 @@ class UnlearningTrainer(CompensatingTrainer):
             **{name: value for name, value in options.items() if value is not None},
         )
         args.check_devices()
-        if self._teacher is not None and not self.is_model_parallel:
+        if isinstance(self._teacher, nn.Module) and not self.is_model_parallel:
             self._teacher.to(args.device)
         # What it smooths, were it asked, would be logits; `BatchLoss` smooths without them.
         self.label_smoother = None
@@ -257,7 +257,7 @@ class UnlearningTrainer(CompensatingTrainer):
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         def of_batches(mine: list[list[PairIndex]]) -> list[dict[int, tuple[Tensor, ...]]]:
-            with self.evaluating_as_in_training() as model:
+            with self.evaluating_as_in_training() as model, at_the_start(model):
                 return [self._reference_of(model, batch) for batch in mine]
 
         found: dict[int, tuple[Tensor, ...]] = {}
