@@ -28,6 +28,7 @@ OPTIONS = {
 
 OPTIONAL = (
     *("--train-layers", "--dtype", "--method", "--retain-loss"),
+    *("--max-retain-loss-rise", "--check-steps", "--report-rows", "--save-dtype"),
     *("--label-smoothing", "--z-loss", "--dual-step-size", "--retain-loss-target"),
     *("--dual-update", "--dual-warmup-epochs", "--method-parameter"),
 )
@@ -182,6 +183,26 @@ def in_settings(case: Case, rng: random.Random) -> None:
         case.about += ("max_length",)
 
 
+def in_config(case: Case, rng: random.Random) -> None:
+    """A file of settings in place of the options, by its bytes or by a value."""
+    settings: dict[str, Any] = {
+        **{name.removeprefix("--").replace("-", "_"): text for name, text in case.options.items()},
+        "method_parameters": {},
+        "autocast": False,
+        "args": {"max_grad_norm": 1.0, "report_to": ["none"]},
+    }
+    settings["learning_rate"] = settings.pop("lr")
+    path = case.folder / "run.yaml"
+    if rng.random() < 0.5:
+        path.write_text(json.dumps(bend_value(settings, rng, VALUES)))
+    else:
+        path.write_text(json.dumps(settings, indent=1))
+        bend_bytes(path, rng)
+    case.options = {"--config": "run.yaml"}
+    case.about = ("run.yaml", "--config", *settings, *OPTIONS, "--model", "--output", "rows to")
+    case.about += ("no such file", "could be loaded from")
+
+
 def in_flags(case: Case, rng: random.Random) -> None:
     """Options that do not go together, and commands that evaluate."""
     flags = ("--chat-template", "--autocast", "--gradient-checkpointing", "--resume", "--no-such")
@@ -230,7 +251,7 @@ def in_model_files(case: Case, rng: random.Random) -> None:
             path.mkdir()
         case _:
             bend_bytes(path, rng)
-    case.about = ("model", "tokenizer")
+    case.about = ("model", "tokenizer", "template")
 
 
 def in_model_values(case: Case, rng: random.Random) -> None:
@@ -272,7 +293,7 @@ def in_checkpoint(case: Case, rng: random.Random) -> None:
 
 
 MUTATIONS: tuple[Callable[[Case, random.Random], None], ...] = (
-    *(in_data, in_rows, in_settings, in_flags, in_evaluation, in_layout),
+    *(in_data, in_rows, in_settings, in_config, in_flags, in_evaluation, in_layout),
     *(in_model_files, in_model_values, in_template, in_checkpoint),
 )
 

@@ -161,27 +161,34 @@ def convert(what: str, value: Any, hint: Any) -> Any:
         >>> convert("lr", "1e-5", float), convert("run_name", "1e-5", str | None)
         (1e-05, '1e-5')
     """
-    for part in typing.get_args(hint) if _is_union(hint) else (hint,):
+    parts = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for part in parts:
         of_parts = typing.get_args(part)
         if isinstance(value, (list, tuple)) and typing.get_origin(part) is tuple:
             return tuple(convert(what, each, of_parts[0]) for each in value)
-        if isinstance(value, dict) and typing.get_origin(part) is dict and of_parts[1] is not Any:
+        named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        if named and typing.get_origin(part) is dict and of_parts[1] is not Any:
             return {
                 name: convert(f"{what}.{name}", each, of_parts[1]) for name, each in value.items()
             }
     for candidate in _candidates(value, hint):
-        try:
-            type_validator(what, candidate, hint)
-        except TypeError:
-            continue
-        return candidate
+        if any(_fits(what, candidate, part) for part in parts):
+            return candidate
     raise RunError(f"{what} must be {_said(hint)}, got {value!r}")
+
+
+def _fits(what: str, value: Any, part: Any) -> bool:
+    try:
+        type_validator(what, value, part)
+    except TypeError:
+        return False
+    return True
 
 
 def _candidates(value: Any, hint: Any) -> Iterator[Any]:
     parts = typing.get_args(hint) if _is_union(hint) else (hint,)
     if isinstance(value, str):
-        with suppress(yaml.YAMLError):
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
             parsed = yaml.safe_load(value)
             # An empty text is none, and "no" of a setting that takes texts is what it says.
             if value.strip() and not isinstance(parsed, str):
@@ -193,7 +200,8 @@ def _candidates(value: Any, hint: Any) -> Iterator[Any]:
             yield Path(value)
     yield value
     if float in parts and isinstance(value, int) and not isinstance(value, bool):
-        yield float(value)
+        with suppress(OverflowError):
+            yield float(value)
 
 
 def _is_union(hint: Any) -> bool:
