@@ -116,23 +116,28 @@ def reference_of(z: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return terms.sum(), gradient
 
 
-def two_sharded_heads() -> Tensor:
+def two_heads(teacher_is: str) -> Tensor:
     hidden, weight, _, labels = operands()
     mesh = init_device_mesh("cpu", (2,))
-    shards = [distribute_tensor(w, mesh, [Shard(0)]) for w in (weight, weight.flip(0))]
-    student = shards[0].requires_grad_()
-    loss = linear_kl_loss(hidden, student, hidden, shards[1], labels)
+    student = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    teacher = weight.flip(0)
+    if teacher_is != "plain":
+        placement = {"sharded": Shard(0), "replicated": Replicate()}[teacher_is]
+        teacher = distribute_tensor(teacher, mesh, [placement])
+    loss = linear_kl_loss(hidden, student, hidden, teacher, labels)
     loss.backward()
     assert isinstance(student.grad, DTensor)
     return loss.detach()
 
 
-def test_two_sharded_heads() -> None:
+@pytest.mark.parametrize("teacher_is", ["sharded", "replicated", "plain"])
+def test_a_teacher_beside_a_sharded_head(teacher_is: str) -> None:
+    """Which each rank may have whole: it takes the rows that it has of the student."""
     hidden, weight, _, labels = operands()
     flat = hidden.reshape(-1, H)
     pair = Pair((flat, weight), (flat, weight.flip(0)), labels.reshape(-1))
     exact, plain = pair.plain(torch.float64)[0], pair.plain(torch.float32)[0]
-    for loss in run_ranks(two_sharded_heads):
+    for loss in run_ranks(two_heads, teacher_is):
         assert_within_budget(loss, exact.mean(), plain.mean())
 
 
@@ -173,3 +178,22 @@ def test_other_layouts_are_refused_by_name() -> None:
     for text, begin in zip(found, begins, strict=True):
         assert text.startswith(begin)
     assert "Shard(0)" in found[0]
+
+
+def _wrong_label() -> str:
+    hidden, weight, _, labels = operands()
+    shard = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)])
+    linear_unilogit_loss(hidden, shard, labels)  # the ranks know each other's sizes
+    if dist.get_rank() == 1:
+        labels = labels.clone()
+        labels[0, 0] = V
+    with pytest.raises(IndexError) as caught:
+        linear_unilogit_loss(hidden, shard, labels)
+    assert linear_unilogit_loss(hidden, shard, labels.clamp(max=V - 1)).isfinite()
+    return str(caught.value)
+
+
+def test_an_error_on_one_rank_is_raised_on_all() -> None:
+    found = run_ranks(_wrong_label)
+    assert found[0] == found[1]
+    assert str(V) in found[0]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from typer.testing import CliRunner
 
 from tests.support.processes import Outcome, rank_outcomes, run_ranks
@@ -48,6 +48,8 @@ STEPS: dict[str, Any] = {
     "forget_weight": 0.7,
     "use_cpu": True,
 }
+PROCESSES = {"ddp": 2, "fsdp2": 2, "tensor parallel": 4}
+"""Of which two, or two pairs, take rows of their own."""
 LOGGED = ("loss", "forget_loss", "retain_loss", "grad_norm")
 
 
@@ -83,12 +85,25 @@ def _shard_on_cpus() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def _shard_vocabulary_too(folder: str) -> PreTrainedModel:
+    """The model as transformers loads it over 2 x 2 processes: FSDP2 and tensor parallel."""
+    sizes = {"tp_size": 2, "fsdp_size": 2}
+    # accelerate takes it on accelerators alone.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=sizes)
+
+
 def _train(way: str, folder: str, options: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
     args = arguments(Path(folder), ddp_backend="gloo", **STEPS, **options)
-    assert args.world_size == 2
+    assert args.world_size == PROCESSES[way]
+    model, others = make_model(), {}
     if way == "fsdp2":
         _shard_on_cpus()
-    trainer = make_trainer(make_model(), args, callbacks=[Doing(1, 2, be_late)])
+    if way == "tensor parallel":
+        if options.get("retain_loss") == "kl":
+            others["teacher"] = model  # whole in each process
+        model = _shard_vocabulary_too(f"{folder}/model")
+    trainer = make_trainer(model, args, callbacks=[Doing(1, 2, be_late)], **others)
     seen: list[Any] = []
     collate = trainer.data_collator
 
@@ -98,7 +113,7 @@ def _train(way: str, folder: str, options: dict[str, Any]) -> tuple[torch.Tensor
 
     trainer.data_collator = remember
     trainer.train()
-    assert isinstance(trainer.model_wrapped, FSDPModule) == (way == "fsdp2")
+    assert isinstance(trainer.model_wrapped, FSDPModule) == (way != "ddp")
     return losses(trainer), seen
 
 
@@ -109,6 +124,8 @@ def _train(way: str, folder: str, options: dict[str, Any]) -> tuple[torch.Tensor
         ("ddp", {"method": "npo", "gradient_accumulation_steps": 2}),
         pytest.param("fsdp2", {}, marks=pytest.mark.prove),
         ("fsdp2", {"method": "idk_dpo", "retain_loss": "kl"}),
+        ("tensor parallel", {"method": "npo", "stop_at_probability": 1e-6}),
+        pytest.param("tensor parallel", {"retain_loss": "kl"}, marks=pytest.mark.prove),
     ],
     ids=str,
 )
@@ -124,8 +141,12 @@ def test_the_losses_of_one_process(way: str, options: dict[str, Any], tmp_path: 
         trainer.train()
         alone.append(losses(trainer))
     assert alone[0].shape[1] == 3 * -(-3 // together["gradient_accumulation_steps"])
-    (found, first), (other, second) = run_ranks(_train, way, str(tmp_path), options)
+    save_model(tmp_path / "model")
+    ranks = run_ranks(_train, way, str(tmp_path), options, ranks=PROCESSES[way])
+    (found, first), (other, second) = ranks[:: PROCESSES[way] // 2]
     assert torch.equal(found, other)
+    if way == "tensor parallel":  # Those that share a vocabulary take the same rows.
+        assert (ranks[1][1], ranks[3][1]) == (first, second)
     for values, exact, plain, name in zip(found, *alone, LOGGED, strict=True):
         assert_within_budget(values.float(), exact, plain.float(), name)
     # The last batch of an epoch of 3 rows is a filler.

@@ -24,6 +24,13 @@ from unilogit_kernels.huggingface.sharding import (
     require_gathered,
     without_output_casts,
 )
+from unilogit_kernels.huggingface.tensor_parallel import (
+    TransformersStyle,
+    as_logits_of,
+    require_known_layout,
+    whole_hidden,
+    whole_row,
+)
 from unilogit_kernels.huggingface.wrappers import unwrapped
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -38,7 +45,7 @@ class Forward(NamedTuple):
 
     Attributes:
         result: what was computed in the head's place.
-        logits: the probe, as it came out of the model.
+        logits: the probe, as it came out of the model, of all columns.
         auxiliary_loss: the model's own term beside the loss of the logits, or None.
         output: all that came out of the model, with the probe as its logits.
     """
@@ -72,9 +79,10 @@ def forward_with(
         UnsupportedHeadError: the head is no plain linear layer, or the model cannot go on from the
             probe.
     """
-    head = plain_head(model)
+    head, inner = plain_head(model), unwrapped(model)
     run = model if call is None else call
     results: list[Tensor] = []
+    weights: list[Tensor] = []
     returned = False
 
     def forward(hidden: Tensor) -> Tensor:
@@ -83,6 +91,7 @@ def forward_with(
             raise UnsupportedHeadError("the lm_head was called more than once in one forward")
         # Read once, as the layer itself does: a parametrisation computes it anew each time.
         weight, bias = head.weight, head.bias
+        hidden = whole_hidden(hidden, weight)
         for name, tensor in (("input", hidden), ("weight", weight), ("bias", bias)):
             _require_plain(name, tensor)
         if hidden.dim() != 3:
@@ -92,11 +101,11 @@ def forward_with(
             )
         results.append(compute(hidden, weight, bias))
         output = _StandIn.apply(results[-1], make_probe(weight.shape[0]))
+        weights.append(weight)
         returned = True
-        return cast(Tensor, output)
+        return as_logits_of(cast(Tensor, output), weight)
 
     own_loss = OwnLoss(containers_of_head(model, head), inputs) if auxiliary else None
-    inner = unwrapped(model)
     try:
         with _replaced_forward(head, forward), without_output_casts(inner, head):
             if own_loss is None:
@@ -118,7 +127,7 @@ def forward_with(
             f"the model returned a {type(output).__name__} without a tensor of logits"
         )
     auxiliary_loss = None if own_loss is None else own_loss.value(output)
-    return Forward(results[0], logits, auxiliary_loss, output)
+    return Forward(results[0], whole_row(logits, weights[0]), auxiliary_loss, output)
 
 
 _replaced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -136,7 +145,8 @@ def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> I
     # accelerate's hooks have replaced `forward` already and call what it was from within.
     attribute = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
     previous = vars(head).get(attribute)
-    setattr(head, attribute, forward)
+    style = TransformersStyle.of(head, previous)
+    setattr(head, attribute, forward if style is None else style.around(head, forward))
     _replaced.add(head)
     try:
         yield
@@ -185,7 +195,8 @@ def plain_head(model: nn.Module) -> nn.Linear:
         raise UnsupportedHeadError(
             f"the lm_head is a {kind}, not a plain torch.nn.Linear{_DEQUANTISE}"
         )
-    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+    replaced = None if hasattr(head, "_hf_hook") else vars(head).get("forward")
+    if replaced is not None and TransformersStyle.of(head, replaced) is None:
         raise UnsupportedHeadError(
             "the forward of the lm_head has been replaced on the module, so its effect on the "
             "logits is unknown: undo that first"
@@ -213,6 +224,10 @@ def _require_plain(name: str, tensor: Tensor | None) -> None:
     if tensor is None:
         return
     require_gathered(name, tensor)
+    if isinstance(tensor, DTensor) and name != "input":
+        require_known_layout(name, tensor)
+        with torch.no_grad():
+            tensor = tensor.to_local()
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
         raise UnsupportedHeadError(
             f"the lm_head's {name} is a {type(tensor).__module__}.{type(tensor).__qualname__} of "

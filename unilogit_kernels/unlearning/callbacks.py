@@ -85,7 +85,7 @@ class StopAtProbability(TrainerCallback):
         """Ask, log what came out, and stop if it is low enough."""
         if state.global_step % args.probability_steps or args.stop_at_probability is None:
             return
-        probability = self._mean_probability(args.per_device_eval_batch_size)
+        probability = self._mean_probability(args.per_device_eval_batch_size, kwargs["model"])
         # A log ends the step's turn to log, which the losses still need.
         turn = control.should_log
         self.trainer.log({"forget_probability": probability})
@@ -93,7 +93,7 @@ class StopAtProbability(TrainerCallback):
         if probability <= args.stop_at_probability:
             control.should_training_stop = True
 
-    def _mean_probability(self, batch_size: int) -> float:
+    def _mean_probability(self, batch_size: int, whose: nn.Module) -> float:
         """Over all rows, each read by one process; the same number in each."""
 
         def of_rows(mine: list[Features]) -> list[float]:
@@ -101,4 +101,4 @@ class StopAtProbability(TrainerCallback):
                 found = token_probabilities(model, mine, pad_id=self.pad_id, batch_size=batch_size)
             return found.tolist()
 
-        return sum(over_rows(self.forget, of_rows)) / len(self.forget)
+        return sum(over_rows(self.forget, of_rows, whose)) / len(self.forget)

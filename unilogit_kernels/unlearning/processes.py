@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import distributed
+from torch import distributed, nn
 
+from unilogit_kernels.huggingface.wrappers import unwrapped
 from unilogit_kernels.unlearning.errors import (
     INPUT_ERRORS,
     LostProcessError,
@@ -134,7 +135,19 @@ def join() -> torch.device:
     return device
 
 
-def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) -> list[_T]:
+def ranks_of_one_copy(model: nn.Module) -> int:
+    """How many processes, one after the other, hold one copy of a model and need the same rows.
+
+    That is more than one under transformers' tensor parallelism.
+    """
+    return getattr(unwrapped(model), "tp_size", None) or 1
+
+
+def over_rows(
+    rows: Sequence[_Row],
+    work: Callable[[list[_Row]], Sequence[_T]],
+    model: nn.Module | None = None,
+) -> list[_T]:
     """Share rows among the processes, and have the results of all in each of them.
 
     Every process calls this, with the same rows. All take equally many, so that models which are
@@ -144,6 +157,8 @@ def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) 
         rows: any number.
         work: from the rows of this process to a result for each; results are pickled, so tensors
             in them should be on the CPU. Without other processes it gets all rows.
+        model: which the rows go through; processes that share it by tensor parallelism get the
+            same rows.
 
     Returns:
         The results in the order of the rows, the same in each process.
@@ -155,10 +170,11 @@ def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) 
     """
     if not _connected() or not rows:
         return list(work(list(rows)))
-    world, own = distributed.get_world_size(), distributed.get_rank()
+    copy = 1 if model is None else ranks_of_one_copy(model)
+    world, own = distributed.get_world_size() // copy, distributed.get_rank() // copy
     mine = [(own + world * turn) % len(rows) for turn in range(-(-len(rows) // world))]
     found = together(lambda: list(work([rows[position] for position in mine])))
-    every: list[Any] = [None] * world
+    every: list[Any] = [None] * distributed.get_world_size()
     with hearing_all():
         distributed.all_gather_object(every, list(zip(mine, found, strict=True)))
     by_row = {position: result for each in every for position, result in each}
