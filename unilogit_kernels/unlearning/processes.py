@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -97,6 +98,24 @@ def check_launch() -> None:
         raise RunError(
             "`accelerate launch --cpu` starts one process, however many it is asked for: start "
             "with `torchrun --nproc_per_node N`, or ask for one"
+        )
+    _warn_of_restarts()
+
+
+def _warn_of_restarts() -> None:
+    """Say it where torchrun would hand restarted workers the store of those that are gone.
+
+    They may take the addresses in it for those of now, and then wait for nobody, or are refused.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launched() > 1 and restarts != "0" and shared and is_first():
+        warnings.warn(
+            f"torchrun may start the workers anew {restarts} times, but by default it hands them "
+            "the store of the first attempt, with addresses of processes that are gone: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and take its --rdzv_backend c10d "
+            "or --standalone",
+            stacklevel=2,
         )
 
 
