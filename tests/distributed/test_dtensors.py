@@ -47,7 +47,7 @@ def sharded_head(layout: str) -> dict[str, Any]:
     hidden.requires_grad_()
     given = hidden
     if layout != "plain":
-        placement = {"replicated": Replicate(), "sequence": Shard(1)}[layout]
+        placement = {"replicated": Replicate(), "sequence": Shard(1), "batch": Shard(0)}[layout]
         given = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
     with recorded() as sent:
         loss = linear_unilogit_loss(given, head.weight, labels, bias=head.bias)
@@ -60,16 +60,25 @@ def sharded_head(layout: str) -> dict[str, Any]:
             assert isinstance(gradient, DTensor)
             assert gradient.placements == x.placements
             found[name] = gradient.full_tensor()
-    return {"loss": loss.detach(), "sent": [each.what for each in sent], **found}
+    return {"loss": loss.detach(), "sent": sent, **found}
 
 
-@pytest.mark.parametrize("layout", ["plain", "replicated", "sequence"])
-def test_a_colwise_head(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [("plain", 2), ("replicated", 2), ("sequence", 2), ("sequence", 4), ("batch", 2)],
+)
+def test_a_colwise_head(layout: str, ranks: int) -> None:
+    """Of 5 tokens, 4 ranks have 2, 2, 1 and none."""
     hidden, weight, bias, labels = operands()
-    found = run_ranks(sharded_head, layout, ranks=2)
+    found = run_ranks(sharded_head, layout, ranks=ranks)
+    # The parts' sizes, the states, and the gradient of hidden states.
+    collectives = ["gather", "gather", "sum"]
+    if layout in ("sequence", "batch"):
+        collectives = ["gather", "gather", "gather", "scatter"]
     exact, plain = (of_one(hidden, weight, bias, labels, d) for d in (torch.float64, torch.float32))
     for each in found:
-        assert each["sent"] == ["gather", "gather", "sum"]
+        assert [sent.what for sent in each["sent"]] == collectives
+        assert each["sent"][-1].bytes == B * T * H * 4
         for name, value in exact.items():
             assert_within_budget(each[name], value, plain[name], name)
 

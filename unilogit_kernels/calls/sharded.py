@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from unilogit_kernels.calls.options import CallOptions
-from unilogit_kernels.calls.vocab_parallel import VocabParallel, is_dtensor
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, is_dtensor, process_group
+from unilogit_kernels.ops.tokens import gather_tokens
+from unilogit_kernels.rows.tokens import TokenParts
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -69,7 +73,10 @@ def local_heads(
         if bias is not None and is_dtensor(bias):
             options = _sharded_by(f"{prefix}bias", bias, 0, options)
             bias = bias.to_local()  # type: ignore[attr-defined]
-        local.append((_replicated(f"{prefix}hidden", hidden), weight, bias))
+        whole, owners = _all_tokens(f"{prefix}hidden", hidden, options.vocab_parallel)
+        if not prefix:
+            options = options._replace(owners=owners)
+        local.append((whole, weight, bias))
     return local, _replicated("labels", labels), _with_local_weights(options)
 
 
@@ -105,6 +112,25 @@ def _replicated(name: str, tensor: Any) -> Any:
     if mesh.ndim != 1 or (isinstance(placements[0], Shard) and placements[0].dim >= inner):
         raise ValueError(f"{name} is a DTensor {_layout(tensor)}. {_HELP}; redistribute it first")
     return tensor.redistribute(mesh, [Replicate()]).to_local()
+
+
+def _all_tokens(name: str, hidden: Any, shared: VocabParallel | None) -> tuple[Any, Tensor | None]:
+    """Hidden states of all tokens, and who wants their gradient, where it is one rank each."""
+    if not is_dtensor(hidden) or shared is None or torch.compiler.is_compiling():
+        return _replicated(name, hidden), None
+    mesh, placement = hidden.device_mesh, hidden.placements[0]
+    group = process_group(shared)
+    same = mesh.ndim == 1 and _ranks_in(mesh.get_group()) == _ranks_in(group)
+    if not same or not placement.is_shard() or not 0 <= placement.dim < hidden.dim() - 1:
+        return _replicated(name, hidden), None
+    dim = placement.dim
+    parts = TokenParts.of(group.group_name, group.rank(), group.size(), dim, hidden.shape[dim])
+    whole = gather_tokens(hidden.to_local(), parts)
+    return whole, parts.owners(whole)
+
+
+def _ranks_in(group: dist.ProcessGroup) -> list[int]:
+    return dist.get_process_group_ranks(group)
 
 
 def _sharded_by(name: str, tensor: Tensor, dim: int, options: CallOptions) -> CallOptions:

@@ -166,6 +166,7 @@ def explain_plan(
     ref_h: int | None = None,
     ref_dtype: torch.dtype | None = None,
     vocab_parallel: int | None = None,
+    sequence_parallel: bool = False,
 ) -> PlanReport:
     """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
 
@@ -188,6 +189,8 @@ def explain_plan(
         ref_dtype: Of its hidden states and lm_head; default: `dtype`.
         vocab_parallel: Number of ranks that share the vocabulary (`VocabParallel`), in equal parts;
             the report is then of one of them. Predicted times leave out what they send.
+        sequence_parallel: Whether they share the tokens of hidden states, too, in equal parts: the
+            states of all `n` are gathered, and their gradient is scattered.
 
     Returns:
         The report. For `reduction="none"` it adds forward and backward up.
@@ -224,8 +227,13 @@ def explain_plan(
     if vocab_parallel is not None:
         if vocab_parallel < 1:
             raise ValueError(f"vocab_parallel must be at least 1, or None, got {vocab_parallel}")
-        shares = Shares(vocab_parallel, vocab_size)
+        shares = Shares(vocab_parallel, vocab_size, sequence_parallel)
         columns = -(-vocab_size // vocab_parallel)
+    elif sequence_parallel:
+        raise ValueError(
+            "sequence_parallel is of ranks that share a vocabulary: pass their number as "
+            "vocab_parallel"
+        )
     shape = LinearShape(n, h, columns, dtypes, dtype, device, needs, reference)
     if reduction not in validation.REDUCTIONS:
         raise ValueError(
