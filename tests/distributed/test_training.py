@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from typer.testing import CliRunner
 
+from tests.distributed.sharded_models import Partitioned
 from tests.support.processes import Outcome, rank_outcomes, run_ranks
 from tests.support.tiny_models import (
     FORGET,
@@ -69,9 +71,9 @@ def be_late() -> None:
     time.sleep(3)
 
 
-def losses(trainer: UnlearningTrainer) -> torch.Tensor:
+def losses(trainer: UnlearningTrainer, names: Sequence[str] = LOGGED) -> torch.Tensor:
     """What is logged of each step, by name."""
-    return torch.tensor([logged(trainer, name) for name in LOGGED], dtype=torch.float64)
+    return torch.tensor([logged(trainer, name) for name in names], dtype=torch.float64)
 
 
 def _shard_on_cpus() -> None:
@@ -152,6 +154,44 @@ def test_the_losses_of_one_process(way: str, options: dict[str, Any], tmp_path: 
     # The last batch of an epoch of 3 rows is a filler.
     mine, others = ([batch[0][0] for batch in each[:2]] for each in (first, second))
     assert mine[0] != others[0] != mine[1]
+
+
+def _to_part(part: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Leave this rank its part of a gradient, and nothing of the weight, as ZeRO-3's hooks do."""
+    assert parameter.grad is not None
+    world, flat = dist.get_world_size(), parameter.grad.flatten()
+    flat = torch.nn.functional.pad(flat, [0, world * len(part) - len(flat)])
+    dist.all_reduce(flat)
+    part.grad = flat.chunk(world)[dist.get_rank()] / world
+    parameter.grad = None
+    parameter.data = parameter.new_empty(0)
+
+
+def _train_partitioned(folder: str) -> torch.Tensor:
+    model = make_model()
+    parts = Partitioned(model).parts
+    for parameter, part in parts.items():
+        parameter.register_post_accumulate_grad_hook(partial(_to_part, part))
+    optimizer = torch.optim.SGD(parts.values(), lr=STEPS["learning_rate"])
+    args = arguments(Path(folder), ddp_backend="gloo", **STEPS, max_grad_norm=0)
+    trainer = make_trainer(model, args, optimizers=(optimizer, None))
+    accelerator: Any = trainer.accelerator
+    accelerator.prepare_model = lambda model, **_: model  # DDP has no place here
+    trainer.train()
+    return losses(trainer, LOGGED[:3])
+
+
+def test_the_losses_of_one_process_with_weights_as_zero_3_keeps_them(tmp_path: Path) -> None:
+    alone = []
+    for model in (make_model().double(), make_model()):
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0}
+        trainer = make_trainer(model, arguments(tmp_path, **STEPS, **options))
+        trainer.train()
+        alone.append(losses(trainer, LOGGED[:3]))
+    found, other = run_ranks(_train_partitioned, str(tmp_path))
+    assert torch.equal(found, other)
+    for values, exact, plain, name in zip(found, *alone, LOGGED, strict=False):
+        assert_within_budget(values.float(), exact, plain.float(), name)
 
 
 @pytest.fixture
