@@ -84,14 +84,13 @@ def costs(gpu: str, n: int, h: int, v: int, gpus: int) -> dict[str, Cost]:
         (2 * ring(head, ranks), outside),
         2 * head + 2 * head / ranks + whole.peak_bytes,
     )
-    shared = explain_plan(n * ranks, h, v, vocab_parallel=ranks)
-    # Hidden states of the node's tokens are gathered, and their gradient is cut again.
-    tokens = ring(BFLOAT16 * n * ranks * h, ranks)
-    sent = sum(each.received for each in shared.collectives)
+    # Each rank brings its own tokens: theirs are gathered first, and the gradient is scattered.
+    shared = explain_plan(n * ranks, h, v, vocab_parallel=ranks, sequence_parallel=True)
     found["vocabulary parallel"] = Cost(
         seconds_of(shared, gpu),
-        (tokens + sent, outside),
-        2 * head / ranks + 2 * BFLOAT16 * n * ranks * h + shared.peak_bytes,
+        (sum(each.received for each in shared.collectives), outside),
+        # The gathered hidden states are among the buffers; their gradient is as large.
+        2 * head / ranks + BFLOAT16 * n * ranks * h + shared.peak_bytes,
     )
     return found
 

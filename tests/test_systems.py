@@ -164,8 +164,8 @@ def test_operators_pass_torchs_own_checks(name: str, monkeypatch: pytest.MonkeyP
         if x is not None:
             x.requires_grad_()
     labels = torch.arange(4)
-    rows = (labels, -100, 1.0, 0.0, 30, 0, 30, "", False, "eager")
-    with_runner_up = (*rows[:8], True, "eager")
+    rows = (labels, -100, 1.0, 0.0, 30, 0, 30, "", None, False, "eager")
+    with_runner_up = (*rows[:9], True, "eager")
     weighted: tuple[object, ...] = (torch.ones(4), torch.tensor(0.25), "unilogit", [], [])
     with_tensors = (torch.ones(4), torch.tensor(0.25), "tnpo", [0.1, 1.0], [torch.randn(4)])
     options = (0, None, 0.0, True)
@@ -279,7 +279,7 @@ def test_tensors_without_data_have_the_right_shapes() -> None:
         weight = torch.empty(100, 8, dtype=torch.float16, requires_grad=True)
         inner, up = torch.empty(12, 2), torch.empty(100, 2)
         labels = torch.empty(3, 4, dtype=torch.int64)
-        rows = (labels.reshape(-1), -100, 1.0, 0.0, 100, 0, 100, "", False, "eager")
+        rows = (labels.reshape(-1), -100, 1.0, 0.0, 100, 0, 100, "", None, False, "eager")
         weighted: tuple[object, ...] = (torch.empty(12), torch.empty(()), "unilogit", [], [])
         options = (0, None, 0.0, True)
         loss, losses, *gradients = torch.ops.unilogit_kernels.linear_objective_loss(

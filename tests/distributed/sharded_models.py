@@ -25,7 +25,7 @@ def _root(model: Any, **policy: Any) -> nn.Module:
     return sharded
 
 
-def _modules(model: Any, **policy: Any) -> nn.Module:
+def shard_modules(model: Any, **policy: Any) -> nn.Module:
     """Layers and lm_head, each a module of its own; a tied head is in one with the embedding."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in inner.model.layers:
@@ -49,10 +49,10 @@ def _tail(model: Any) -> nn.Module:
 WAYS: dict[str, Callable[[Any], nn.Module]] = {
     "ddp": DistributedDataParallel,
     "fsdp root": _root,
-    "fsdp modules": _modules,
+    "fsdp modules": shard_modules,
     "fsdp tail": _tail,
-    "fsdp bfloat16": lambda model: _modules(model, mp_policy=BFLOAT16),
-    "fsdp offloaded": lambda model: _modules(
+    "fsdp bfloat16": lambda model: shard_modules(model, mp_policy=BFLOAT16),
+    "fsdp offloaded": lambda model: shard_modules(
         model, offload_policy=CPUOffloadPolicy(pin_memory=False)
     ),
 }

@@ -26,12 +26,16 @@ from unilogit_kernels import (
 from unilogit_kernels.testing import assert_within_budget
 
 B, T, H, V = 2, 5, 16, 101
+COUNTED = B * T - 1
+"""Tokens with a label that carries loss."""
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
     hidden, weight = torch.randn(B, T, H), torch.randn(V, H)
-    return hidden, weight, torch.randn(V), torch.randint(0, V, (B, T))
+    labels = torch.randint(0, V, (B, T))
+    labels[1, 2] = -100
+    return hidden, weight, torch.randn(V), labels
 
 
 def sharded_head(layout: str) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def sharded_head(layout: str) -> dict[str, Any]:
     hidden.requires_grad_()
     given = hidden
     if layout != "plain":
-        placement = {"replicated": Replicate(), "sequence": Shard(1)}[layout]
+        placement = {"replicated": Replicate(), "sequence": Shard(1), "batch": Shard(0)}[layout]
         given = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
     with recorded() as sent:
         loss = linear_unilogit_loss(given, head.weight, labels, bias=head.bias)
@@ -60,16 +64,25 @@ def sharded_head(layout: str) -> dict[str, Any]:
             assert isinstance(gradient, DTensor)
             assert gradient.placements == x.placements
             found[name] = gradient.full_tensor()
-    return {"loss": loss.detach(), "sent": [each.what for each in sent], **found}
+    return {"loss": loss.detach(), "sent": sent, **found}
 
 
-@pytest.mark.parametrize("layout", ["plain", "replicated", "sequence"])
-def test_a_colwise_head(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [("plain", 2), ("replicated", 2), ("sequence", 2), ("sequence", 4), ("batch", 2)],
+)
+def test_a_colwise_head(layout: str, ranks: int) -> None:
+    """Of 5 tokens, 4 ranks have 2, 2, 1 and none."""
     hidden, weight, bias, labels = operands()
-    found = run_ranks(sharded_head, layout, ranks=2)
+    found = run_ranks(sharded_head, layout, ranks=ranks)
+    # The parts' sizes, the states, and the gradient of hidden states.
+    collectives = ["gather", "gather", "sum"]
+    if layout in ("sequence", "batch"):
+        collectives = ["gather", "gather", "gather", "scatter"]
     exact, plain = (of_one(hidden, weight, bias, labels, d) for d in (torch.float64, torch.float32))
     for each in found:
-        assert each["sent"] == ["gather", "gather", "sum"]
+        assert [sent.what for sent in each["sent"]] == collectives
+        assert each["sent"][-1].bytes == COUNTED * H * 4
         for name, value in exact.items():
             assert_within_budget(each[name], value, plain[name], name)
 
@@ -107,7 +120,7 @@ def test_sharded_logits() -> None:
         assert_within_budget(loss, exact[0], plain[0])
         assert_within_budget(gradient.reshape(-1, V), exact[1], plain[1])
         exact_kl, plain_kl = pair.plain(torch.float64)[0], pair.plain(torch.float32)[0]
-        assert_within_budget(divergence, exact_kl.mean(), plain_kl.mean())
+        assert_within_budget(divergence, exact_kl.sum() / COUNTED, plain_kl.sum() / COUNTED)
 
 
 def reference_of(z: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,24 +129,29 @@ def reference_of(z: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return terms.sum(), gradient
 
 
-def two_sharded_heads() -> Tensor:
+def two_heads(teacher_is: str) -> Tensor:
     hidden, weight, _, labels = operands()
     mesh = init_device_mesh("cpu", (2,))
-    shards = [distribute_tensor(w, mesh, [Shard(0)]) for w in (weight, weight.flip(0))]
-    student = shards[0].requires_grad_()
-    loss = linear_kl_loss(hidden, student, hidden, shards[1], labels)
+    student = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    teacher = weight.flip(0)
+    if teacher_is != "plain":
+        placement = {"sharded": Shard(0), "replicated": Replicate()}[teacher_is]
+        teacher = distribute_tensor(teacher, mesh, [placement])
+    loss = linear_kl_loss(hidden, student, hidden, teacher, labels)
     loss.backward()
     assert isinstance(student.grad, DTensor)
     return loss.detach()
 
 
-def test_two_sharded_heads() -> None:
+@pytest.mark.parametrize("teacher_is", ["sharded", "replicated", "plain"])
+def test_a_teacher_beside_a_sharded_head(teacher_is: str) -> None:
+    """Which each rank may have whole: it takes the rows that it has of the student."""
     hidden, weight, _, labels = operands()
     flat = hidden.reshape(-1, H)
     pair = Pair((flat, weight), (flat, weight.flip(0)), labels.reshape(-1))
     exact, plain = pair.plain(torch.float64)[0], pair.plain(torch.float32)[0]
-    for loss in run_ranks(two_sharded_heads):
-        assert_within_budget(loss, exact.mean(), plain.mean())
+    for loss in run_ranks(two_heads, teacher_is):
+        assert_within_budget(loss, exact.sum() / COUNTED, plain.sum() / COUNTED)
 
 
 def refused() -> list[str]:
@@ -173,3 +191,22 @@ def test_other_layouts_are_refused_by_name() -> None:
     for text, begin in zip(found, begins, strict=True):
         assert text.startswith(begin)
     assert "Shard(0)" in found[0]
+
+
+def _wrong_label() -> str:
+    hidden, weight, _, labels = operands()
+    shard = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)])
+    linear_unilogit_loss(hidden, shard, labels)  # the ranks know each other's sizes
+    if dist.get_rank() == 1:
+        labels = labels.clone()
+        labels[0, 0] = V
+    with pytest.raises(IndexError) as caught:
+        linear_unilogit_loss(hidden, shard, labels)
+    assert linear_unilogit_loss(hidden, shard, labels.clamp(max=V - 1)).isfinite()
+    return str(caught.value)
+
+
+def test_an_error_on_one_rank_is_raised_on_all() -> None:
+    found = run_ranks(_wrong_label)
+    assert found[0] == found[1]
+    assert str(V) in found[0]

@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from typer.testing import CliRunner
 
+from tests.distributed.sharded_models import Partitioned
 from tests.support.processes import Outcome, rank_outcomes, run_ranks
 from tests.support.tiny_models import (
     FORGET,
@@ -49,6 +51,8 @@ STEPS: dict[str, Any] = {
     "forget_weight": 0.7,
     "use_cpu": True,
 }
+PROCESSES = {"ddp": 2, "fsdp2": 2, "tensor parallel": 4}
+"""Of which two, or two pairs, take rows of their own."""
 LOGGED = ("loss", "forget_loss", "retain_loss", "grad_norm")
 
 
@@ -68,9 +72,9 @@ def be_late() -> None:
     time.sleep(3)
 
 
-def losses(trainer: UnlearningTrainer) -> torch.Tensor:
+def losses(trainer: UnlearningTrainer, names: Sequence[str] = LOGGED) -> torch.Tensor:
     """What is logged of each step, by name."""
-    return torch.tensor([logged(trainer, name) for name in LOGGED], dtype=torch.float64)
+    return torch.tensor([logged(trainer, name) for name in names], dtype=torch.float64)
 
 
 def _shard_on_cpus() -> None:
@@ -92,15 +96,28 @@ def with_adapter() -> Any:
     return peft.get_peft_model(model, config)
 
 
+def _shard_vocabulary_too(folder: str) -> PreTrainedModel:
+    """The model as transformers loads it over 2 x 2 processes: FSDP2 and tensor parallel."""
+    sizes = {"tp_size": 2, "fsdp_size": 2}
+    # accelerate takes it on accelerators alone.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=sizes)
+
+
 def _train(
     way: str, folder: str, options: dict[str, Any], make: Callable[[], Any] = make_model
 ) -> tuple[torch.Tensor, list[Any]]:
     args = arguments(Path(folder), ddp_backend="gloo", **STEPS, **options)
-    assert args.world_size == 2
+    assert args.world_size == PROCESSES[way]
+    model, others = make(), {}
     if way == "fsdp2":
         _shard_on_cpus()
+    if way == "tensor parallel":
+        if options.get("retain_loss") == "kl":
+            others["teacher"] = model  # whole in each process
+        model = _shard_vocabulary_too(f"{folder}/model")
     late = [Doing(1, 2, be_late)] if make is make_model else []
-    trainer = make_trainer(make(), args, callbacks=late)
+    trainer = make_trainer(model, args, callbacks=late, **others)
     seen: list[Any] = []
     collate = trainer.data_collator
 
@@ -110,7 +127,7 @@ def _train(
 
     trainer.data_collator = remember
     trainer.train()
-    assert isinstance(trainer.model_wrapped, FSDPModule) == (way == "fsdp2")
+    assert isinstance(trainer.model_wrapped, FSDPModule) == (way != "ddp")
     return losses(trainer), seen
 
 
@@ -121,6 +138,8 @@ def _train(
         ("ddp", {"method": "npo", "gradient_accumulation_steps": 2}),
         pytest.param("fsdp2", {}, marks=pytest.mark.prove),
         ("fsdp2", {"method": "idk_dpo", "retain_loss": "kl"}),
+        ("tensor parallel", {"method": "npo", "stop_at_probability": 1e-6}),
+        pytest.param("tensor parallel", {"retain_loss": "kl"}, marks=pytest.mark.prove),
     ],
     ids=str,
 )
@@ -136,8 +155,12 @@ def test_the_losses_of_one_process(way: str, options: dict[str, Any], tmp_path: 
         trainer.train()
         alone.append(losses(trainer))
     assert alone[0].shape[1] == 3 * -(-3 // together["gradient_accumulation_steps"])
-    (found, first), (other, second) = run_ranks(_train, way, str(tmp_path), options)
+    save_model(tmp_path / "model")
+    ranks = run_ranks(_train, way, str(tmp_path), options, ranks=PROCESSES[way])
+    (found, first), (other, second) = ranks[:: PROCESSES[way] // 2]
     assert torch.equal(found, other)
+    if way == "tensor parallel":  # Those that share a vocabulary take the same rows.
+        assert (ranks[1][1], ranks[3][1]) == (first, second)
     for values, exact, plain, name in zip(found, *alone, LOGGED, strict=True):
         assert_within_budget(values.float(), exact, plain.float(), name)
     # The last batch of an epoch of 3 rows is a filler.
@@ -157,6 +180,44 @@ def test_adapters_and_the_base_below_them(way: str, tmp_path: Path) -> None:
     assert torch.equal(found, other)
     torch.testing.assert_close(found, losses(trainer))
     assert float(found[2, 0]) == 0 < float(found[2, -1])
+
+
+def _to_part(part: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Leave this rank its part of a gradient, and nothing of the weight, as ZeRO-3's hooks do."""
+    assert parameter.grad is not None
+    world, flat = dist.get_world_size(), parameter.grad.flatten()
+    flat = torch.nn.functional.pad(flat, [0, world * len(part) - len(flat)])
+    dist.all_reduce(flat)
+    part.grad = flat.chunk(world)[dist.get_rank()] / world
+    parameter.grad = None
+    parameter.data = parameter.new_empty(0)
+
+
+def _train_partitioned(folder: str) -> torch.Tensor:
+    model = make_model()
+    parts = Partitioned(model).parts
+    for parameter, part in parts.items():
+        parameter.register_post_accumulate_grad_hook(partial(_to_part, part))
+    optimizer = torch.optim.SGD(parts.values(), lr=STEPS["learning_rate"])
+    args = arguments(Path(folder), ddp_backend="gloo", **STEPS, max_grad_norm=0)
+    trainer = make_trainer(model, args, optimizers=(optimizer, None))
+    accelerator: Any = trainer.accelerator
+    accelerator.prepare_model = lambda model, **_: model  # DDP has no place here
+    trainer.train()
+    return losses(trainer, LOGGED[:3])
+
+
+def test_the_losses_of_one_process_with_weights_as_zero_3_keeps_them(tmp_path: Path) -> None:
+    alone = []
+    for model in (make_model().double(), make_model()):
+        options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0}
+        trainer = make_trainer(model, arguments(tmp_path, **STEPS, **options))
+        trainer.train()
+        alone.append(losses(trainer, LOGGED[:3]))
+    found, other = run_ranks(_train_partitioned, str(tmp_path))
+    assert torch.equal(found, other)
+    for values, exact, plain, name in zip(found, *alone, LOGGED, strict=False):
+        assert_within_budget(values.float(), exact, plain.float(), name)
 
 
 @pytest.fixture

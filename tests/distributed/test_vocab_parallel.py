@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard as TokenShard
+from torch.distributed.tensor import distribute_tensor
 
 from tests.distributed.vocabularies import (
     COLUMNS,
@@ -219,12 +222,17 @@ def literally(
     return values.detach(), gradients_of(name, values, inputs)
 
 
-def counted(shape: tuple[int, int, int], trains: bool, reduction: str) -> list[Sent]:
+def counted(
+    shape: tuple[int, int, int], trains: bool, reduction: str, sequence_parallel: bool
+) -> list[Sent]:
     n, h, v = shape
-    hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v // 2, h)
+    hidden, weight = torch.randn(n, h), torch.randn(v // 2, h)
+    if sequence_parallel:
+        mesh = init_device_mesh("cpu", (2,))
+        hidden = distribute_tensor(hidden, mesh, [TokenShard(0)])
     with recorded() as sent:
         loss = linear_unilogit_loss(
-            hidden,
+            hidden.requires_grad_(),
             weight.requires_grad_(trains),
             torch.arange(n),
             reduction=reduction,
@@ -236,7 +244,10 @@ def counted(shape: tuple[int, int, int], trains: bool, reduction: str) -> list[S
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_explained_collectives_are_those_of_a_call(trains: bool, reduction: str) -> None:
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_explained_collectives_are_those_of_a_call(
+    trains: bool, reduction: str, sequence_parallel: bool
+) -> None:
     shape = (N, H, 1002)
     report = explain_plan(
         *shape,
@@ -245,11 +256,16 @@ def test_explained_collectives_are_those_of_a_call(trains: bool, reduction: str)
         train_weight=trains,
         reduction=reduction,
         vocab_parallel=2,
+        sequence_parallel=sequence_parallel,
     )
-    sizes, *sent = run_ranks(counted, shape, trains, reduction)[0]
+    sent = run_ranks(counted, shape, trains, reduction, sequence_parallel)[0]
+    # Hidden states of all tokens come before anything that looks at them.
+    sizes = sent.pop(1 if sequence_parallel else 0)
     assert sizes == Sent("gather", 3 * 8), "each rank's columns and rows, asked once"
     assert sent == [Sent(each.what, each.bytes) for each in report.collectives]
-    assert [each.ranks for each in report.collectives] == [2, 2]
+    assert {each.ranks for each in report.collectives} == {2}
+    assert report.collectives[-1].what == ("scatter" if sequence_parallel else "sum")
+    assert report.collectives[-1].received == (4 if sequence_parallel else 8) * N * H // 2
     if reduction == "mean":
         assert report.gemms == 2 + trains, "in units of this rank's columns"
     assert "12 tokens x 24 x 501" in str(report)

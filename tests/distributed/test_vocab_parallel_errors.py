@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.support.processes import rank_outcomes, run_ranks
 from unilogit_kernels import (
@@ -86,24 +88,39 @@ def test_an_error_on_all_ranks_waits_for_nobody() -> None:
     assert max(run_ranks(all_are_wrong, seconds=30)) < ranks.FAREWELL
 
 
-def out_of_memory_in_the_gradient() -> str:
-    """One rank fails between the gather of the states and the sum of the gradients."""
+def out_of_memory_in_the_gradient(tokens: int | None) -> tuple[str, bool]:
+    """One rank fails between the gather of the states and the sum of the gradients.
+
+    Args:
+        tokens: that the ranks share, or None where each has all of them.
+    """
+    changed: dict[str, Any] = {}
+    if tokens is not None:
+        hidden = distribute_tensor(torch.ones(tokens, 8), init_device_mesh("cpu", (2,)), [Shard(0)])
+        changed = {"hidden": hidden.requires_grad_(), "labels": torch.arange(tokens)}
+    before = call(**changed)
+    group = ranks._ProcessGroup
+    own = group.start_sum, group.start_scatter
     if dist.get_rank() == 1:
 
         def fail(*_: Any) -> Any:
             raise torch.OutOfMemoryError("no memory for the sum")
 
-        ranks._ProcessGroup.start_sum = fail  # type: ignore[method-assign, assignment]
+        group.start_sum = group.start_scatter = fail  # type: ignore[method-assign, assignment]
+    text = ""
     try:
-        call()
+        call(**changed)
     except RuntimeError as error:
-        return str(error)
-    return ""
+        text = str(error)
+    group.start_sum, group.start_scatter = own  # type: ignore[method-assign]
+    return text, bool(torch.equal(call(**changed), before))
 
 
-def test_an_error_between_two_collectives() -> None:
-    found = run_ranks(out_of_memory_in_the_gradient, seconds=30)
-    assert all("no memory for the sum" in text for text in found)
+@pytest.mark.parametrize("tokens", [None, 6, 5])
+def test_an_error_between_two_collectives(tokens: int | None) -> None:
+    for text, in_step in run_ranks(out_of_memory_in_the_gradient, tokens, seconds=30):
+        assert "no memory for the sum" in text
+        assert in_step
 
 
 def one_is_killed() -> str:

@@ -40,7 +40,7 @@ def recorded() -> Iterator[list[Sent]]:
     found: list[Sent] = []
     start = ranks._start
 
-    def recording(group: Any, what: str, part: Tensor, out: Tensor) -> Any:
+    def recording(group: Any, what: str, part: Tensor, out: Any) -> Any:
         found.append(Sent(what, part.nbytes))
         return start(group, what, part, out)
 

@@ -65,6 +65,7 @@ def test_guard_sees_inside_the_operators() -> None:
             0,
             300,
             "",
+            None,
             False,
             "eager",
             torch.ones(20),

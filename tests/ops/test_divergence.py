@@ -143,7 +143,7 @@ def test_operators_are_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> 
     # Memory for logits to keep is not all written, and two runs would differ there.
     monkeypatch.setattr("unilogit_kernels.fused_linear.compaction.saved_capacity", lambda *_: 0)
     logits, ref_logits = torch.randn(3, 9, requires_grad=True), torch.randn(3, 9)
-    shard = (9, 0, 9, "")  # the whole vocabulary
+    shard = (9, 0, 9, "", None)  # the whole vocabulary
     rewrite = ("forward", "shift", [2.0])
     pair = (torch.arange(3), -100, 1.0, 0.0, 1.0, 0.0, *shard, *rewrite, "eager")
     options = (None, None, 0.0, True)

@@ -37,6 +37,9 @@ class _Ranks:
     def start_sum(self, tensor: Tensor) -> _Ranks:
         return self
 
+    def start_scatter(self, rows: Tensor, owners: Tensor) -> _Ranks:
+        raise NotImplementedError
+
     def wait(self) -> None:
         """See `Pending`."""
 

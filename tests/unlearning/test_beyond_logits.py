@@ -29,6 +29,7 @@ from unilogit_kernels.unlearning.data import PairSampler, collate
 from unilogit_kernels.unlearning.methods import Method
 from unilogit_kernels.unlearning.rows import DataError, read_rows
 from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
+from unilogit_kernels.unlearning.task_vector import TaskVector
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -365,3 +366,14 @@ def test_methods_by_name() -> None:
     assert Method("altpo").needs_reference
     assert not Method("rmu").needs_reference
     assert Method("task_vector").is_negated
+
+
+def test_a_task_vector_of_partitioned_weights_is_refused() -> None:
+    """As ZeRO-3 leaves them outside of a forward; a weight that is gathered is taken."""
+    model = make_model()
+    weight: Any = model.get_output_embeddings().weight
+    weight.ds_shape = weight.shape
+    TaskVector(model)
+    weight.data = torch.empty(0)
+    with pytest.raises(RunError, match=r"lm_head.weight has shape \[0\] here\): train with FSDP2"):
+        TaskVector(model)

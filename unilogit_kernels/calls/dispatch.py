@@ -215,6 +215,7 @@ def _rows(call: LossCall, needs: RowNeeds) -> TokenRows:
         call.shard.first_column,
         call.shard.columns,
         call.shard.group,
+        call.shard.owners,
         needs.bits,
         call.backend,
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unilogit_kernels.calls.sharded import is_dtensor
+from unilogit_kernels.calls.vocab_parallel import is_dtensor
 from unilogit_kernels.calls.validation import (
     cast_for_autocast,
     check_device,

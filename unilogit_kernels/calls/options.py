@@ -13,7 +13,8 @@ from unilogit_kernels.maths.rewrites import Rewrite
 class CallOptions(NamedTuple):
     """Options of a loss of rows, as the user gave them; `functional.documented` says what they are.
 
-    The defaults are those of a function that returns a number for each row.
+    The defaults are those of a function that returns a number for each row. What the user did not
+    give, but the layout of DTensors says, is `owners`: see `Shard`.
     """
 
     ignore_index: int = -100
@@ -25,6 +26,7 @@ class CallOptions(NamedTuple):
     token_weights: Tensor | None = None
     num_items_in_batch: int | Tensor | None = None
     vocab_parallel: VocabParallel | None = None
+    owners: Tensor | None = None
 
 
 class TeacherOptions(NamedTuple):

@@ -43,6 +43,7 @@ class PairCall(NamedTuple):
             self.call.shard.first_column,
             self.call.shard.columns,
             self.call.shard.group,
+            self.call.shard.owners,
             self.divergence.direction,
             rewrite.name,
             rewrite.parameters(),

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from unilogit_kernels.calls.options import CallOptions
-from unilogit_kernels.calls.vocab_parallel import VocabParallel
+from unilogit_kernels.calls.vocab_parallel import VocabParallel, is_dtensor, process_group
+from unilogit_kernels.ops.tokens import gather_tokens
+from unilogit_kernels.rows.tokens import TokenParts
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -18,11 +22,6 @@ _HELP = (
     "Shard(0), logits as Shard(-1)) or replicated, beside hidden states that are replicated or "
     "sharded over tokens"
 )
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is one, without importing them: most processes have none."""
-    return isinstance(tensor, Tensor) and type(tensor).__name__ == "DTensor"
 
 
 def local_logits(
@@ -58,8 +57,11 @@ def local_heads(
     if not any(is_dtensor(x) for x in (*operands, labels, options.token_weights)):
         return [head for _, head in heads], labels, options
     local = []
+    cut = next((weight for _, (_, weight, _) in heads if _is_cut(weight)), None)
     for prefix, (hidden, weight, bias) in heads:
-        if is_dtensor(weight):
+        if prefix and cut is not None and not (_is_cut(weight) or _is_cut(bias)):
+            weight, bias = _own_rows(weight, cut), _own_rows(bias, cut)
+        elif is_dtensor(weight):
             options = _sharded_by(f"{prefix}weight", weight, 0, options)
             if bias is not None and not is_dtensor(bias):
                 raise ValueError(
@@ -71,8 +73,28 @@ def local_heads(
         if bias is not None and is_dtensor(bias):
             options = _sharded_by(f"{prefix}bias", bias, 0, options)
             bias = bias.to_local()  # type: ignore[attr-defined]
-        local.append((_replicated(f"{prefix}hidden", hidden), weight, bias))
+        whole, owners = _all_tokens(f"{prefix}hidden", hidden, options.vocab_parallel)
+        if not prefix:
+            options = options._replace(owners=owners)
+        local.append((whole, weight, bias))
     return local, _replicated("labels", labels), _with_local_weights(options)
+
+
+def _is_cut(tensor: Any) -> bool:
+    return is_dtensor(tensor) and any(each.is_shard() for each in tensor.placements)
+
+
+def _own_rows(whole: Any, like: Any) -> Any:
+    """Of a teacher's weight or bias that each rank has whole, the rows that `like` has here.
+
+    A teacher gets no gradient, so no other rank misses what this one leaves out.
+    """
+    if is_dtensor(whole):
+        whole = whole.to_local()
+    if not isinstance(whole, Tensor):
+        return whole
+    first = first_of(like, 0)
+    return whole[first : first + like.to_local().shape[0]]
 
 
 def _with_local_weights(options: CallOptions) -> CallOptions:
@@ -92,6 +114,25 @@ def _replicated(name: str, tensor: Any) -> Any:
     return tensor.redistribute(mesh, [Replicate()]).to_local()
 
 
+def _all_tokens(name: str, hidden: Any, shared: VocabParallel | None) -> tuple[Any, Tensor | None]:
+    """Hidden states of all tokens, and who wants their gradient, where it is one rank each."""
+    if not is_dtensor(hidden) or shared is None or torch.compiler.is_compiling():
+        return _replicated(name, hidden), None
+    mesh, placement = hidden.device_mesh, hidden.placements[0]
+    group = process_group(shared)
+    same = mesh.ndim == 1 and _ranks_in(mesh.get_group()) == _ranks_in(group)
+    if not same or not placement.is_shard() or not 0 <= placement.dim < hidden.dim() - 1:
+        return _replicated(name, hidden), None
+    dim = placement.dim
+    parts = TokenParts.of(group.group_name, group.rank(), group.size(), dim, hidden.shape[dim])
+    whole = gather_tokens(hidden.to_local(), parts)
+    return whole, parts.owners(whole)
+
+
+def _ranks_in(group: dist.ProcessGroup) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
 def _sharded_by(name: str, tensor: Tensor, dim: int, options: CallOptions) -> CallOptions:
     """Options that say which columns this rank's part of a DTensor holds."""
     from torch.distributed.tensor import Replicate, Shard
@@ -108,7 +149,7 @@ def _sharded_by(name: str, tensor: Tensor, dim: int, options: CallOptions) -> Ca
         return options
     columns = dtensor.shape[dim]
     vocab_size = columns if options.vocab_size is None else options.vocab_size
-    found = VocabParallel(mesh.get_group(), _first_of(dtensor, dim), vocab_size)
+    found = VocabParallel(mesh.get_group(), first_of(dtensor, dim), vocab_size)
     given = options.vocab_parallel
     if given is not None and given != found:
         raise ValueError(
@@ -118,7 +159,8 @@ def _sharded_by(name: str, tensor: Tensor, dim: int, options: CallOptions) -> Ca
     return options._replace(vocab_parallel=found, vocab_size=vocab_size)
 
 
-def _first_of(tensor: DTensor, dim: int) -> int:
+def first_of(tensor: DTensor, dim: int) -> int:
+    """Where this rank's part of a DTensor begins along a dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(

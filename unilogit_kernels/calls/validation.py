@@ -207,6 +207,7 @@ def _describe(
         shard, vocab_size = place_of(
             options.vocab_parallel, columns, options.vocab_size, labels, tensor
         )
+        shard = shard._replace(owners=options.owners)
     transform = check_transform(options.softcap, options.logit_scale)
     chosen = registry.choose(options.backend, tensor.device.type, tensor.dtype)
     if labels is None:

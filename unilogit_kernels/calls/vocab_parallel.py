@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -83,21 +83,38 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def on_all_ranks(function: _Function) -> _Function:
     """Decorator of functions that take `vocab_parallel`: an error on one rank is raised on all.
 
-    See `ranks.told_to_all`; ranks that are compiled go without.
+    So it is where a DTensor among the operands says which ranks share the vocabulary. See
+    `ranks.told_to_all`; ranks that are compiled go without.
     """
 
     @functools.wraps(function)
     def on_each(*args: Any, vocab_parallel: VocabParallel | None = None, **options: Any) -> Any:
-        if vocab_parallel is None:
-            return function(*args, **options)
+        given = options if vocab_parallel is None else {**options, "vocab_parallel": vocab_parallel}
         if torch.compiler.is_compiling():
-            return function(*args, vocab_parallel=vocab_parallel, **options)
-        group = process_group(vocab_parallel).group_name
-        on_device = any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in args)
-        with told_to_all(group, "other" if on_device else "cpu"):
-            return function(*args, vocab_parallel=vocab_parallel, **options)
+            return function(*args, **given)
+        operands = (*args, *options.values())
+        group = _group_of(operands) if vocab_parallel is None else process_group(vocab_parallel)
+        if group is None:
+            return function(*args, **given)
+        on_device = any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in operands)
+        with told_to_all(group.group_name, "other" if on_device else "cpu"):
+            return function(*args, **given)
 
     return on_each  # type: ignore[return-value]  # of the same signature
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is one, without importing them: most processes have none."""
+    return isinstance(tensor, Tensor) and type(tensor).__name__ == "DTensor"
+
+
+def _group_of(operands: Iterable[Any]) -> dist.ProcessGroup | None:
+    """The ranks over which the first DTensor that is cut is cut, or None where there is none."""
+    for each in operands:
+        if is_dtensor(each) and each.device_mesh.ndim == 1 and each.placements[0].is_shard():
+            group: dist.ProcessGroup = each.device_mesh.get_group()
+            return group
+    return None
 
 
 class Place(NamedTuple):

@@ -168,6 +168,7 @@ def explain_plan(
     vocab_parallel: int | None = None,
     rank: int = 0,
     train_adapter: bool = True,
+    sequence_parallel: bool = False,
 ) -> PlanReport:
     """How a fused linear call would run: strategy, chunks, operations, bytes, memory, time.
 
@@ -192,6 +193,8 @@ def explain_plan(
             the report is then of one of them. Predicted times leave out what they send.
         rank: Of the lm_head's low-rank term (`LowRank`); 0 for none.
         train_adapter: Whether that term wants a gradient.
+        sequence_parallel: Whether those ranks also share the tokens of hidden states equally: the
+            states of all `n` are gathered, and their gradient is scattered.
 
     Returns:
         The report. For `reduction="none"` it adds forward and backward up.
@@ -232,8 +235,13 @@ def explain_plan(
     if vocab_parallel is not None:
         if vocab_parallel < 1:
             raise ValueError(f"vocab_parallel must be at least 1, or None, got {vocab_parallel}")
-        shares = Shares(vocab_parallel, vocab_size)
+        shares = Shares(vocab_parallel, vocab_size, sequence_parallel)
         columns = -(-vocab_size // vocab_parallel)
+    elif sequence_parallel:
+        raise ValueError(
+            "sequence_parallel is of ranks that share a vocabulary: pass their number as "
+            "vocab_parallel"
+        )
     shape = LinearShape(n, h, columns, dtypes, dtype, device, needs, reference, rank)
     if reduction not in validation.REDUCTIONS:
         raise ValueError(

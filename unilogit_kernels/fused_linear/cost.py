@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from unilogit_kernels.rows.contract import RowLoss
 from unilogit_kernels.rows.divergence import PairLoss, PairProblem
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 from unilogit_kernels.rows.ranks import Shard, recording
+from unilogit_kernels.rows.tokens import TokenParts
 
 _META = torch.device("meta")
 _SWEPT = "unilogit"
@@ -49,22 +50,25 @@ class Shares(NamedTuple):
     Attributes:
         ranks: How many do.
         vocab_size: Of the whole one.
+        tokens: Whether they share the tokens of hidden states, too.
     """
 
     ranks: int
     vocab_size: int
+    tokens: bool = False
 
 
 class Collective(NamedTuple):
     """What every rank takes part in.
 
     Attributes:
-        what: `"gather"` of what each rank gives, or `"sum"` over the ranks.
+        what: `"gather"` of what each rank gives, `"sum"` over the ranks, or `"scatter"`, a sum of
+            which each rank gets its part.
         bytes: That a rank gives.
         ranks: How many there are.
     """
 
-    what: Literal["gather", "sum"]
+    what: Literal["gather", "sum", "scatter"]
     bytes: int
     ranks: int
 
@@ -72,9 +76,9 @@ class Collective(NamedTuple):
     def received(self) -> int:
         """Bytes that a rank receives, where parts go round in a ring: twice for a sum."""
         others = self.ranks - 1
-        return (
-            self.bytes * others if self.what == "gather" else 2 * self.bytes * others // self.ranks
-        )
+        if self.what == "gather":
+            return self.bytes * others
+        return (2 if self.what == "sum" else 1) * self.bytes * others // self.ranks
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def loss_costs(shape: LinearShape, plan: Plan, shares: Shares | None = None) -> 
     call = _Call(shape, shares)
     gradients = call.gradients()
     with call.recorded():
+        call.gather()
         linear_loss(call.heads, call.loss, plan, gradients, LinearOptions(compact=False))
     return call.costs(plan)
 
@@ -133,6 +138,7 @@ def recomputing_costs(
     call = _Call(shape, shares)
     saved = None
     with call.recorded():
+        call.gather()
         if saved_logits:
             memory = [
                 torch.empty(saved_logits, dtype=h.dtypes.logits, device=_META) for h in shape.heads
@@ -159,8 +165,13 @@ class _Call:
         self.recorder = Recorder()
         self.ranks = _RecordingRanks(1 if shares is None else shares.ranks)
         vocab_size, shard = shape.vocab_size, None
+        self.parts: TokenParts | None = None
         if shares is not None:
             vocab_size, shard = shares.vocab_size, Shard(0, shape.vocab_size, _GROUP)
+            if shares.tokens:
+                self.parts = TokenParts.of(_GROUP, 0, shares.ranks, 0, shape.n)
+                owners = torch.empty(shape.n, dtype=torch.int64, device=_META)
+                shard = shard._replace(owners=owners)
         self.heads: Heads = tuple(self._head(head) for head in shape.heads)
         labels = torch.empty(shape.n, dtype=torch.int64, device=_META)
         exact = shape.dtypes.exact
@@ -183,6 +194,14 @@ class _Call:
     def recorded(self) -> Iterator[None]:
         with recording(_GROUP, self.ranks), self.recorder:
             yield
+
+    def gather(self) -> None:
+        """Have the hidden states of all tokens, where each rank has its own only."""
+        if self.parts is not None:
+            own, gathered = self.parts.own, self.parts.gathered
+            self.heads = tuple(
+                replace(head, hidden=gathered(head.hidden[own])) for head in self.heads
+            )
 
     def costs(self, plan: Plan) -> Costs:
         return Costs(
@@ -230,6 +249,10 @@ class _RecordingRanks:
 
     def start_sum(self, tensor: Tensor) -> _RecordingRanks:
         self.collectives.append(Collective("sum", tensor.nbytes, self.size))
+        return self
+
+    def start_scatter(self, rows: Tensor, owners: Tensor) -> _RecordingRanks:
+        self.collectives.append(Collective("scatter", rows.nbytes, self.size))
         return self
 
     def wait(self) -> None:

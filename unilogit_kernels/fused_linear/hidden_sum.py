@@ -12,6 +12,8 @@ from unilogit_kernels.rows.ranks import Pending, Shard, start_sum
 class HiddenSum:
     """Sums `[n, h]` in float32, and one sum over ranks that starts when the last part is queued.
 
+    Where rows have owners (`Shard.owners`), a row is the sum on its own rank alone.
+
     Args:
         gradient: `[n, h]`, in `dtypes.results`; holds the gradient after `finish`.
         dtypes: Of the GEMMs.

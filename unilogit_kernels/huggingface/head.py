@@ -28,6 +28,7 @@ from unilogit_kernels.huggingface.quantised import require_gradients
 from unilogit_kernels.huggingface.rounding import Rounding
 from unilogit_kernels.huggingface.shifted_labels import warn_if_shifted
 from unilogit_kernels.huggingface.stand_in import Call, Forward, attach, evaluating, forward_with
+from unilogit_kernels.huggingface.tensor_parallel import whole_row
 
 __all__ = [
     "HeadCall",
@@ -62,7 +63,9 @@ def fused_loss(
     """The loss of a causal LM without its `[B, T, V]` logits.
 
     Args:
-        model: a Hugging Face causal LM, also wrapped by DDP, FSDP2, accelerate or peft.
+        model: a Hugging Face causal LM, also wrapped by DDP, FSDP2, accelerate or peft, and with an
+            lm_head whose vocabulary a tensor-parallel plan shares among ranks, each of which then
+            passes the same rows.
         labels: int64 `[B, T]`, not shifted: usually `input_ids` with prompt and padding set to
             `ignore_index`.
         objective: `"unilogit"`, `"unilogit_forward"`, `"cross_entropy"`, `"gradient_ascent"`, an
@@ -85,9 +88,9 @@ def fused_loss(
 
     Raises:
         UnsupportedHeadError: the lm_head is not a linear layer, plain or with LoRA, a trained copy
-            or trainable tokens of peft's (it is quantised, sharded over its vocabulary, or has
-            another adapter), the model does to its logits what the kernels cannot, or `labels` do
-            not belong to its positions.
+            or trainable tokens of peft's (it is quantised, sharded otherwise than over its
+            vocabulary, or has another adapter), the model does to its logits what the kernels
+            cannot, or `labels` do not belong to its positions.
         TypeError: the model's forward has no argument of a given name.
         ValueError: an auxiliary loss cannot be added to losses of tokens (`reduction="none"`).
 
@@ -354,14 +357,17 @@ def verify_head(model: nn.Module, tokens: int = 8, seed: int = 0) -> float:
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(transform.vocab_size, (1, tokens), generator=draw).to(input_device(model))
     roundings: list[Rounding] = []
+    weights: list[Tensor] = []
 
     def log_odds(head: HeadCall) -> Tensor:
         roundings.append(Rounding.of(head))
+        weights.append(head.weight)
         return head.log_odds(ids)
 
     with torch.no_grad(), evaluating(model):
         fused = replace_head(model, log_odds, {"input_ids": ids}).result[0, :-1]
-        logits = model(input_ids=ids, use_cache=False).logits[0, -tokens:-1]
+        logits = whole_row(model(input_ids=ids, use_cache=False).logits, weights[-1])
+        logits = logits[0, -tokens:-1]
     plain = reference.target_log_odds(logits.double(), ids[0, 1:].to(logits.device))
     difference = float((fused.double() - plain.to(fused.device)).abs().max())
     allowed = roundings[-1].between_log_odds(logits, plain)

@@ -19,6 +19,7 @@ from unilogit_kernels.huggingface.logit_transform import (
     UnsupportedHeadError,
 )
 from unilogit_kernels.huggingface.sharding import kinds_of
+from unilogit_kernels.huggingface.tensor_parallel import require_one_weight
 from unilogit_kernels.huggingface.wrappers import unwrapped
 
 
@@ -122,6 +123,7 @@ def _identity(model: nn.Module) -> tuple[Any, ...]:
 def _observe(
     model: nn.Module, identity: tuple[Any, ...], call: stand_in.Call | None
 ) -> Observation:
+    require_one_weight(unwrapped(model), stand_in.plain_head(model))
     try:
         return _observe_on(torch.device("cpu"), model, identity, call)
     except UnsupportedHeadError as error:

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from unilogit_kernels.huggingface.head_call import HeadCall
 
@@ -42,7 +43,8 @@ class Rounding:
             torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
             for x in (head.hidden, head.weight)
         ]
-        largest_sum = float(norms[0].max() * norms[1].max()) * math.sqrt(head.hidden.shape[-1])
+        largest = [float((x.full_tensor() if isinstance(x, DTensor) else x).max()) for x in norms]
+        largest_sum = math.prod(largest) * math.sqrt(head.hidden.shape[-1])
         scale = abs(head.transform.logit_scale or 1.0)
         return Rounding(number * torch.finfo(dtype).eps, exact * scale * largest_sum, exact)
 

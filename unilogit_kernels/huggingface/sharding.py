@@ -44,6 +44,18 @@ def kinds_of(head: nn.Module, containers: Sequence[nn.Module]) -> tuple[tuple[An
     return tuple(kinds)
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 leave each rank its shards alone, as they are before a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 holds the numbers of a parameter apart, and nobody has gathered them."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape)) != tuple(tensor.shape)
+
+
 def require_gathered(name: str, tensor: Tensor) -> None:
     """See that a parameter is whole inside the forward of its module.
 
@@ -54,20 +66,13 @@ def require_gathered(name: str, tensor: Tensor) -> None:
     Raises:
         UnsupportedHeadError: it is not; the message says what gathers it.
     """
-    whole = getattr(tensor, "ds_shape", tensor.shape)
-    if tuple(whole) != tuple(tensor.shape):
+    if is_partitioned(tensor):
+        whole: Any = getattr(tensor, "ds_shape", ())
         raise UnsupportedHeadError(
             f"the lm_head's {name} is partitioned by ZeRO-3 and not gathered inside its own "
             f"forward (shape {list(tensor.shape)} of {list(whole)}): call the engine that "
             "deepspeed.initialize returned, or wrap forward and backward in "
             "deepspeed.zero.GatheredParameters"
-        )
-    if isinstance(tensor, DTensor):
-        raise UnsupportedHeadError(
-            f"the lm_head's {name} is a DTensor inside its own forward, placed as "
-            f"{list(tensor.placements)} on {tensor.device_mesh}, so it is sharded over the "
-            "vocabulary: leave lm_head out of the tensor-parallel plan, and shard it by "
-            "fully_shard, whose own module has to be the one that is called"
         )
 
 
@@ -86,10 +91,24 @@ def without_output_casts(model: nn.Module, head: nn.Module) -> Iterator[None]:
         for module in {id(m): m for m in (head, model)}.values():
             if isinstance(module, FSDPModule):
                 uncast = _Uncast()
-                # FSDP2's hook is between these two.
-                hooks.callback(module.register_forward_hook(uncast.before, prepend=True).remove)
+                # FSDP2's hook is between these two; a tensor-parallel plan's is before both.
+                hooks.callback(module.register_forward_hook(uncast.before).remove)
+                _behind_the_last(module._forward_hooks)
                 hooks.callback(module.register_forward_hook(uncast.after).remove)
         yield
+
+
+def _behind_the_last(hooks: dict[int, Any]) -> None:
+    """Have FSDP2's forward hook, and those after it, run after the one that was registered last."""
+    order = list(hooks)
+    theirs = [_is_of_fsdp(hooks[key]) for key in order]
+    first = theirs.index(True) if any(theirs) else 0
+    for key in order[first:-1]:
+        hooks[key] = hooks.pop(key)
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 class _Uncast:

@@ -26,6 +26,13 @@ from unilogit_kernels.huggingface.sharding import (
     require_gathered,
     without_output_casts,
 )
+from unilogit_kernels.huggingface.tensor_parallel import (
+    TransformersStyle,
+    as_logits_of,
+    require_known_layout,
+    whole_hidden,
+    whole_row,
+)
 from unilogit_kernels.huggingface.wrappers import unwrapped
 
 Compute = Callable[[Tensor, HeadOperands], Tensor]
@@ -40,7 +47,7 @@ class Forward(NamedTuple):
 
     Attributes:
         result: what was computed in the head's place.
-        logits: the probe, as it came out of the model.
+        logits: the probe, as it came out of the model, of all columns.
         auxiliary_loss: the model's own term beside the loss of the logits, or None.
         output: all that came out of the model, with the probe as its logits.
     """
@@ -74,9 +81,10 @@ def forward_with(
         UnsupportedHeadError: the head is no plain linear layer, or the model cannot go on from the
             probe.
     """
-    head = plain_head(model)
+    head, inner = plain_head(model), unwrapped(model)
     run = model if call is None else call
     results: list[Tensor] = []
+    weights: list[Tensor] = []
     returned = False
 
     def forward(hidden: Tensor, **chosen: Any) -> Tensor:
@@ -90,6 +98,7 @@ def forward_with(
             )
         operands = operands_of(head)
         weight, bias, adapter = operands
+        hidden = whole_hidden(hidden, weight)
         parts = {"input": hidden, "weight": weight, "bias": bias}
         if adapter is not None:
             parts |= {"adapter's A": adapter.a, "adapter's B": adapter.b}
@@ -102,11 +111,11 @@ def forward_with(
             )
         results.append(compute(hidden, operands))
         output = _StandIn.apply(results[-1], make_probe(weight.shape[0]))
+        weights.append(weight)
         returned = True
-        return cast(Tensor, output)
+        return as_logits_of(cast(Tensor, output), weight)
 
     own_loss = OwnLoss(containers_of_head(model, head), inputs) if auxiliary else None
-    inner = unwrapped(model)
     try:
         with _replaced_forward(head, forward), without_output_casts(inner, head):
             if own_loss is None:
@@ -128,7 +137,7 @@ def forward_with(
             f"the model returned a {type(output).__name__} without a tensor of logits"
         )
     auxiliary_loss = None if own_loss is None else own_loss.value(output)
-    return Forward(results[0], logits, auxiliary_loss, output)
+    return Forward(results[0], whole_row(logits, weights[0]), auxiliary_loss, output)
 
 
 _replaced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -146,7 +155,8 @@ def _replaced_forward(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> I
     # accelerate's hooks have replaced `forward` already and call what it was from within.
     attribute = "_old_forward" if "_hf_hook" in vars(head) else "forward"
     previous = vars(head).get(attribute)
-    setattr(head, attribute, forward)
+    style = TransformersStyle.of(head, previous)
+    setattr(head, attribute, forward if style is None else style.around(head, forward))
     _replaced.add(head)
     try:
         yield
@@ -195,7 +205,8 @@ def plain_head(model: nn.Module) -> nn.Module:
             f"torch.nn.Linear{_DEQUANTISE}"
         )
     for module in (head, layer):
-        if "forward" in vars(module) and "_hf_hook" not in vars(module):
+        replaced = None if "_hf_hook" in vars(module) else vars(module).get("forward")
+        if replaced is not None and TransformersStyle.of(module, replaced) is None:
             raise UnsupportedHeadError(
                 "the forward of the lm_head has been replaced on the module, so its effect on the "
                 "logits is unknown: undo that first"
@@ -233,6 +244,10 @@ def _require_plain(name: str, tensor: Tensor | None) -> None:
             f"the lm_head's {name} is on the meta device inside its own forward, without numbers: "
             "keep an lm_head with an adapter out of what accelerate offloads"
         )
+    if isinstance(tensor, DTensor) and name in ("weight", "bias"):
+        require_known_layout(name, tensor)
+        with torch.no_grad():
+            tensor = tensor.to_local()
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
         raise UnsupportedHeadError(
             f"the lm_head's {name} is a {type(tensor).__module__}.{type(tensor).__qualname__} of "

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unilogit_kernels.functional.kl import linear_kl_loss
 from unilogit_kernels.fused_linear.options import LinearOptions
@@ -38,7 +39,17 @@ def frozen_copy(model: _Model) -> _Model:
 
     Args:
         model: a Hugging Face causal LM, not wrapped. Memory for its weights is taken once more.
+
+    Raises:
+        ValueError: it is sharded (FSDP2, tensor parallelism), so that a copy would not be.
     """
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"the model is sharded ({sharded} is a DTensor) and cannot be copied: load the "
+            "starting model a second time, sharded alike or whole, and pass it as the reference "
+            "(of the Trainer: teacher)"
+        )
     reference = copy.deepcopy(model)
     reference.requires_grad_(False)
     reference.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -17,12 +16,10 @@ from unilogit_kernels.maths.row_state import RowNeeds
 from unilogit_kernels.maths.statistics import Statistics
 from unilogit_kernels.ops import literal
 from unilogit_kernels.ops.fragments import Fragment
+from unilogit_kernels.ops.label_range import check_label_range
 from unilogit_kernels.rows.contract import RowLoss, Rows, weigh
 from unilogit_kernels.rows.objective import ObjectiveLoss, RowProblem, Weighted
 from unilogit_kernels.rows.ranks import Shard
-
-CHECK_LABELS_VARIABLE = "UNILOGIT_KERNELS_CHECK_LABELS"
-"""Set to 1 to check labels on accelerators too, at the price of a synchronisation per call."""
 
 # ---- operands ----------------------------------------------------------------------------------
 
@@ -56,6 +53,10 @@ class RowArguments(Fragment, Protocol):
         """Name of the process group whose ranks hold the other columns; empty if nobody does."""
 
     @property
+    def owners(self) -> Tensor | None:
+        """See `Shard`."""
+
+    @property
     def backend(self) -> str:
         """Name of the one that runs the row kernels."""
 
@@ -87,6 +88,7 @@ class TokenRows(NamedTuple):
         first_column: See `Shard`; 0 for a process that holds all columns.
         columns: How many it holds.
         group: See `Shard`; empty for a process that holds all columns.
+        owners: See `Shard`.
         needs: The bits of `RowNeeds`.
         backend: Name of the one that runs the row kernels.
     """
@@ -99,6 +101,7 @@ class TokenRows(NamedTuple):
     first_column: int
     columns: int
     group: str
+    owners: Tensor | None
     needs: int
     backend: str
 
@@ -145,34 +148,14 @@ class TokenRows(NamedTuple):
 
 def shard_of(rows: RowArguments) -> Shard | None:
     """The part of the vocabulary that this process holds, if it does not hold all of it."""
-    return Shard(rows.first_column, rows.columns, rows.group) if rows.group else None
+    if not rows.group:
+        return None
+    return Shard(rows.first_column, rows.columns, rows.group, rows.owners)
 
 
 def no_column(like: Tensor) -> Tensor:
     """Of rows whose runner-up nobody asked for."""
     return like.new_empty(0, dtype=torch.int64)
-
-
-def check_label_range(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """On CPU, where it costs nothing; on accelerators a bad label gives NaN for its row instead.
-
-    Raises:
-        IndexError: A label is neither in `[0, vocab_size)` nor `ignore_index`.
-    """
-    if labels.numel() == 0:
-        return
-    if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS_VARIABLE) != "1":
-        return
-    least, largest = labels.aminmax()
-    if least.item() >= 0 and largest.item() < vocab_size:
-        return
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if bad.any():
-        position = int(bad.nonzero()[0])
-        raise IndexError(
-            f"labels must be in [0, {vocab_size}) or ignore_index, "
-            f"got {int(labels[position])} at flat position {position}"
-        )
 
 
 class Values(NamedTuple):

@@ -18,11 +18,11 @@ from unilogit_kernels.maths.rewrites import REWRITES
 from unilogit_kernels.ops import literal
 from unilogit_kernels.ops.arguments import (
     Values,
-    check_label_range,
     exact_dtype,
     no_column,
     shard_of,
 )
+from unilogit_kernels.ops.label_range import check_label_range
 from unilogit_kernels.ops.linear import linear_loss_operator, linear_values_operator
 from unilogit_kernels.ops.logits import values_operator
 from unilogit_kernels.rows.contract import weigh
@@ -65,6 +65,7 @@ class PairRows(NamedTuple):
         first_column: See `Shard`; 0 for a process that holds all columns.
         columns: How many it holds, of both models.
         group: See `Shard`; empty for a process that holds all columns.
+        owners: See `Shard`.
         direction: See `Divergence`.
         rewrite: Name of the teacher's rewrite.
         parameters: Its fields.
@@ -81,6 +82,7 @@ class PairRows(NamedTuple):
     first_column: int
     columns: int
     group: str
+    owners: Tensor | None
     direction: str
     rewrite: str
     parameters: list[float]

@@ -46,7 +46,8 @@ class PairProblem(NamedTuple):
 
     def at(self, tokens: slice | Tensor) -> PairProblem:
         """See `Rows.at`."""
-        return self._replace(labels=self.labels[tokens])
+        shard = self.shard if self.shard is None else self.shard.at(tokens)
+        return self._replace(labels=self.labels[tokens], shard=shard)
 
     def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """See `Rows.empty_state`; `[7, n]`."""

@@ -49,7 +49,8 @@ class RowProblem(NamedTuple):
 
     def at(self, tokens: slice | Tensor) -> RowProblem:
         """See `Rows.at`."""
-        return self._replace(labels=self.labels[tokens])
+        shard = self.shard if self.shard is None else self.shard.at(tokens)
+        return self._replace(labels=self.labels[tokens], shard=shard)
 
     def empty_state(self, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """See `Rows.empty_state`; with as many rows as `needs` asks for."""

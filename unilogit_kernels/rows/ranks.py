@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
+from unilogit_kernels.rows.collectives import Work, enter
+
 PATIENCE = 0.2
 """Seconds between looks at whether another rank has failed."""
 
@@ -38,11 +40,18 @@ class Shard(NamedTuple):
         first_column: Where it begins.
         columns: How many columns carry probability; 0 for a shard of padding.
         group: Name of the process group that holds the whole vocabulary.
+        owners: Where these ranks share the tokens, too: which of them each row of hidden states
+            belongs to, int64 `[n]`, by which alone its gradient is wanted. None: by all.
     """
 
     first_column: int
     columns: int
     group: str
+    owners: Tensor | None = None
+
+    def at(self, tokens: slice | Tensor) -> Shard:
+        """The same for some of the rows."""
+        return self if self.owners is None else self._replace(owners=self.owners[tokens])
 
 
 class Pending(Protocol):
@@ -64,6 +73,12 @@ class Ranks(Protocol):
 
     def start_sum(self, tensor: Tensor) -> Pending:
         """Begin to sum a tensor over the ranks, in place."""
+
+    def start_scatter(self, rows: Tensor, owners: Tensor) -> Pending:
+        """Begin to sum rows `[n, h]` over the ranks, in place, each for its owner `[n]` alone.
+
+        What other ranks then hold in its place is undefined.
+        """
 
 
 def ranks_of(group: str) -> Ranks:
@@ -132,9 +147,14 @@ def _check_cover(places: list[list[int]], vocab_size: int) -> None:
     )
 
 
-def start_sum(shard: Shard, tensor: Tensor) -> Pending:
-    """Begin to sum a tensor over the ranks that share the vocabulary, in place."""
-    return ranks_of(shard.group).start_sum(tensor)
+def start_sum(shard: Shard, rows: Tensor) -> Pending:
+    """Begin to sum rows `[n, h]` over the ranks that share the vocabulary, in place.
+
+    Where rows have owners, each is summed for its own, and undefined elsewhere.
+    """
+    if shard.owners is None:
+        return ranks_of(shard.group).start_sum(rows)
+    return ranks_of(shard.group).start_scatter(rows, shard.owners)
 
 
 # ---- a process group ---------------------------------------------------------------------------
@@ -156,30 +176,41 @@ class _ProcessGroup:
         return found
 
     def start_sum(self, tensor: Tensor) -> Pending:
-        return _start(self._group, "sum", tensor, tensor)
+        return _start(self._group, "sum", tensor, [tensor])
+
+    def start_scatter(self, rows: Tensor, owners: Tensor) -> Pending:
+        order: Tensor | None = owners.argsort(stable=True)
+        in_order = (owners.diff() >= 0).all()
+        # One look at the device, for both.
+        *counts, sorted_already = torch.cat(
+            (owners.bincount(minlength=self.size), in_order[None].long())
+        ).tolist()
+        by_owner = rows
+        if sorted_already:
+            order = None
+        else:
+            by_owner = rows[order]
+        parts = list(by_owner.split(counts))
+        pending = _start(self._group, "scatter", by_owner, parts)
+        if order is None:
+            return pending
+        rank = self._group.rank()
+        return _Placed(pending, parts[rank], order.split(counts)[rank], rows)
 
 
-def _start(group: dist.ProcessGroup, what: str, part: Tensor, out: Tensor) -> Pending:
-    """Start a collective: `"gather"` of parts, or the `"sum"` of a tensor in place."""
+def _start(
+    group: dist.ProcessGroup, what: str, part: Tensor, out: Tensor | list[Tensor]
+) -> Pending:
+    """Start a collective of a group, as its next one; see `enter`."""
     number = _ENTERED.get(group, 0)
     _ENTERED[group] = number + 1
-    work = _enter(group, what, part, out)
+    parts = [part] if isinstance(out, Tensor) else out
+    work = enter(group, what, part, out)
     if part.device.type != "cpu":
         return _OnDevice(work)
-    return _Watched(work, group, number, f"{what} {part.numel()} {str(part.dtype)[6:]}")
+    sizes = ",".join(str(each.numel()) for each in parts)
+    return _Watched(work, group, number, f"{what} {sizes} {str(part.dtype)[6:]}")
 
-
-def _enter(group: dist.ProcessGroup, what: str, part: Tensor, out: Tensor) -> dist.Work:
-    work: dist.Work
-    if what == "sum":
-        work = dist.all_reduce(out, group=group, async_op=True)
-    else:
-        work = _all_gather(out.view(-1), part, group=group, async_op=True)
-    return work
-
-
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""Its newer name where there is one: the older one warns there."""
 
 _ENTERED: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 """How many collectives each group has entered here: the same number on every rank."""
@@ -188,17 +219,28 @@ _ENTERED: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 class _OnDevice:
     """A collective in a device's stream, where the device waits for it and the host does not."""
 
-    def __init__(self, work: dist.Work) -> None:
+    def __init__(self, work: Work) -> None:
         self._work = work
 
     def wait(self) -> None:
         self._work.wait()
 
 
+class _Placed:
+    """A scatter of rows that are a copy, in another order than those of the caller."""
+
+    def __init__(self, pending: Pending, own: Tensor, places: Tensor, rows: Tensor) -> None:
+        self._pending, self._own, self._places, self._rows = pending, own, places, rows
+
+    def wait(self) -> None:
+        self._pending.wait()
+        self._rows[self._places] = self._own
+
+
 class _Watched:
     """A collective on CPUs, which ends when another rank says that it will not come."""
 
-    def __init__(self, work: dist.Work, group: dist.ProcessGroup, number: int, what: str) -> None:
+    def __init__(self, work: Work, group: dist.ProcessGroup, number: int, what: str) -> None:
         self._work, self._group, self._number, self._what = work, group, number, what
 
     def wait(self) -> None:
@@ -292,8 +334,11 @@ class _Failure:
         self._store.set(f"{self._key}/asked", what)
 
     def _come(self, asked: str) -> None:
-        what, elements, dtype = asked.split()
-        part = torch.zeros(int(elements), dtype=getattr(torch, dtype))
-        out = part if what == "sum" else part.new_empty(self._group.size(), part.numel())
+        what, listed, dtype = asked.split()
+        sizes = [int(each) for each in listed.split(",")]
+        part = torch.zeros(sum(sizes), dtype=getattr(torch, dtype))
+        out: Tensor | list[Tensor] = list(part.split(sizes))
+        if what == "gather":
+            out = part.new_empty(self._group.size(), part.numel())
         with contextlib.suppress(RuntimeError):
-            _enter(self._group, what, part, out).wait(datetime.timedelta(seconds=FAREWELL))
+            enter(self._group, what, part, out).wait(datetime.timedelta(seconds=FAREWELL))

@@ -204,11 +204,12 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
                     "Use FSDP, or activation_checkpointing, to save memory"
                 )
 
-    def check_run(self, forget_rows: int) -> None:
+    def check_run(self, forget_rows: int, copy: int = 1) -> None:
         """Check that a run with these arguments, which may have been set since, does what they say.
 
         Args:
             forget_rows: how many there are.
+            copy: how many processes take the same rows, see `processes.ranks_of_one_copy`.
 
         Raises:
             ValueError: an argument would be without effect, FSDP is to run on CPUs, or
@@ -221,7 +222,7 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
                 f"fsdp would have no effect here, got {self.fsdp!r}: accelerate shards models on "
                 "accelerators only, and would copy the whole one to each process"
             )
-        needed = self.per_device_train_batch_size * self.world_size
+        needed = self.per_device_train_batch_size * (self.world_size // copy)
         if self.dataloader_drop_last and forget_rows < needed:
             raise ValueError(
                 f"dataloader_drop_last would drop all of the {forget_rows} forget rows, since a "

@@ -110,7 +110,8 @@ def evaluate_rows(
         max_new_tokens: of an answer; by default a little more than the longest completion has,
             which is too little for a model that thinks first.
         share_rows: every process of the run calls this with the same rows; each measures its share,
-            and all return the same report. Each needs the model whole where answers are generated.
+            and all return the same report. Processes that share a model by tensor parallelism take
+            the same rows. FSDP has to have left the model whole where answers are generated.
 
     Returns:
         The measurements. Nothing random is drawn, and the model's modes are left as they were.
@@ -127,7 +128,7 @@ def evaluate_rows(
         of_mine = _log_probabilities(model, mine, pad_id=pad_id, batch_size=batch_size)
         return torch.stack(of_mine, dim=1).tolist()
 
-    measured = over_rows(features, of_rows) if share_rows else of_rows(features)
+    measured = over_rows(features, of_rows, model) if share_rows else of_rows(features)
     log_probability, lengths = torch.tensor(measured, dtype=torch.float64).T
     answers = []
     if generate:
@@ -205,7 +206,7 @@ def answer_rows(
             for row, answer in zip(mine, generated, strict=True)
         ]
 
-    return over_rows(asked, of_rows) if share_rows else of_rows(asked)
+    return over_rows(asked, of_rows, model) if share_rows else of_rows(asked)
 
 
 def token_probabilities(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import distributed
+from torch import distributed, nn
 
+from unilogit_kernels.huggingface.wrappers import unwrapped
 from unilogit_kernels.unlearning.errors import (
     INPUT_ERRORS,
     LostProcessError,
@@ -97,6 +99,24 @@ def check_launch() -> None:
             "`accelerate launch --cpu` starts one process, however many it is asked for: start "
             "with `torchrun --nproc_per_node N`, or ask for one"
         )
+    _warn_of_restarts()
+
+
+def _warn_of_restarts() -> None:
+    """Say it where torchrun would hand restarted workers the store of those that are gone.
+
+    They may take the addresses in it for those of now, and then wait for nobody, or are refused.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launched() > 1 and restarts != "0" and shared and is_first():
+        warnings.warn(
+            f"torchrun may start the workers anew {restarts} times, but by default it hands them "
+            "the store of the first attempt, with addresses of processes that are gone: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and take its --rdzv_backend c10d "
+            "or --standalone",
+            stacklevel=2,
+        )
 
 
 def check_world(size: int) -> None:
@@ -134,7 +154,19 @@ def join() -> torch.device:
     return device
 
 
-def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) -> list[_T]:
+def ranks_of_one_copy(model: nn.Module) -> int:
+    """How many processes, one after the other, hold one copy of a model and need the same rows.
+
+    That is more than one under transformers' tensor parallelism.
+    """
+    return getattr(unwrapped(model), "tp_size", None) or 1
+
+
+def over_rows(
+    rows: Sequence[_Row],
+    work: Callable[[list[_Row]], Sequence[_T]],
+    model: nn.Module | None = None,
+) -> list[_T]:
     """Share rows among the processes, and have the results of all in each of them.
 
     Every process calls this, with the same rows. All take equally many, so that models which are
@@ -144,6 +176,8 @@ def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) 
         rows: any number.
         work: from the rows of this process to a result for each; results are pickled, so tensors
             in them should be on the CPU. Without other processes it gets all rows.
+        model: which the rows go through; processes that share it by tensor parallelism get the
+            same rows.
 
     Returns:
         The results in the order of the rows, the same in each process.
@@ -155,10 +189,11 @@ def over_rows(rows: Sequence[_Row], work: Callable[[list[_Row]], Sequence[_T]]) 
     """
     if not _connected() or not rows:
         return list(work(list(rows)))
-    world, own = distributed.get_world_size(), distributed.get_rank()
+    copy = 1 if model is None else ranks_of_one_copy(model)
+    world, own = distributed.get_world_size() // copy, distributed.get_rank() // copy
     mine = [(own + world * turn) % len(rows) for turn in range(-(-len(rows) // world))]
     found = together(lambda: list(work([rows[position] for position in mine])))
-    every: list[Any] = [None] * world
+    every: list[Any] = [None] * distributed.get_world_size()
     with hearing_all():
         distributed.all_gather_object(every, list(zip(mine, found, strict=True)))
     by_row = {position: result for each in every for position, result in each}

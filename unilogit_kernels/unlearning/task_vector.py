@@ -9,15 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unilogit_kernels.huggingface.sharding import is_partitioned
+from unilogit_kernels.unlearning.errors import RunError
+
 
 class TaskVector:
     """The trained weights of a model as they were before, in memory of their own.
 
     Args:
         model: that will train.
+
+    Raises:
+        RunError: its weights are partitioned by ZeRO-3, so that they are not here.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and is_partitioned(weight):
+                raise RunError(
+                    "a task vector is taken from the starting weights, but ZeRO-3 has partitioned "
+                    f"them ({name} has shape {list(weight.shape)} here): train with FSDP2, or with "
+                    "ZeRO stage 2 or below"
+                )
         self._start: dict[str, Tensor] = {
             name: weight.detach().clone()
             for name, weight in model.named_parameters()

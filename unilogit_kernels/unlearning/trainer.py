@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unilogit_kernels.huggingface.head import HeadCall, run_head_with_auxiliary_loss
+from unilogit_kernels.huggingface.sharding import reshard
 from unilogit_kernels.huggingface.two_heads import Reference, run_two_heads_with_auxiliary_loss
 from unilogit_kernels.unlearning.adapters import at_the_start, check_adapters, starting_model
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
@@ -37,7 +37,7 @@ from unilogit_kernels.unlearning.dual import DualRetainWeight
 from unilogit_kernels.unlearning.evaluation import label_log_probabilities, token_log_probabilities
 from unilogit_kernels.unlearning.hidden_states import Rmu
 from unilogit_kernels.unlearning.methods import HIDDEN_STATES, MethodError
-from unilogit_kernels.unlearning.processes import over_rows
+from unilogit_kernels.unlearning.processes import over_rows, ranks_of_one_copy
 from unilogit_kernels.unlearning.task_vector import TaskVector
 
 __all__ = ["UnlearningArguments", "UnlearningTrainer"]
@@ -117,7 +117,7 @@ class UnlearningTrainer(CompensatingTrainer):
         **options: Any,
     ) -> None:
         refuse_options(options)
-        args.check_run(len(forget))
+        args.check_run(len(forget), ranks_of_one_copy(model))
         check_adapters(model, args)
         self._method = args.resolved_method()
         if self._method.needs_refusals != bool(refusals):
@@ -159,6 +159,7 @@ class UnlearningTrainer(CompensatingTrainer):
             **{name: value for name, value in options.items() if value is not None},
         )
         args.check_devices()
+        self._copies = args.world_size // ranks_of_one_copy(model)  # each takes rows of its own
         if isinstance(self._teacher, nn.Module) and not self.is_model_parallel:
             self._teacher.to(args.device)
         # What it smooths, were it asked, would be logits; `BatchLoss` smooths without them.
@@ -201,8 +202,8 @@ class UnlearningTrainer(CompensatingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
         # A batch for each process, or none: accelerate would have some rows count twice.
-        share = self.args.world_size * self._train_batch_size
-        fill = share if self.args.world_size > 1 and not self.args.dataloader_drop_last else 1
+        share = self._copies * self._train_batch_size
+        fill = share if self._copies > 1 and not self.args.dataloader_drop_last else 1
         return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill)
 
     @contextmanager
@@ -212,9 +213,7 @@ class UnlearningTrainer(CompensatingTrainer):
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             yield model
         # No backward follows, after which FSDP2 would do it: parameters are to be shards again.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
 
     def begin(self) -> None:
         """Called at the start of each `train`, once the model is as it will train."""
@@ -261,7 +260,7 @@ class UnlearningTrainer(CompensatingTrainer):
                 return [self._reference_of(model, batch) for batch in mine]
 
         found: dict[int, tuple[Tensor, ...]] = {}
-        for of_batch in over_rows(batches, of_batches):
+        for of_batch in over_rows(batches, of_batches, self.model):
             found |= of_batch
         self._pairs.add_column(_REFERENCE, [found[row] for row in range(len(self._pairs))])
         self._has_reference = True
@@ -290,6 +289,7 @@ class UnlearningTrainer(CompensatingTrainer):
         counts = counts.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
+            counts = counts * self._copies // self.args.world_size
         return counts
 
     def compute_loss(  # type: ignore[override]  # this class counts the items itself
@@ -339,7 +339,7 @@ class UnlearningTrainer(CompensatingTrainer):
                 )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The counts are of all devices, whose gradients are then averaged.
-            losses = losses * self.accelerator.num_processes
+            losses = losses * self._copies
         loss, parts = losses[0], losses[1:].detach()
         if auxiliary is not None:
             if num_items_in_batch is not None:

@@ -267,7 +267,8 @@ class _Evaluation:
                 progress=self.watcher.advance,
             )
 
-        found = iter(over_rows([example.features() for example in examples], of_examples))
+        features = [example.features() for example in examples]
+        found = iter(over_rows(features, of_examples, self.subject.model))
         return {
             key: TokenRecord.joined(list(islice(found, len(parts))))
             for key, parts in blocks.items()
@@ -310,7 +311,7 @@ class _Evaluation:
                     )
                 )
 
-        found = np.stack(over_rows(list(chain(*answers)), of_examples))
+        found = np.stack(over_rows(list(chain(*answers)), of_examples, self.subject.model))
         ends = np.cumsum([len(parts) for parts in answers])[:-1]
         # Of a text in blocks each token weighs the same.
         weights = ([count_labels(part) for part in parts] for parts in answers)
