@@ -151,7 +151,7 @@ def test_twenty_steps_are_the_literal_loop(
     tmp_path: Path, method: str, kind: str, accumulation: int
 ) -> None:
     """Windows of four batches and of what is left of an epoch, of unequal numbers of tokens."""
-    lr, forget = 0.1, [*FORGET, *FORGET]
+    lr, forget = 0.01, [*FORGET, *FORGET]
     model = with_adapter(kind)
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     size = 1 if accumulation > 1 else 3
@@ -195,7 +195,9 @@ def test_twenty_steps_are_the_literal_loop(
     ours = torch.tensor(
         [*zip(logged(trainer, "forget_loss"), logged(trainer, "retain_loss"), strict=True)]
     )
-    assert_within_budget(ours, torch.stack(right), torch.stack(theirs), smallest_scale=1.0)
+    # The errors of a course are those of its first steps, grown since: few are independent.
+    losses = ours, torch.stack(right), torch.stack(theirs)
+    assert_within_budget(*losses, smallest_scale=1.0, independent=4)
     start, found = learning(with_adapter(kind)), learning(model)
     assert len(found) >= 5
     for name, value in found.items():

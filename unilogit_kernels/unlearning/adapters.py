@@ -84,8 +84,8 @@ def _warn_of_trained_adapters(model: nn.Module) -> None:
 def check_adapters(model: nn.Module, args: UnlearningArguments) -> None:
     """See that a model's adapters can be trained as the arguments say, and all of them.
 
-    Where activations are recomputed, inputs are made to require a gradient: with reentrant
-    checkpoints no adapter of any layer would get one otherwise.
+    Where activations are recomputed, inputs are made to require a gradient, which transformers 4
+    leaves to the caller: with reentrant checkpoints no adapter would get one otherwise.
 
     Args:
         model: any; one without adapters passes.
