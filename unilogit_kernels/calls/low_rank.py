@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unilogit_kernels.calls.vocab_parallel import is_dtensor
 from unilogit_kernels.calls.validation import (
     cast_for_autocast,
     check_device,
     check_float,
     statistics_dtype,
 )
+from unilogit_kernels.calls.vocab_parallel import is_dtensor
 
 
 class LowRank(NamedTuple):
