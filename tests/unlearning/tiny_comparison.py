@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ NAMES = ["ada", "bo", "cyd", "dot"]
 OTHERS = ["eve", "fay"]
 
 
-@pytest.fixture
-def quick_collection() -> Iterator[None]:
+@contextmanager
+def quick_collections() -> Iterator[None]:
     """accelerate collects garbage after each training, which takes longer than the training."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """The same for a test."""
+    with quick_collections():
+        yield
 
 
 def _rows(question: str, names: list[str]) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from unilogit_kernels.unlearning.processes import check_alone, on_cpu
 
 CELLS, PLAN, AUDIT = "cells", "plan.json", "audit.json"
 """In the folder of a comparison: that of its cells, the plan, and what was compared of what."""
+
+_ENDED = "the process of this cell ended, as it does for want of memory"
 
 Note = Callable[[str], None]
 
@@ -217,22 +220,33 @@ def _run_all(
         for cell in cells:
             keep(cell, _tried({**cell, "shared": shared}, folder, models))
         return
-    _in_processes(cells, shared, folder, models, min(processes, len(cells)), keep)
+    given = [{**cell, "shared": shared} for cell in cells]
+    found = in_processes(partial(_tried, folder=folder, models=models), given, processes)
+    for number, result in found:
+        keep(cells[number], result)
 
 
-def _in_processes(
-    cells: Sequence[Mapping[str, Any]],
-    shared: Mapping[str, Any],
-    folder: Path,
-    models: Mapping[str, Any],
-    processes: int,
-    keep: Callable[[Mapping[str, Any], Mapping[str, Any]], None],
-) -> None:
-    """One executor of one process for each that runs at once, so that one's end is its cell's."""
-    left: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
-    for cell in cells:
-        left.put(cell)
-    one_at_a_time, problems, gpus = threading.Lock(), list[BaseException](), _gpus()
+def in_processes(
+    work: Callable[[Any], dict[str, Any]], items: Sequence[Any], processes: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Do something with each item, in several processes at once.
+
+    Each of them has an executor of its own, so that the end of one is that of its item alone.
+
+    Args:
+        work: a function that can be pickled.
+        items: to do it with.
+        processes: at most so many at once.
+
+    Yields:
+        Positions of items and results, as they are done; an `error` where a process ended.
+    """
+    processes, gpus = min(processes, len(items)), _gpus()
+    left: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    for numbered in enumerate(items):
+        left.put(numbered)
+    done: queue.SimpleQueue[tuple[int, dict[str, Any]] | BaseException] = queue.SimpleQueue()
+    stopped = threading.Event()
 
     def start(number: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
@@ -241,32 +255,32 @@ def _in_processes(
     def serve(number: int) -> None:
         executor = start(number)
         try:
-            while not problems:
+            while not stopped.is_set():
                 try:
-                    cell = left.get_nowait()
+                    position, item = left.get_nowait()
                 except queue.Empty:
                     return
                 try:
-                    given = {**cell, "shared": shared}
-                    found = executor.submit(_tried, given, folder, models).result()
+                    done.put((position, executor.submit(work, item).result()))
                 except BrokenProcessPool:
-                    found = {"error": "the process of this cell ended, as for want of memory"}
+                    done.put((position, {"error": _ENDED}))
                     executor.shutdown(wait=False)
                     executor = start(number)
-                with one_at_a_time:
-                    keep(cell, found)
         except BaseException as error:
-            problems.append(error)
+            done.put(error)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
-    threads = [threading.Thread(target=serve, args=(n,), daemon=True) for n in range(processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
+    for number in range(processes):
+        threading.Thread(target=serve, args=(number,), daemon=True).start()
+    try:
+        for _ in items:
+            found = done.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        stopped.set()
 
 
 def _begin(number: int, processes: int, gpus: list[str]) -> None:

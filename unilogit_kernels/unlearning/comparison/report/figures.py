@@ -30,7 +30,8 @@ Draw = Callable[[Summary, Theme], Figure]
 
 _STEP = 5.5
 """Points from one method's mark to the next, beside the target."""
-_RATIO_TICKS = [first * 10.0**power for power in range(-3, 4) for first in (1, 2, 5)]
+_FIRST_DIGITS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+"""Of ticks on a logarithmic axis: as few as make four of them."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +243,7 @@ def truth_ratios(name: str) -> Draw:
             if values:
                 step(values, color=theme.ink, linewidth=2.4, linestyle=dashes)
         axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        most = [tick for tick in _RATIO_TICKS if low <= tick <= high]
-        ticks = most if len(most) < 8 else [tick for tick in most if f"{tick:e}"[0] == "1"]
+        ticks = _log_ticks(*axes.get_xlim())
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("truth ratio  (below 1: the truth is preferred)")
@@ -252,6 +251,16 @@ def truth_ratios(name: str) -> Draw:
         return figure
 
     return draw
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    found: list[float] = []
+    for digits in _FIRST_DIGITS:
+        every = (digit * 10.0**power for power in range(-4, 4) for digit in digits)
+        found = [round(tick, 6) for tick in every if low <= tick <= high]
+        if len(found) >= 4:
+            break
+    return found
 
 
 def beside(measure: str, of_end: bool = False) -> Draw:

@@ -131,6 +131,8 @@ def as_svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"font: ([\w ]*?[\d.]+px) [^;\"]*", r"font: \1 var(--face)", text)
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     for attribute in ('id="', "url(#", 'href="#'):
         text = text.replace(attribute, f"{attribute}{name}-")
     for variable, colour in variables(dark=False).items():

@@ -136,22 +136,23 @@ def cost(value: Callable[[Run], float | None], label: str) -> Draw:
         figure, axes = panel(rows_high(summary) - 0.3)
         most = 0.0
         for position, swept in enumerate(summary.methods):
-            found, look = dot(position, values_of(swept.best, value)), theme.of(position)
-            if found is None:
+            values, look = values_of(swept.best, value), theme.of(position)
+            if not values:
                 nothing_there(axes, position, theme, "not known")
                 continue
-            axes.barh(position, found.mean, height=0.62, color=look["color"])
-            if found.half:
-                ends = [[min(found.half, found.mean)], [found.half]]
-                axes.errorbar(found.mean, position, xerr=ends, color=theme.ink, capsize=2)
+            mean = sum(values) / len(values)
+            axes.barh(position, mean, height=0.62, color=look["color"])
+            if len(values) > 1:
+                ends = [[mean - min(values)], [max(values) - mean]]
+                axes.errorbar(mean, position, xerr=ends, color=theme.ink, linewidth=1, capsize=2)
             axes.annotate(
-                f"{found.mean:.3g}",
-                (found.mean + found.half, position),
-                (4, 0),
+                f"{mean:.3g}",
+                (max(values), position),
+                (5, 0),
                 textcoords="offset points",
                 va="center",
             )
-            most = max(most, found.mean + found.half)
+            most = max(most, *values)
         named_rows(axes, summary)
         axes.set_xlim(0, 1.18 * most or 1)
         axes.set_xlabel(label)
