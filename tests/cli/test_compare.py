@@ -189,32 +189,52 @@ def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
 
 @pytest.mark.usefixtures(quick_collection.__name__)
 def test_a_cell_that_fails_is_a_row_with_its_error(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(settings: Any, *rest: Any) -> Any:
-        if settings["method"] == "npo":
-            raise ValueError("no luck <today>")
-        return cell.run_cell(settings, *rest)
+    shutil.copytree(whole, "out")
+    failed = Path("out/cells/npo-lr0.003-w1-seed0.json")
+    failed.unlink()
 
-    plan = plan_content(write_inputs(folder), seeds=[0], forget_weights=[1.0])
-    Path("plan.yaml").write_text(yaml.safe_dump(plan))
-    monkeypatch.setattr(run, "run_cell", failing)
-    done = command("compare plan.yaml --output out")
-    assert done.exit_code == 0, done.output
-    assert "npo-lr0.003-w1-seed0 failed: ValueError: no luck <today>" in " ".join(
-        done.output.split()
-    )
+    def failing(*given: Any) -> Any:
+        raise ValueError("no luck <today>")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "run_cell", failing)
+        done = command("compare plan.yaml --output out")
+        assert done.exit_code == 0, done.output
+    told = " ".join(done.output.split())
+    assert "npo-lr0.003-w1-seed0 failed: ValueError: no luck <today>" in told
     page = Path("out/report.html").read_text()
     assert "no luck &lt;today&gt;" in page
-    assert "1 finished, 1 failed" in page
-    monkeypatch.setattr(run, "run_cell", cell.run_cell)
+    assert "5 finished, 1 failed" in page
     monkeypatch.setattr(page_module, "write_report", lambda folder: Path("drawn"))
     again = command("compare plan.yaml --output out")
-    assert "2 of 2 cells are finished already" in again.output
-    assert "error" in json.loads(Path("out/cells/npo-lr0.003-w1-seed0.json").read_text())
+    assert "6 of 6 cells are finished already" in again.output
+    assert "error" in json.loads(failed.read_text())
     retried = command("compare plan.yaml --output out --retry")
     assert retried.exit_code == 0, retried.output
-    assert "error" not in json.loads(Path("out/cells/npo-lr0.003-w1-seed0.json").read_text())
+    assert failed.read_bytes() == (whole / "cells" / failed.name).read_bytes()
+
+
+def test_another_plan_goes_on_where_all_that_cells_share_is_the_same(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_cell", lambda *given: {"error": "not meant to be run"})
+    monkeypatch.setattr(page_module, "write_report", lambda folder: Path("drawn"))
+    shutil.copytree(whole, "out")
+
+    def go_on(**change: Any) -> Result:
+        Path("plan.yaml").write_text(yaml.safe_dump(plan_content(write_inputs(folder), **change)))
+        return command("compare plan.yaml --output out")
+
+    assert "6 of 9 cells are finished already" in go_on(seeds=[0, 1, 2]).output
+    other = go_on(unlearn={"steps": 9, "batch_size": 2, "warmup_steps": 0})
+    assert other.exit_code == 2
+    assert "with other unlearn.steps (8 -> 9), which all of its cells share" in " ".join(
+        other.output.split()
+    )
+    changed = go_on(methods=[{"name": "npo", "label": "NPO", "parameters": {"beta": 9.0}}])
+    assert "was run with other settings (parameters)" in " ".join(changed.output.split())
 
 
 @pytest.mark.parametrize(
