@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= runs
+# What `paper` runs.
+PLAN ?= benchmarks/paper.yaml
 # Processes that share the tests; most tests keep one core busy.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -18,10 +20,15 @@ DOCS_INSTALLED := .venv/.docs-installed
 ROWS ?=
 PLATFORM ?= manylinux_2_31_$(shell uname -m)
 
-.PHONY: demo test prove test-rest test-triton test-triton-newest test-triton-oldest test-versions check sanitize bench bench-report gpu docs docs-check wheel sdist try-wheel clean
+.PHONY: demo paper test prove test-rest test-triton test-triton-newest test-triton-oldest test-versions check sanitize bench bench-report gpu docs docs-check wheel sdist try-wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
+
+# Hours for the whole plan; PLAN=benchmarks/paper_small.yaml takes some 25 minutes. An interrupted run
+# is gone on with by the same command.
+paper: $(INSTALLED)
+	$(BIN)/unilogit compare $(PLAN) --output $(RUNS)/$(basename $(notdir $(PLAN)))
 
 # The contract of every backend that runs here: a few minutes.
 test: $(INSTALLED)

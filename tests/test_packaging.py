@@ -51,6 +51,8 @@ def test_tag_and_contents(wheel: Path) -> None:
     assert platform != "any"
     names = zipfile.ZipFile(wheel).namelist()
     assert "unilogit_kernels/py.typed" in names
+    for name in ("template.html", "style.css"):
+        assert f"unilogit_kernels/unlearning/comparison/report/{name}" in names
     assert "unilogit_kernels/backends/cpu/_cpu_kernels.so" in names
     for header in cuda_sources.HEADERS:
         assert f"unilogit_kernels/backends/cuda/csrc/{header}" in names

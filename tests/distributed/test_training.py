@@ -138,7 +138,7 @@ def _train(
         ("ddp", {"method": "npo", "gradient_accumulation_steps": 2}),
         pytest.param("fsdp2", {}, marks=pytest.mark.prove),
         ("fsdp2", {"method": "idk_dpo", "retain_loss": "kl"}),
-        ("tensor parallel", {"method": "npo", "stop_at_probability": 1e-6}),
+        ("tensor parallel", {"method": "npo", "stop_at": "probability=1e-6"}),
         pytest.param("tensor parallel", {"retain_loss": "kl"}, marks=pytest.mark.prove),
     ],
     ids=str,

@@ -249,7 +249,7 @@ def test_module_and_autocast(backend: str) -> None:
         (LowRank(torch.randn(R, H), torch.randn(V, R), 1.0, 1.0), ValueError, "adapter.dropout"),
         (LowRank(torch.randn(R, H), torch.ones(V, R).to("meta")), ValueError, "device"),
     ],
-    ids=str,
+    ids=["tuple", "list", "A", "B", "dtype", "scale", "dropout", "device"],
 )
 def test_mistakes_are_named(change: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -19,6 +19,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -152,3 +153,32 @@ def _keep(block: _Block) -> None:
         block.mark_free()
     _idle.append(block)
     release(limit)
+
+
+def start_resident_peak() -> int:
+    """Forget the high-water mark of this process's resident set; returns the bytes in it now.
+
+    Raises:
+        OSError: the system does not tell; Linux does.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    return told_bytes("/proc/self/status", "VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The high-water mark since `start_resident_peak`.
+
+    Raises:
+        OSError: see there.
+    """
+    return told_bytes("/proc/self/status", "VmHWM")
+
+
+def told_bytes(path: str, name: str) -> int:
+    """A field of a file of Linux's `/proc` that is in kB, in bytes.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))

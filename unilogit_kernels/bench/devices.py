@@ -14,6 +14,11 @@ import torch
 
 import unilogit_kernels
 from unilogit_kernels.backends.cpu import library
+from unilogit_kernels.backends.memory import (
+    peak_resident_bytes,
+    start_resident_peak,
+    told_bytes,
+)
 
 T = TypeVar("T")
 
@@ -66,16 +71,15 @@ class Cpu:
 
     def free_bytes(self) -> int:
         """See `Device.free_bytes`."""
-        return _field(Path("/proc/meminfo"), "MemAvailable")
+        return told_bytes("/proc/meminfo", "MemAvailable")
 
     def start_peak(self) -> int:
         """See `Device.start_peak`; of the resident set of this process."""
-        Path("/proc/self/clear_refs").write_text("5")
-        return _field(Path("/proc/self/status"), "VmRSS")
+        return start_resident_peak()
 
     def peak(self) -> int:
         """See `Device.peak`."""
-        return _field(Path("/proc/self/status"), "VmHWM")
+        return peak_resident_bytes()
 
     def facts(self) -> dict[str, Any]:
         """See `Device.facts`."""
@@ -180,11 +184,3 @@ def _clocks(uuid: str) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError) as error:
         return {"clocks": f"unknown: {error}"}
     return dict(zip(_NVIDIA_SMI_FIELDS, found.stdout.strip().split(", "), strict=True))
-
-
-def _field(path: Path, name: str) -> int:
-    """A field of one of the kernel's memory tables, in bytes."""
-    for line in path.read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{path} has no field {name}")

@@ -44,6 +44,14 @@ COMMANDS = {
         "unilogit_kernels.cli.evaluate",
         "Measure how well a model knows sets of rows, and with --output all that they allow.",
     ),
+    "compare": LazyCommand(
+        "unilogit_kernels.cli.compare",
+        "Run methods beside each other on one data set, as a plan file says, and draw a report.",
+    ),
+    "report": LazyCommand(
+        "unilogit_kernels.cli.report",
+        "Draw the report of a comparison again, or of as much of it as there is.",
+    ),
     "dataset": LazyCommand(
         "unilogit_kernels.cli.dataset",
         "Write a made-up benchmark of TOFU's shape: sellers to forget and to keep, general facts.",

@@ -35,6 +35,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "unilogit bench with its peers and plots",
         ("pytest-benchmark", "matplotlib", "cut-cross-entropy", "liger-kernel"),
     ),
+    "report": ("unilogit compare and report", ("jinja2", "matplotlib", "pyyaml")),
     "demo": ("the demo's model", ("gguf",)),
     "parquet": ("rows in parquet files", ("pyarrow",)),
     "integrations": ("the examples for TRL and Lightning", ("trl", "lightning")),
