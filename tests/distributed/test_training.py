@@ -27,6 +27,7 @@ from tests.support.tiny_models import (
     FORGET,
     RETAIN,
     make_model,
+    make_tokenizer,
     one_thread,
     save_model,
     write_rows,
@@ -34,8 +35,9 @@ from tests.support.tiny_models import (
 from tests.unlearning.tiny_trainer import arguments, logged, make_trainer
 from unilogit_kernels.cli.app import app
 from unilogit_kernels.testing import assert_within_budget
-from unilogit_kernels.unlearning.data import DataError
+from unilogit_kernels.unlearning.data import DataError, Encoding, Row
 from unilogit_kernels.unlearning.errors import LostProcessError, RunError
+from unilogit_kernels.unlearning.evaluation import evaluate_rows
 from unilogit_kernels.unlearning.processes import from_first, over_rows
 from unilogit_kernels.unlearning.run import Settings, execute, prepare
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
@@ -364,6 +366,27 @@ def test_every_metric_is_shared(
     kept = [path for path in before if path.parts[1] in ("tokens", "answers", "divergences")]
     assert len(kept) >= 6
     assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+
+
+def _evaluate_shared(model: PreTrainedModel, share_rows: bool) -> list[float]:
+    encoding = Encoding(make_tokenizer(), append_eos=True)
+    rows = [Row(row["prompt"], row["completion"], None, "") for row in RETAIN]
+    report = evaluate_rows(model, rows, encoding, generate=False, share_rows=share_rows)
+    return [report.probability, report.sequence_probability]
+
+
+def _evaluate_in_parts(folder: str) -> list[float]:
+    return _evaluate_shared(_shard_vocabulary_too(folder), True)
+
+
+def test_an_evaluation_of_a_model_that_is_in_parts(tmp_path: Path) -> None:
+    """2 x 2 processes, of which two and two take the same of 5 rows."""
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model"))
+    found = run_ranks(_evaluate_in_parts, str(tmp_path / "model"), ranks=4)
+    assert found.count(found[0]) == 4
+    exact = torch.tensor(_evaluate_shared(model.double(), False), dtype=torch.float64)
+    plain = torch.tensor(_evaluate_shared(model.float(), False))
+    assert_within_budget(torch.tensor(found[0]), exact, plain)
 
 
 def _from_first(folder: str, fails: bool) -> tuple[int, list[str]]:
