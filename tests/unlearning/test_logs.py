@@ -96,6 +96,6 @@ def test_of_two_processes(tmp_path: Path) -> None:
     # A probability that is logged takes no step's losses away.
     assert len(losses(alone)) == alone.state.global_step == 6
     expected = {name: logged(alone, name) for name in NAMES}
-    # At the start, and after each step: such a target is always near.
-    assert len(expected["forget_probability"]) == 7
+    # At the start, and after each step but where the last look was no nearer to the target.
+    assert 4 <= len(expected["forget_probability"]) <= 7
     run_ranks(_worker, str(tmp_path), expected)

@@ -25,6 +25,9 @@ _ROWS_OF_A_LOOK = 64
 class Training(Protocol):
     """What is asked of the Trainer."""
 
+    model: Any
+    """Which is trained."""
+
     def begin(self) -> None:
         """A training begins."""
 
@@ -246,7 +249,7 @@ class Watch(TrainerCallback):
                 for log_p, row in zip(found, mine, strict=True)
             ]
 
-        return over_rows(rows, of_rows)
+        return over_rows(rows, of_rows, self.trainer.model)
 
 
 def _seen(state: TrainerState, name: str) -> list[tuple[int, float]]:
