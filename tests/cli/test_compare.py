@@ -29,6 +29,8 @@ from unilogit_kernels.unlearning.comparison import cell, run, training
 from unilogit_kernels.unlearning.comparison.cost import Peak
 from unilogit_kernels.unlearning.comparison.report import page as page_module
 
+FEW = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
+
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
@@ -251,6 +253,10 @@ def test_another_plan_goes_on_where_all_that_cells_share_is_the_same(
         ({"data": {}}, "exactly one of made_up, benchmark and files, got none"),
         ({"data": {"files": {"forget": "forget.jsonl"}}}, "must name a file of the set 'retain'"),
         ({"data": {"made_up": {"sellers": 3}}}, "data.made_up: "),
+        (
+            {"data": {"files": FEW, "sets": ["x"]}},
+            "data.sets: there is no set 'x'; there are forget, retain",
+        ),
         ({"model": {}}, "model.base is what"),
         ({"model": {"base": "base", "cached": True}}, "model.cached needs train_layers"),
         ({"model": {"base": "nowhere"}}, "loaded from 'nowhere'"),
@@ -261,7 +267,7 @@ def test_another_plan_goes_on_where_all_that_cells_share_is_the_same(
     ],
 )
 def test_wrong_plans(folder: Path, change: dict[str, Any], message: str) -> None:
-    plan = plan_content({"forget": "forget.jsonl", "retain": "retain.jsonl"}, **change)
+    plan = plan_content(FEW, **change)
     Path("plan.yaml").write_text(yaml.safe_dump(plan))
     done = command("compare plan.yaml --output out")
     assert done.exit_code == 2, done.output

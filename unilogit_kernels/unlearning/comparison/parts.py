@@ -34,6 +34,7 @@ class DataPlan:
         set_aside: share of the retain rows, or of what they are about where their ids say so
             (`subject/fact`), that both models learn and no unlearning batch contains: they are
             measured as `neighbours`.
+        sets: names of those that are measured, `forget` among them; all if empty.
     """
 
     made_up: dict[str, Any] | None = None
@@ -41,6 +42,7 @@ class DataPlan:
     data_dir: str | None = None
     files: dict[str, str] | None = None
     set_aside: float = field(default=0.0, metadata={"range": _SHARE})
+    sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def read_data(
     """
     training, sets = _from_files(plan) if plan.files else _from_benchmark(plan, folder)
     retain, aside = _set_aside(training["retain"], plan.set_aside, seed)
-    sets = _with_neighbours(sets, retain, aside)
+    sets = _chosen(_with_neighbours(sets, retain, aside), plan.sets)
     how = Generation(answers.max_new_tokens)
     sets = [dataclasses.replace(each, generation=how) for each in sets]
     sets.sort(key=lambda each: each.role != "forget")
@@ -88,6 +88,15 @@ def read_data(
         # From both ends, so that both parts of the split are looked at alike.
         looked_at={name: _both_ends(rows, checked) for name, rows in order.items()},
     )
+
+
+def _chosen(sets: list[EvaluationSet], names: Sequence[str]) -> list[EvaluationSet]:
+    """The sets that a plan names; all where it names none."""
+    known = [each.name for each in sets]
+    for name in names:
+        if name not in known:
+            raise RunError(f"data.sets: there is no set {name!r}; there are {', '.join(known)}")
+    return [each for each in sets if not names or each.name in names]
 
 
 def _from_files(plan: DataPlan) -> tuple[dict[str, Sequence[Row]], list[EvaluationSet]]:

@@ -28,9 +28,18 @@ from unilogit_kernels.unlearning.comparison.summary import Run, Summary
 
 Draw = Callable[[Summary, Theme], Figure]
 
+_MOST_TICKS = 8
+
 _STEP = 5.5
 """Points from one method's mark to the next, beside the target."""
-_FIRST_DIGITS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+_FIRST_DIGITS = (
+    (1.0,),
+    (1.0, 3.0),
+    (1.0, 2.0, 5.0),
+    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+    (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0),
+    tuple(digits / 20 for digits in range(20, 200)),
+)
 """Of ticks on a logarithmic axis: as few as make four of them."""
 
 
@@ -226,8 +235,8 @@ def truth_ratios(name: str) -> Draw:
 
         def step(values: Sequence[float], **style: Any) -> None:
             ordered = np.sort(np.clip(np.asarray(values, dtype=np.float64), 1e-3, 1e3))
-            share = np.arange(1, len(ordered) + 1) / len(ordered)
-            axes.step(ordered, share, where="post", **style)
+            share = np.arange(len(ordered) + 1) / len(ordered)
+            axes.step([ordered[0], *ordered], share, where="post", **style)
 
         for position, swept in enumerate(summary.methods):
             look = theme.of(position)
@@ -260,7 +269,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
         found = [round(tick, 6) for tick in every if low <= tick <= high]
         if len(found) >= 4:
             break
-    return found
+    return found[:: -(-len(found) // _MOST_TICKS)] if found else []
 
 
 def beside(measure: str, of_end: bool = False) -> Draw:
