@@ -277,7 +277,9 @@ def test_rmu_keeps_retain_rows_where_the_base_has_them(tmp_path: Path) -> None:
     model = with_adapter("lora")
     options = {"method": "rmu", "method_parameters": {"layer": 1}, "learning_rate": 0.01}
     trainer = train(tmp_path, model, retain_loss="hidden_states", num_train_epochs=2, **options)
-    assert logged(trainer, "retain_loss")[0] == 0 < logged(trainer, "retain_loss")[-1]
+    # Squares of roundings at first, at most: rows in another batch are summed in another order.
+    first, *_, last = logged(trainer, "retain_loss")
+    assert first <= torch.finfo(torch.float32).eps ** 2 < last
 
 
 def test_an_adapter_that_was_trained_before_is_said_not_to_be_the_start(tmp_path: Path) -> None:
