@@ -108,7 +108,7 @@ def prepare(folder: Path) -> None:
     if not (folder / "unlearned" / "config.json").exists():
         forget: list[str | Path] = ["unlearn", "--model", folder / "starting"]
         forget += ["--benchmark", BENCHMARK, "--data-dir", data, "--output", folder / "unlearned"]
-        run(*forget, "--lr", "2e-4", "--batch-size", "16", "--epochs", "3")
+        run(*forget, "--lr", "2e-4", "--batch-size", "16", "--epochs", "3")  # half-way
 
 
 def cell(found: dict[str, Any] | None) -> str:
