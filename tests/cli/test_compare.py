@@ -18,12 +18,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tests.support.tiny_models import one_thread
-from tests.unlearning.tiny_comparison import (
-    plan_content,
-    quick_collection,
-    quick_collections,
-    write_inputs,
-)
+from tests.unlearning.tiny_comparison import plan_content, write_inputs
 from unilogit_kernels.cli.app import app
 from unilogit_kernels.unlearning.comparison import cell, run, training
 from unilogit_kernels.unlearning.comparison.cost import Peak
@@ -62,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with inputs(tmp_path_factory.mktemp("whole")) as made, quick_collections():
+    with inputs(tmp_path_factory.mktemp("whole")) as made:
         done = command("compare plan.yaml --output out")
         assert done.exit_code == 0, done.output
         assert "6 of 6: npo-lr0.003-w1-seed1" in done.output
@@ -79,7 +74,6 @@ def written(folder: str) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(folder, "cells").glob("*.json")}
 
 
-@pytest.mark.usefixtures(quick_collection.__name__)
 def test_what_is_finished_is_not_repeated_and_the_report_is_the_same(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +183,6 @@ def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
     assert json.loads(html.unescape(title[1])) == {"width": width, "found": []}
 
 
-@pytest.mark.usefixtures(quick_collection.__name__)
 def test_a_cell_that_fails_is_a_row_with_its_error(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

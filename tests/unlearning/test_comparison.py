@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.tiny_models import make_model, one_thread
-from tests.unlearning.tiny_comparison import plan_content, quick_collection, write_inputs
+from tests.unlearning.tiny_comparison import plan_content, write_inputs
 from unilogit_kernels.unlearning.comparison.cell import run_cell, run_model
 from unilogit_kernels.unlearning.comparison.matching import at_target, is_within_noise
 from unilogit_kernels.unlearning.comparison.parts import AnswersPlan, ChecksPlan, DataPlan
@@ -23,7 +23,6 @@ from unilogit_kernels.unlearning.comparison.summary import Run, Swept
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
-__all__ = ["quick_collection"]
 
 MADE_UP = {
     "sellers": 20,
@@ -207,7 +206,7 @@ LEARN = {"steps": 40, "batch_size": 8, "learning_rate": 1e-2}
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_collection: None) -> Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
     trials = {"relearn_steps": 1, "relearn_rate": 1e-3, "bits": 4}
     return plan_of(plan_content(write_inputs(tmp_path), robustness=trials, learn=LEARN))

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.support.tiny_models import save_model, write_rows
 
 NAMES = ["ada", "bo", "cyd", "dot"]
 OTHERS = ["eve", "fay"]
-
-
-@contextmanager
-def quick_collections() -> Iterator[None]:
-    """accelerate collects garbage after each training, which takes longer than the training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def quick_collection() -> Iterator[None]:
-    """The same for a test."""
-    with quick_collections():
-        yield
 
 
 def _rows(question: str, names: list[str]) -> list[dict[str, Any]]:
