@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unilogit_kernels import (
     LowRank,
@@ -246,3 +247,39 @@ def test_tensors_without_data(entry: str, without_data: str) -> None:
             ours(x).backward()
     assert x.grad is not None
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_and_without_the_dispatcher(backend: str, entry: str) -> None:
+    """A call that nobody watches goes past the dispatcher; one that is watched is seen whole."""
+    ours, _, x = _pairs(backend)[entry]
+
+    def step() -> tuple[Tensor, Tensor]:
+        learning = x.clone().requires_grad_()
+        loss = ours(learning)
+        return loss.detach(), torch.autograd.grad(loss, learning)[0]
+
+    straight = step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = step()
+    with _Watch() as watch:
+        watched = step()
+    for found in (profiled, watched):
+        assert all(map(torch.equal, straight, found))
+    seen = {event.key for event in profile.key_averages() if "unilogit_kernels::" in event.key}
+    assert seen == watch.seen
+    assert seen
+
+
+class _Watch(TorchDispatchMode):
+    """Writes down which of the package's operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "unilogit_kernels":
+            self.seen.add(func._schema.name)
+        return func(*args, **(kwargs or {}))

@@ -29,9 +29,9 @@ from unilogit_kernels.ops.arguments import (
     TokenRows,
     WeightedObjective,
 )
+from unilogit_kernels.ops.derivatives import any_tangent
 from unilogit_kernels.ops.heads import NO_GRADIENTS, Head, Operands
 from unilogit_kernels.ops.linear import Active
-from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.contract import weigh
 
 

@@ -13,10 +13,10 @@ from unilogit_kernels.calls.sharded import local_heads, local_logits
 from unilogit_kernels.calls.validation import LossCall, as_rows, cast_for_autocast
 from unilogit_kernels.fused_linear.options import LinearOptions
 from unilogit_kernels.ops.arguments import NO_GRADIENT
+from unilogit_kernels.ops.derivatives import any_tangent
 from unilogit_kernels.ops.divergence import HeadPair, LogitsPair, Weights
 from unilogit_kernels.ops.heads import NO_GRADIENTS
 from unilogit_kernels.ops.linear import Active
-from unilogit_kernels.ops.registration import any_tangent
 from unilogit_kernels.rows.contract import weigh
 
 Head = tuple[Tensor, Tensor, Tensor | None]

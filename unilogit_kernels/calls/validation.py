@@ -18,7 +18,7 @@ from unilogit_kernels.backends.contract import LogitTransform
 from unilogit_kernels.calls.options import CallOptions
 from unilogit_kernels.calls.vocab_parallel import place_of
 from unilogit_kernels.fused_linear.options import LinearOptions, budget_in_bytes
-from unilogit_kernels.ops.registration import any_tangent
+from unilogit_kernels.ops.derivatives import any_tangent
 from unilogit_kernels.rows.ranks import Shard
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

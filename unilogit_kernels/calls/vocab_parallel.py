@@ -105,7 +105,7 @@ def on_all_ranks(function: _Function) -> _Function:
 
 def is_dtensor(tensor: object) -> bool:
     """Whether it is one, without importing them: most processes have none."""
-    return isinstance(tensor, Tensor) and type(tensor).__name__ == "DTensor"
+    return type(tensor).__name__ == "DTensor" and isinstance(tensor, Tensor)
 
 
 def _group_of(operands: Iterable[Any]) -> dist.ProcessGroup | None:

@@ -64,20 +64,19 @@ def unilogit_loss(
         >>> bool(logits.grad[3].eq(0).all())
         True
     """
-    return objective_loss(
-        logits,
-        labels,
-        _unilogit(direction),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        vocab_parallel=vocab_parallel,
-        backend=backend,
+    resolved = objectives.resolve(_unilogit(direction))
+    call_options = CallOptions(
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        num_items_in_batch,
+        vocab_parallel,
     )
+    return dispatch.objective_of(*dispatch.from_logits(logits, labels, call_options), resolved)
 
 
 @documented
@@ -129,24 +128,20 @@ def linear_unilogit_loss(
         >>> hidden.grad.shape
         torch.Size([2, 3, 16])
     """
-    return linear_objective_loss(
-        hidden,
-        weight,
-        labels,
-        _unilogit(direction),
-        bias=bias,
-        adapter=adapter,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-        vocab_parallel=vocab_parallel,
-        backend=backend,
-        options=options,
+    resolved = objectives.resolve(_unilogit(direction))
+    call_options = CallOptions(
+        ignore_index,
+        softcap,
+        logit_scale,
+        vocab_size,
+        backend,
+        reduction,
+        token_weights,
+        num_items_in_batch,
+        vocab_parallel,
     )
+    described = dispatch.from_linear(hidden, weight, bias, labels, call_options, options, adapter)
+    return dispatch.objective_of(*described, resolved)
 
 
 @documented

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
-from unilogit_kernels.ops.fragments import Fragment, names, rebuilt, save, saved, schema
+from unilogit_kernels.ops.derivatives import (
+    Below,
+    Call,
+    Derivatives,
+    Fragments,
+    any_tangent,
+    differentiable,
+    first_derivatives_only,
+    is_of_numbers,
+    requires_grad,
+)
+from unilogit_kernels.ops.fragments import Fragment, names, rebuilt, schema
 from unilogit_kernels.rows.ranks import told_to_all
 
 LIBRARY = torch.library.Library("unilogit_kernels", "DEF")
@@ -46,30 +54,40 @@ class Operator(Generic[P, R]):
         self.name = name
         self._gives, self._several = gives, len(names(gives)) > 1
         self._of_needs = getattr(takes[-1], "of_needs", None)
-        flat = [name for part in takes for name in names(part)]
-        self._group_at = flat.index("group") if "group" in flat else None
+        self._group_in = next((n for n, part in enumerate(takes) if "group" in names(part)), None)
         stops = list(itertools.accumulate(len(names(part)) for part in takes))
         self._slices: list[tuple[type[Any], int, int]] = list(
             zip(takes, [0, *stops], stops, strict=False)
         )
         LIBRARY.define(f"{name}({schema(takes)}) -> ({schema([gives])})")
         self._overload = getattr(torch.ops.unilogit_kernels, name).default
-        run = self._real(function)
+        self._function: Callable[..., R] = function
+        self._level: Callable[[Fragments, Below], R] = lambda fragments, below: below(fragments)
+
+        def run(*args: Any) -> Any:
+            return self.output(self._compute(self._split(args)))
+
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         IMPLEMENTATIONS[f"unilogit_kernels::{name}"] = run
         torch.library.register_vmap(f"unilogit_kernels::{name}", self._vmap, lib=LIBRARY)
 
     def __call__(self, *fragments: P.args, **_: P.kwargs) -> R:
-        """Call it, as torch calls any operator."""
-        flat = [value for fragment in fragments for value in cast(Fragment, fragment)]
-        return self._result(self._overload(*flat))
+        """Call it, as torch calls any operator; where nobody watches, without its dispatcher.
+
+        That takes each argument through C++ and back twice in a forward and twice in a backward,
+        which on a few rows takes as long as the kernels.
+        """
+        given = cast(tuple[Fragment, ...], fragments)
+        if _is_plain(given):
+            return self._level(given, self._straight)
+        return self._result(self._overload(*_flat(given)))
 
     def fake(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorator of what the operator returns for tensors without data."""
         of_fragments: Callable[..., R] = function
 
         def run(*args: Any) -> Any:
-            return self._output(of_fragments(*self._split(args)))
+            return self.output(of_fragments(*self._split(args)))
 
         torch.library.register_fake(f"unilogit_kernels::{self.name}", run, lib=LIBRARY)
         return function
@@ -81,46 +99,55 @@ class Operator(Generic[P, R]):
         tree several times a step, which on a few rows takes as long as the kernels. It also leaves
         forward-mode AD at a silent zero.
         """
-        call = _Call(self, derivatives)
         operands = derivatives.operands
 
-        def run(*args: Any) -> Any:
-            first = args[:operands]
+        def level(fragments: Fragments, below: Below) -> Any:
+            first = (*fragments[0],)[:operands]
             tangents = any_tangent(first)
-            if tangents or _requires_grad(first):
-                return _apply(_Differentiable, call, tangents, args[operands:], *first)
-            return self._below_autograd(args)
+            if not (tangents or requires_grad(first)):
+                return below(fragments)
+            call = Call(self, derivatives, fragments, below, tangents)
+            return self._result(differentiable(call, first))
 
-        LIBRARY.impl(self.name, run, "Autograd")
+        self._set_level(level)
 
     def differentiable_no_more(self) -> None:
         """Say of an operator that computes derivatives that it has none itself."""
 
-        def run(*args: Any) -> Any:
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            if _requires_grad(tensors) or any_tangent(tensors):
-                compute = functools.partial(self._below_autograd, args)
-                return first_derivatives_only(compute, self.name, tensors)
-            return self._below_autograd(args)
+        def level(fragments: Fragments, below: Below) -> Any:
+            tensors = [arg for arg in _flat(fragments) if isinstance(arg, Tensor)]
+            if not (requires_grad(tensors) or any_tangent(tensors)):
+                return below(fragments)
+            return self._result(
+                first_derivatives_only(lambda: self.output(below(fragments)), self.name, tensors)
+            )
 
+        self._set_level(level)
+
+    def _set_level(self, level: Callable[[Fragments, Below], R]) -> None:
+        """Say what autograd does with a call, at each of its levels."""
+
+        def run(*args: Any) -> Any:
+            return self.output(level(self._split(args), self._below_autograd))
+
+        self._level = level
         LIBRARY.impl(self.name, run, "Autograd")
 
-    def _real(self, function: Callable[..., R]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            device_type = args[0].device.type
-            if not torch.is_autocast_enabled(device_type):
-                return compute(args, device_type)
-            # A GEMM in here has chosen its dtypes; autocast would change them.
-            with torch.autocast(device_type, enabled=False):
-                return compute(args, device_type)
+    def _compute(self, fragments: Fragments) -> R:
+        """Call the function itself."""
+        device_type = next(iter(fragments[0])).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self._on_all_ranks(fragments, device_type)
+        # A GEMM in here has chosen its dtypes; autocast would change them.
+        with torch.autocast(device_type, enabled=False):
+            return self._on_all_ranks(fragments, device_type)
 
-        def compute(args: Sequence[Any], device_type: str) -> Any:
-            if self._group_at is None or not args[self._group_at]:
-                return self._output(function(*self._split(args)))
-            with told_to_all(args[self._group_at], device_type):
-                return self._output(function(*self._split(args)))
-
-        return run
+    def _on_all_ranks(self, fragments: Fragments, device_type: str) -> R:
+        group = "" if self._group_in is None else fragments[self._group_in].group  # type: ignore[attr-defined]
+        if not group:
+            return self._function(*fragments)
+        with told_to_all(group, device_type):
+            return self._function(*fragments)
 
     def _vmap(self, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         """`torch.vmap`: one after the other, as a row kernel fills the device by itself."""
@@ -137,11 +164,11 @@ class Operator(Generic[P, R]):
         stacked = tuple(map(torch.stack, zip(*results, strict=True)))
         return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
-    def _split(self, args: Sequence[Any]) -> list[Any]:
+    def _split(self, args: Sequence[Any]) -> Fragments:
         """The fragments of a flat list of arguments."""
-        return [rebuilt(part, args[start:stop]) for part, start, stop in self._slices]
+        return tuple([rebuilt(part, args[start:stop]) for part, start, stop in self._slices])
 
-    def _output(self, result: R) -> Any:
+    def output(self, result: R) -> Any:
         """What torch expects of an operator that returns `result`."""
         values = tuple(result)
         return values if self._several else values[0]
@@ -150,29 +177,66 @@ class Operator(Generic[P, R]):
         """The inverse."""
         return rebuilt(self._gives, output if self._several else (output,))
 
-    def _below_autograd(self, args: Sequence[Any]) -> Any:
+    def _below_autograd(self, fragments: Fragments) -> R:
         """Call it at the next level: below this one's autograd.
 
         Autograd is off inside an autograd function, but not for levels of `torch.func` below.
         """
+        args = _flat(fragments)
         if not torch._C._are_functorch_transforms_active():
             with torch._C._AutoDispatchBelowAutograd():
-                return self._overload(*args)
+                return self._result(self._overload(*args))
         with (
             torch.enable_grad(),
             forward_ad._set_fwd_grad_enabled(True),
             torch._C._AutoDispatchBelowAutograd(),
         ):
-            return self._overload(*args)
+            return self._result(self._overload(*args))
 
-    def _needing(self, args: Sequence[Any], needs: Sequence[bool]) -> Sequence[Any]:
-        """The arguments with what autograd needs switched on, where the operator is told."""
+    def _straight(self, fragments: Fragments) -> R:
+        """The same where the level below is that of numbers."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._compute(fragments)
+
+    def needing(self, fragments: Fragments, needs: Sequence[bool]) -> Fragments:
+        """With what autograd needs switched on, where the operator is told."""
         if self._of_needs is None:
-            return args
+            return fragments
+        *others, last = fragments
         switched_on = self._of_needs(needs)
-        first = len(args) - len(switched_on)
-        wanted = (a or b for a, b in zip(args[first:], switched_on, strict=True))
-        return *args[:first], *wanted
+        return *others, rebuilt(
+            type(last), [a or b for a, b in zip(last, switched_on, strict=True)]
+        )
+
+
+def _flat(fragments: Fragments) -> list[Any]:
+    return [value for fragment in fragments for value in fragment]
+
+
+def _is_plain(fragments: Fragments) -> bool:
+    """Whether torch's dispatcher would do no more than autograd does.
+
+    Nobody traces, transforms, records or watches operators, and all tensors are of numbers.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for fragment in fragments:
+        for value in fragment:
+            if isinstance(value, Tensor):
+                if not is_of_numbers(value):
+                    return False
+            elif type(value) is list:
+                for each in value:
+                    if isinstance(each, Tensor) and not is_of_numbers(each):
+                        return False
+    return True
 
 
 def operator(
@@ -180,154 +244,3 @@ def operator(
 ) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Decorator: register a function of fragments as an operator, for every device."""
     return lambda function: Operator(function, name, takes, gives)
-
-
-# ---- derivatives -------------------------------------------------------------------------------
-
-
-class Derivatives(Protocol):
-    """The derivatives of an operator's first result by its first arguments; others have none.
-
-    Attributes:
-        operands: How many arguments these are.
-    """
-
-    operands: ClassVar[int]
-
-    @staticmethod
-    def save(result: Any, *fragments: Any) -> Iterable[Fragment]:
-        """What the backward needs, which is handed on to `backward`."""
-
-    @staticmethod
-    def backward(needs: Sequence[bool], upstream: Tensor, *saved: Any) -> Sequence[Tensor | None]:
-        """The operands' gradients; those that are not wanted are dropped."""
-
-    @staticmethod
-    def jvp(tangents: Sequence[Tensor | None], result: Any, *fragments: Any) -> Tensor | None:
-        """The first result's tangent of those of the operands; None if that is not supported."""
-
-
-class _Call:
-    """An operator with its derivatives: what the autograd function below calls."""
-
-    def __init__(self, of: Operator[Any, Any], derivatives: type[Derivatives]) -> None:
-        self.operator, self.derivatives = of, derivatives
-
-
-class _Differentiable(_SingleLevelFunction):
-    """One level of autograd, of torch's own or of a transform of `torch.func`.
-
-    It runs behind the dispatcher, which has unwrapped the levels above; hence it is not an
-    `autograd.Function`, which would do so itself and can't without a `setup_context`.
-    """
-
-    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: _Call, tangents: bool, rest: tuple[Any, ...], *operands: Tensor | None
-    ) -> Any:
-        operator = call.operator
-        args = operator._needing((*operands, *rest), ctx.needs_input_grad[_BESIDE:])
-        output = operator._below_autograd(args)
-        result, fragments = operator._result(output), operator._split(args)
-        ctx.call = call
-        if operator._several:
-            ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        save(ctx, call.derivatives.save(result, *fragments))
-        if tangents:
-            ctx.of_jvp = result, fragments
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs, upstream = ctx.needs_input_grad[_BESIDE:], gradients[0]
-        found: Sequence[Tensor | None] = [None] * len(needs)
-        if upstream is not None:
-            found = ctx.call.derivatives.backward(needs, upstream, *saved(ctx))
-        wanted = (g if need else None for g, need in zip(found, needs, strict=True))
-        return *(None,) * _BESIDE, *wanted
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        result, fragments = ctx.of_jvp
-        del ctx.of_jvp
-        tangent = ctx.call.derivatives.jvp(tangents[_BESIDE:], result, *fragments)
-        if tangent is None:
-            raise _no_forward_ad(ctx.call.operator.name)
-        others = len(list(result)) - 1
-        return (tangent, *(None,) * others) if others else tangent
-
-
-_BESIDE = 3
-"""Arguments of `_Differentiable.forward` before the operands."""
-
-
-class _FirstDerivative(_SingleLevelFunction):
-    """A derivative that depends on `anchors`, but can't be differentiated by them."""
-
-    _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
-
-    @staticmethod
-    def forward(ctx: Any, compute: Callable[[], Any], name: str, *anchors: Tensor) -> Any:
-        ctx.name = name
-        return compute()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            f"unilogit_kernels::{ctx.name} computes first derivatives only; for a double backward "
-            "(create_graph=True) pass backend='eager', which knows reverse mode over reverse mode "
-            "where no ranks share the vocabulary"
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise _no_forward_ad(ctx.name)
-
-
-def first_derivatives_only(
-    compute: Callable[[], Any], name: str, anchors: Iterable[Tensor | None]
-) -> Any:
-    """`compute()`, attached to the graph of the `anchors`: to differentiate it again is an error.
-
-    Args:
-        compute: Of tensors, what the backward of an operator returns.
-        name: Of the operator.
-        anchors: What the result depends on.
-    """
-    return _apply(_FirstDerivative, compute, name, *anchors)
-
-
-def _apply(function: type[_SingleLevelFunction], *args: Any) -> Any:
-    apply: Callable[..., Any] = function.apply  # type: ignore[attr-defined]  # of a base in C++
-    if not torch._C._are_functorch_transforms_active():
-        return apply(*args)
-    with enable_single_level_autograd_function():
-        return apply(*args)
-
-
-def any_tangent(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether forward-mode AD carries a tangent of one of these."""
-    level = forward_ad._current_level
-    return level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x, level=level).tangent is not None
-        for x in tensors
-    )
-
-
-def _requires_grad(operands: Sequence[Tensor | None]) -> bool:
-    """Whether the graph has to see an operation on these."""
-    if torch.is_grad_enabled():
-        for x in operands:
-            if x is not None and x.requires_grad:
-                return True
-    return False
-
-
-def _no_forward_ad(name: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"Trying to use forward AD with unilogit_kernels::{name} that does not support it because "
-        "it has not been implemented yet. Of these losses forward AD knows first derivatives only."
-    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unilogit_kernels.backends import registry
 from unilogit_kernels.ops.arguments import Saved, exact_dtype
+from unilogit_kernels.ops.derivatives import is_of_numbers
 from unilogit_kernels.ops.registration import operator
 
 ROWS_AT_A_TIME = 1 << 20
@@ -115,12 +116,6 @@ def _has_values(gradient: Tensor, factor: Tensor) -> bool:
     """Whether these are of numbers, and nobody traces or transforms what is done to them."""
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
-    for tensor in (gradient, factor):
-        if type(tensor) is not Tensor or tensor.is_meta:
-            return False
-        of_functorch = torch._C._functorch
-        if of_functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        if of_functorch.is_legacy_batchedtensor(tensor):
-            return False
+    if not (is_of_numbers(gradient) and is_of_numbers(factor)):
+        return False
     return not torch.compiler.is_compiling()
