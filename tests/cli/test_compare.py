@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with inputs(tmp_path_factory.mktemp("whole")) as made:
         done = command("compare plan.yaml --output out")
         assert done.exit_code == 0, done.output
-        assert "6 of 6: npo-lr0.003-w1-seed1" in done.output
+        assert "2 of 2: npo-lr0.003-w1-seed1" in done.output
     torch.set_num_threads(threads)
     return made / "out"
 
@@ -95,13 +95,13 @@ def test_what_is_finished_is_not_repeated_and_the_report_is_the_same(
     assert len(before) == 2
     half = command("report halves")
     assert half.exit_code == 0, half.output
-    assert "4 to be run" in Path("halves/report.html").read_text()
+    assert "1 to be run" in Path("halves/report.html").read_text()
 
     rest = command("compare plan.yaml --output halves")
     assert rest.exit_code == 0, rest.output
-    assert "2 of 6 cells are finished already" in rest.output
+    assert "2 of 3 cells are finished already" in rest.output
     after = written("halves")
-    assert len(after) == 6
+    assert len(after) == 5
     assert {name: after[name] for name in before} == before
     assert Path("halves/report.html").read_bytes() == (whole / "report.html").read_bytes()
 
@@ -187,7 +187,7 @@ def test_a_cell_that_fails_is_a_row_with_its_error(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(whole, "out")
-    failed = Path("out/cells/npo-lr0.003-w1-seed0.json")
+    failed = Path("out/cells/npo-lr0.003-w1-seed1.json")
     failed.unlink()
 
     def failing(*given: Any) -> Any:
@@ -198,13 +198,13 @@ def test_a_cell_that_fails_is_a_row_with_its_error(
         done = command("compare plan.yaml --output out")
         assert done.exit_code == 0, done.output
     told = " ".join(done.output.split())
-    assert "npo-lr0.003-w1-seed0 failed: ValueError: no luck <today>" in told
+    assert "npo-lr0.003-w1-seed1 failed: ValueError: no luck <today>" in told
     page = Path("out/report.html").read_text()
     assert "no luck &lt;today&gt;" in page
-    assert "5 finished, 1 failed" in page
+    assert "4 finished, 1 failed" in page
     monkeypatch.setattr(page_module, "write_report", lambda folder: Path("drawn"))
     again = command("compare plan.yaml --output out")
-    assert "6 of 6 cells are finished already" in again.output
+    assert "2 of 2 cells are finished already" in again.output
     assert "error" in json.loads(failed.read_text())
     retried = command("compare plan.yaml --output out --retry")
     assert retried.exit_code == 0, retried.output
@@ -222,7 +222,7 @@ def test_another_plan_goes_on_where_all_that_cells_share_is_the_same(
         Path("plan.yaml").write_text(yaml.safe_dump(plan_content(write_inputs(folder), **change)))
         return command("compare plan.yaml --output out")
 
-    assert "6 of 9 cells are finished already" in go_on(seeds=[0, 1, 2]).output
+    assert "2 of 4 cells are finished already" in go_on(seeds=[0, 1, 2]).output
     other = go_on(unlearn={"steps": 9, "batch_size": 2, "warmup_steps": 0})
     assert other.exit_code == 2
     assert "with other unlearn.steps (8 -> 9), which all of its cells share" in " ".join(

@@ -20,6 +20,7 @@ from unilogit_kernels.unlearning.comparison.robustness import round_to, rounded
 from unilogit_kernels.unlearning.comparison.rows import Data, read_data
 from unilogit_kernels.unlearning.comparison.run import in_processes
 from unilogit_kernels.unlearning.comparison.summary import Run, Swept
+from unilogit_kernels.unlearning.errors import RunError
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -89,20 +90,20 @@ def test_files_by_the_role_of_their_names(tmp_path: Path) -> None:
 def test_the_plans_that_are_shipped() -> None:
     root = Path(__file__).parents[2]
     cells = {
-        name: len(read_plan(root / name).cells())
+        name: read_plan(root / name).count()
         for name in (
             "benchmarks/paper.yaml",
             "benchmarks/paper_small.yaml",
             "examples/compare.yaml",
         )
     }
-    assert list(cells.values()) == [3 * (8 * 5 * 2 + 2), 2 * 4 * 3, 3 * 2 * 2 * 4]
+    assert list(cells.values()) == [8 * 5 * 2 + 2 + 2 * 9, 8 * 3 + 1 + 2 * 9, 3 * 2 * 2 * 4]
 
 
 def test_every_setting_of_a_cell_is_in_its_name() -> None:
     plan = plan_of(plan_content({"forget": "f", "retain": "r"}))
     names = [cell["name"] for cell in plan.cells()]
-    assert len(set(names)) == len(names) == 6
+    assert len(set(names)) == len(names) == 3
     assert "unilogit-lr0.003-w0.3-seed0" in names
 
 
@@ -157,9 +158,44 @@ def test_settings_are_chosen_on_validation_rows_among_runs_that_came_to_the_targ
         run_of(4.0, [start, check(5, 0.4, 0.9, 0.9)]),
         run_of(4.0, [start, check(5, 0.5, 0.9, 0.9)], seed=1),  # As this seed did.
     ]
-    assert Swept("x", ["retain.probability"], runs).chosen == (2.0, 1.0)
+    assert Swept("x", ["retain.probability"], runs=runs).chosen == (2.0, 1.0)
     # Where none came there: the one that came closest.
-    assert Swept("x", ["retain.probability"], [runs[2]]).chosen == (3.0, 1.0)
+    assert Swept("x", ["retain.probability"], runs=[runs[2]]).chosen == (3.0, 1.0)
+
+
+def test_other_seeds_run_what_was_chosen_and_choose_nothing() -> None:
+    start = check(0, 0.9, 1, 1)
+    runs = [
+        run_of(1.0, [start, check(5, 0.4, 0.6, 0.6)]),
+        run_of(2.0, [start, check(5, 0.4, 0.7, 0.7)]),
+        run_of(2.0, [start, check(5, 0.4, 0.1, 0.1)], seed=1),
+    ]
+    swept = Swept("x", ["retain.probability"], (0,), runs)
+    assert swept.chosen == (2.0, 1.0)
+    assert [run.seed for run in swept.best] == [0, 1]
+    # A seed that does not choose has nothing to say of settings that it alone has run.
+    assert Swept("x", ["retain.probability"], (1,), runs).settings == [(2.0, 1.0)]
+
+
+def test_the_cells_of_two_stages() -> None:
+    files = {"forget": "f", "retain": "r"}
+    plan = plan_of(plan_content(files, choose={"training_seeds": 1}, seeds=[5, 6, 7]))
+    first = [cell["name"] for cell in plan.cells()]
+    assert first == [
+        "unilogit-lr0.003-w0.3-seed5",
+        "unilogit-lr0.003-w1-seed5",
+        "npo-lr0.003-w1-seed5",
+    ]
+    both = [c["name"] for c in plan.cells({"unilogit": (3e-3, 0.3), "NPO": (3e-3, 1.0)})]
+    others = [
+        f"{name}-seed{seed}"
+        for seed in (6, 7)
+        for name in ("unilogit-lr0.003-w0.3", "npo-lr0.003-w1")
+    ]
+    assert both == first + others
+    assert len(both) == plan.count()
+    with pytest.raises(RunError, match="training_seeds must be at most 3"):
+        plan_of(plan_content(files, choose={"training_seeds": 4}, seeds=[5, 6, 7]))
 
 
 def test_noise_is_that_of_pairs() -> None:
@@ -276,7 +312,7 @@ def test_a_process_that_ends_is_its_own_cell_s_error() -> None:
 @pytest.mark.prove
 def test_several_processes_do_what_one_does(plan: Plan, tmp_path: Path) -> None:
     from unilogit_kernels.unlearning.comparison import compare
-    from unilogit_kernels.unlearning.comparison.run import read_cell
+    from unilogit_kernels.unlearning.comparison.folder import read_cell
 
     folders = [tmp_path / "one", tmp_path / "two"]
     for processes, folder in enumerate(folders, 1):

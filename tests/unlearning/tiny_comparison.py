@@ -56,7 +56,7 @@ def plan_content(files: dict[str, str], **other: Any) -> dict[str, Any]:
         "seeds": [0, 1],
         "unlearn": {"steps": 8, "batch_size": 2, "warmup_steps": 0},
         "checks": {"every": 2, "past": 0.5},
-        "choose": {"by": ["neighbours.probability"]},
+        "choose": {"by": ["neighbours.probability"], "training_seeds": 1},
         "answers": {"max_new_tokens": 4, "samples": 2},
         "robustness": {"relearn_steps": 2, "relearn_rate": 3e-3, "bits": 4},
     }

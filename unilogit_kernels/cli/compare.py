@@ -37,8 +37,7 @@ def compare(
 
     quieten_libraries()
     found = read_plan(plan)
-    cells = len(found.cells())
-    say(f"{cells} cells: {len(found.methods)} methods, {len(found.seeds)} seeds")
+    say(f"{found.count()} cells: {len(found.methods)} methods, {len(found.seeds)} seeds")
     try:
         outcome = run(found, output, processes=processes, retry=retry, note=say)
     except KeyboardInterrupt:

@@ -142,11 +142,16 @@ class ChoosePlan:
             training seeds is to be as large as it can be.
         validation: share of each set's rows that the choice sees; all others are what is reported.
         seed: of that split.
+        training_seeds: how many of the plan's seeds, the first ones, run every setting and choose;
+            the others run the chosen settings alone. None for all.
     """
 
     by: tuple[str, ...] = ("retain.probability",)
     validation: float = field(default=0.5, metadata={"range": _AT_MOST_ONE})
     seed: int = field(default=1000, metadata={"range": SEED})
+    training_seeds: int | None = field(
+        default=None, metadata={"range": _COUNT._replace(optional=True)}
+    )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ from unilogit_kernels.unlearning.methods import (
     default_retain_loss,
 )
 
+Setting = tuple[float, float]
+"""Learning rate and forget weight."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,7 +49,7 @@ class Plan:
         methods: at least one.
         learning_rates: each method's, unless it has its own.
         forget_weights: each method's, unless it has its own.
-        seeds: of training, each of which runs every setting of every method.
+        seeds: of training, each of which runs every setting of every method; but see `ChoosePlan`.
         learn: how the starting and the golden model learn.
         unlearn: what all methods share.
         checks: when a run is looked at.
@@ -80,6 +83,11 @@ class Plan:
         for name in ("methods", "seeds"):
             if not getattr(self, name):
                 raise RunError(f"{name} must hold at least one, got none")
+        if (self.choose.training_seeds or 0) > len(self.seeds):
+            raise RunError(
+                f"choose.training_seeds must be at most {len(self.seeds)}, the number of seeds, "
+                f"got {self.choose.training_seeds}"
+            )
         titles = [method.title for method in self.methods]
         slugs = [slug(title) for title in titles]
         for title, each in zip(titles, slugs, strict=True):
@@ -104,13 +112,32 @@ class Plan:
         split = {"validation": self.choose.validation, "seed": self.choose.seed}
         return {**found, "split": split}
 
-    def cells(self) -> list[dict[str, Any]]:
-        """The settings of each cell that are its own, for JSON, with a `name` that no other has."""
+    @property
+    def choosing_seeds(self) -> tuple[int, ...]:
+        """Those that run every setting."""
+        return self.seeds[: self.choose.training_seeds]
+
+    def count(self) -> int:
+        """How many cells there are once settings are chosen."""
+        others = len(self.seeds) - len(self.choosing_seeds)
+        return len(self.cells()) + others * len(self.methods)
+
+    def cells(self, chosen: Mapping[str, Setting] | None = None) -> list[dict[str, Any]]:
+        """The settings of each cell that are its own, for JSON, with a `name` that no other has.
+
+        Args:
+            chosen: by the method's title; of seeds that do not choose, the cells with these
+                settings. None for the cells that the choice is made on.
+        """
         found: list[dict[str, Any]] = []
         for seed, method in itertools.product(self.seeds, self.methods):
             rates = method.learning_rates or self.learning_rates
             weights = method.forget_weights or self.forget_weights
             for rate, weight in itertools.product(rates, weights):
+                if seed not in self.choosing_seeds and (rate, weight) != (chosen or {}).get(
+                    method.title
+                ):
+                    continue
                 found.append(
                     {
                         "name": f"{slug(method.title)}-lr{rate:g}-w{weight:g}-seed{seed}",

@@ -25,14 +25,13 @@ from unilogit_kernels.unlearning.comparison.cell import (
     run_cell,
     run_model,
 )
+from unilogit_kernels.unlearning.comparison.folder import AUDIT, CELLS, PLAN, read_cell
 from unilogit_kernels.unlearning.comparison.plan import Plan
+from unilogit_kernels.unlearning.comparison.summary import read_summary
 from unilogit_kernels.unlearning.errors import RunError, check_writable, one_line, reading
 from unilogit_kernels.unlearning.measuring.audit import audit_record
 from unilogit_kernels.unlearning.measuring.store import write_json
 from unilogit_kernels.unlearning.processes import check_alone, on_cpu
-
-CELLS, PLAN, AUDIT = "cells", "plan.json", "audit.json"
-"""In the folder of a comparison: that of its cells, the plan, and what was compared of what."""
 
 _ENDED = "the process of this cell ended, as it does for want of memory"
 
@@ -89,63 +88,38 @@ def compare(
     shared = plan.shared()
     check_measures(plan.choose.by, shared, folder)
     _check_same(folder, shared)
-    write_json(folder / PLAN, {"shared": shared, "plan": _recorded(plan)})
+    cells = plan.cells()
+    _record(plan, cells, folder)
     models: dict[str, Any] = {}
     for role in (GOLDEN, STARTING):
         golden = models.get(GOLDEN, {}).get("logs")
         models[role] = _model(role, shared, folder, golden, note)
-    cells = plan.cells()
-    found = {cell["name"]: read_cell(folder, cell) for cell in cells}
-    again = [c for c in cells if retry and "error" in (found[c["name"]] or {})]
-    waiting = [cell for cell in cells if found[cell["name"]] is None or cell in again]
-    if len(waiting) < len(cells):
-        note(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already")
     write_json(folder / AUDIT, _audit(plan, models))
-    _run_all(waiting, shared, folder, models, processes, note)
+    run = partial(
+        _run_missing, shared=shared, folder=folder, models=models, processes=processes, note=note
+    )
+    new = run(cells, retry=retry)
+    if plan.count() > len(cells):
+        chosen = {each.title: each.chosen for each in read_summary(folder).methods}
+        note(f"seeds {plan.choosing_seeds} chose; the others run the chosen settings")
+        cells = plan.cells({title: each for title, each in chosen.items() if each is not None})
+        _record(plan, cells, folder)
+        new += run([c for c in cells if c["seed"] not in plan.choosing_seeds], retry=retry)
     results = {cell["name"]: read_cell(folder, cell) or {} for cell in cells}
     failed = {name: found["error"] for name, found in results.items() if "error" in found}
-    return Outcome(len(results), len(waiting), failed)
+    return Outcome(len(results), new, failed)
 
 
-def read_cell(folder: Path, cell: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The file of a finished cell, or None.
-
-    Raises:
-        RunError: it is of other settings, or cannot be read.
-    """
-    path = folder / CELLS / f"{cell['name']}.json"
-    if not path.exists():
-        return None
-    with reading(f"{path}: no results of a cell; delete it to have it run again"):
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in cell if found["settings"].get(name) != cell[name]]
-    if changed:
-        raise RunError(
-            f"{path} was run with other settings ({', '.join(changed)}): delete it, or choose "
-            "another directory"
-        )
-    return found
-
-
-def read_models(folder: Path) -> dict[str, Any]:
-    """The results of the golden and the starting model.
-
-    Raises:
-        RunError: they are not there.
-    """
-    with reading(f"{folder}: holds no comparison"):
-        paths = {role: folder / f"{role}.json" for role in (STARTING, GOLDEN)}
-        return {role: json.loads(path.read_text("utf-8")) for role, path in paths.items()}
-
-
-def _recorded(plan: Plan) -> dict[str, Any]:
-    """What `report` draws by, for JSON."""
-    return {
+def _record(plan: Plan, cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write what `report` draws by."""
+    drawn = {
         "title": plan.title,
-        "cells": plan.cells(),
+        "cells": cells,
         "by": list(plan.choose.by),
+        "choosing_seeds": list(plan.choosing_seeds),
         "samples": plan.answers.samples,
     }
+    write_json(folder / PLAN, {"shared": plan.shared(), "plan": drawn})
 
 
 def _check_same(folder: Path, shared: Mapping[str, Any]) -> None:
@@ -199,15 +173,25 @@ def _audit(plan: Plan, models: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("metrics", "written")}
 
 
-def _run_all(
-    cells: Sequence[Mapping[str, Any]],
+def _run_missing(
+    planned: Sequence[Mapping[str, Any]],
     shared: Mapping[str, Any],
     folder: Path,
     models: Mapping[str, Any],
     processes: int,
     note: Note,
-) -> None:
-    """Run cells one after the other, or several at once, and write each when it is done."""
+    *,
+    retry: bool,
+) -> int:
+    """Run cells that are not finished, one after the other or several at once; say how many.
+
+    Each is written when it is done.
+    """
+    found = {cell["name"]: read_cell(folder, cell) for cell in planned}
+    again = [c for c in planned if retry and "error" in (found[c["name"]] or {})]
+    cells = [cell for cell in planned if found[cell["name"]] is None or cell in again]
+    if len(cells) < len(planned):
+        note(f"{len(planned) - len(cells)} of {len(planned)} cells are finished already")
     done = 0
 
     def keep(cell: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -219,11 +203,13 @@ def _run_all(
     if processes == 1 or len(cells) <= 1:
         for cell in cells:
             keep(cell, _tried({**cell, "shared": shared}, folder, models))
-        return
+        return len(cells)
     given = [{**cell, "shared": shared} for cell in cells]
-    found = in_processes(partial(_tried, folder=folder, models=models), given, processes)
-    for number, result in found:
+    for number, result in in_processes(
+        partial(_tried, folder=folder, models=models), given, processes
+    ):
         keep(cells[number], result)
+    return len(cells)
 
 
 def in_processes(

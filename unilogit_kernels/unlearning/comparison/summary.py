@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +11,13 @@ from typing import Any
 
 from unilogit_kernels.unlearning.comparison.cell import GOLDEN, STARTING, target_of
 from unilogit_kernels.unlearning.comparison.fields import build
+from unilogit_kernels.unlearning.comparison.folder import AUDIT, PLAN, read_cell, read_models
 from unilogit_kernels.unlearning.comparison.matching import Match, at_target
 from unilogit_kernels.unlearning.comparison.measure import ALL, TEST, VALIDATION
 from unilogit_kernels.unlearning.comparison.parts import ChecksPlan
-from unilogit_kernels.unlearning.comparison.run import AUDIT, PLAN, read_cell, read_models
+from unilogit_kernels.unlearning.comparison.plan import Setting
 from unilogit_kernels.unlearning.errors import reading
 from unilogit_kernels.unlearning.measuring.sets import role_of
-
-Setting = tuple[float, float]
-"""Learning rate and forget weight."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,18 @@ class Swept:
         title: of the method.
         runs: that came to an end.
         by: what its settings are chosen by.
+        choosing_seeds: whose runs they are chosen by; None for all.
     """
 
     title: str
     by: Sequence[str]
+    choosing_seeds: Collection[int] | None = None
     runs: list[Run] = field(default_factory=list)
 
     @property
     def settings(self) -> list[Setting]:
         """Those that were tried, in order."""
-        return sorted({run.setting for run in self.runs})
+        return sorted({run.setting for run in self.runs if self._choosing(run.setting)})
 
     def at(self, setting: Setting) -> list[Run]:
         """The runs of one choice of settings."""
@@ -107,7 +107,7 @@ class Swept:
     def score(self, setting: Setting) -> float | None:
         """What the choice is made by; None where no run came to the target."""
         values = []
-        for run in self.at(setting):
+        for run in self._choosing(setting):
             parts = [run.seen(measure, VALIDATION) for measure in self.by]
             if run.match is None or None in parts:
                 return None
@@ -129,13 +129,17 @@ class Swept:
         runs = [] if self.chosen is None else self.at(self.chosen)
         return sorted(runs, key=lambda run: run.seed)
 
+    def _choosing(self, setting: Setting) -> list[Run]:
+        seeds = self.choosing_seeds
+        return [run for run in self.at(setting) if seeds is None or run.seed in seeds]
+
     def _came(self, setting: Setting) -> int:
-        return sum(run.match is not None for run in self.at(setting))
+        return sum(run.match is not None for run in self._choosing(setting))
 
     def _lowest(self, setting: Setting) -> float:
         lowest = [
             min(float(c["sets"]["forget"][ALL]["probability"]) for c in run.found["checks"])
-            for run in self.at(setting)
+            for run in self._choosing(setting)
         ]
         return sum(lowest) / len(lowest)
 
@@ -216,7 +220,9 @@ def read_summary(folder: Path) -> Summary:
     failed: list[tuple[Mapping[str, Any], str]] = []
     waiting: list[str] = []
     for cell in plan["cells"]:
-        swept = methods.setdefault(cell["title"], Swept(cell["title"], plan["by"]))
+        swept = methods.setdefault(
+            cell["title"], Swept(cell["title"], plan["by"], plan["choosing_seeds"])
+        )
         found = read_cell(folder, cell)
         if found is None:
             waiting.append(cell["name"])

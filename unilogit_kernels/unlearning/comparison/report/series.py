@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from unilogit_kernels.unlearning.comparison.matching import at_target, spread
 from unilogit_kernels.unlearning.comparison.measure import ALL
-from unilogit_kernels.unlearning.comparison.summary import Run, Setting, Summary, Swept, seen
+from unilogit_kernels.unlearning.comparison.plan import Setting
+from unilogit_kernels.unlearning.comparison.summary import Run, Summary, Swept, seen
 
 _POINTS = 60
 """Of a line between start and target."""
