@@ -47,16 +47,17 @@ JUDGED = re.compile(
 ELSEWHERE = [TESTS / "backends" / name for name in ("cuda", "gpu", "triton")]
 """Folders of tests that launch kernels for GPUs, whose results depend on no processor."""
 OF_MODELS = [TESTS / name for name in ("distributed", "huggingface", "integrations", "unlearning")]
-"""Folders of tests of whole models, which no processor of today runs on the baseline set."""
+"""Folders of tests of whole models, whose layers are torch's own. No processor of today runs one on
+the baseline set, and every run on a machine without AVX-512 has them on AVX2."""
 
 
-def numerical_tests(name: str) -> list[Path]:
-    """Files whose tests go through the error budget, and are run on an instruction set."""
-    left_out = [*ELSEWHERE, *OF_MODELS] if name == "baseline" else ELSEWHERE
+def numerical_tests(*, of_models: bool) -> list[Path]:
+    """Files whose tests go through the error budget, of whole models or of what lies below."""
     return [
         file
         for file in sorted(TESTS.rglob("test_*.py"))
-        if not any(file.is_relative_to(folder) for folder in left_out)
+        if not any(file.is_relative_to(folder) for folder in ELSEWHERE)
+        and any(file.is_relative_to(folder) for folder in OF_MODELS) is of_models
         and file != Path(__file__).resolve()
         and JUDGED.search(file.read_text(encoding="utf-8"))
     ]
@@ -94,10 +95,20 @@ def test_an_instruction_set_is_forced(forced: str) -> None:
 @pytest.mark.prove
 @pytest.mark.timeout(7200)
 def test_numerical_tests_pass(forced: str) -> None:
+    _pass(forced, numerical_tests(of_models=False))
+
+
+@pytest.mark.prove
+@pytest.mark.every
+@pytest.mark.timeout(7200)
+def test_tests_of_models_pass() -> None:
+    _pass("avx2", numerical_tests(of_models=True))
+
+
+def _pass(name: str, files: list[Path]) -> None:
     own = library.instruction_set(), torch.backends.cpu.get_cpu_capability()
-    if own == (forced, CAPABILITIES[forced]):
+    if own == (name, CAPABILITIES[name]):
         pytest.skip("a plain run is on it")
-    files = map(str, numerical_tests(forced))
     options = "--tb=line", "-p", "no:cacheprovider", "-m", "not prove and not pairs"
-    result = run(forced, "-m", "pytest", *options, *files)
+    result = run(name, "-m", "pytest", *options, *map(str, files))
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr
