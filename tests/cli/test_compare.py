@@ -241,7 +241,7 @@ def test_another_plan_goes_on_where_all_that_cells_share_is_the_same(
         ({"methods": ["dpo"]}, "needs refusals"),
         ({"methods": ["npo", "npo"]}, "two are called 'npo'"),
         ({"learning_rates": [0.0]}, "learning_rates must be positive, got 0.0"),
-        ({"seeds": "none"}, "seeds must be a list, got str 'none'"),
+        ({"seeds": "none"}, "seeds must be a list, got 'none'"),
         ({"steps": 3}, "the plan has no 'steps'"),
         ({"data": {}}, "exactly one of made_up, benchmark and files, got none"),
         ({"data": {"files": {"forget": "forget.jsonl"}}}, "must name a file of the set 'retain'"),

@@ -208,7 +208,14 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
+_WORDS: dict[Any, str] = {
+    **{str: "text", bool: "true or false", int: "an integer", float: "a number"},
+    **{list: "a list", tuple: "a list", dict: "a mapping", types.NoneType: "nothing"},
+}
+
+
 def _said(hint: Any) -> str:
     parts = typing.get_args(hint) if _is_union(hint) else (hint,)
-    named = (each.__name__ if isinstance(each, type) else str(each) for each in parts)
-    return " or ".join("nothing" if name == "NoneType" else name for name in named)
+    kinds = [typing.get_origin(each) or each for each in parts]
+    words = [_WORDS.get(each) or getattr(each, "__name__", str(each)) for each in kinds]
+    return " or ".join(dict.fromkeys(words))

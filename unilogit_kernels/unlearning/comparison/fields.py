@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from unilogit_kernels.unlearning.config import convert
 from unilogit_kernels.unlearning.errors import RunError
-
-_WORDS = {str: "text", bool: "true or false", int: "an integer", float: "a number"}
 
 
 def build(cls: type[Any], content: Any, where: str) -> Any:
@@ -52,30 +50,14 @@ def build(cls: type[Any], content: Any, where: str) -> Any:
 
 
 def _value(hint: Any, content: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):  # X | None, of which there are no others here.
-        if content is None:
-            return None
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, content, where)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        if not isinstance(content, (list, tuple)):
-            raise RunError(f"{where} must be a list, got {_kind(content)}")
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        if not isinstance(content, list):
+            raise RunError(f"{where} must be a list, got {content!r}")
         of = typing.get_args(hint)[0]
-        return tuple(_value(of, each, f"{where}[{n}]") for n, each in enumerate(content))
-    if origin is dict:
-        if not isinstance(content, Mapping):
-            raise RunError(f"{where} must be a mapping, got {_kind(content)}")
-        of = typing.get_args(hint)[1]
-        return {str(key): _value(of, each, f"{where}.{key}") for key, each in content.items()}
-    if hint is Any:
-        return content
-    if hint is float and isinstance(content, int) and not isinstance(content, bool):
-        return float(content)
-    if not isinstance(content, hint) or (hint is int and isinstance(content, bool)):
-        raise RunError(f"{where} must be {_WORDS[hint]}, got {content!r}")
-    return content
+        return tuple(build(of, each, f"{where}[{n}]") for n, each in enumerate(content))
+    return convert(where, content, hint)
 
 
 def _kind(content: Any) -> str:

@@ -180,7 +180,7 @@ def read_plan(path: Path) -> Plan:
         RunError: it cannot be read, or something in it is wrong; the message names the field.
     """
     with reading(f"the plan {path}"):
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return plan_of(content)
 
 
@@ -200,17 +200,6 @@ def plan_of(content: Any) -> Plan:
     plan.check()
     plan.cells()
     return plan
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Takes `1e-4` for a number, as YAML 1.2 and JSON do and PyYAML's 1.1 does not."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
 
 
 def _check_data(data: DataPlan) -> None:
