@@ -141,13 +141,9 @@ def test_a_step_is_the_literal_step(
             gradient_accumulation_steps=batches,
             retain_per_forget=retain_per_forget,
             method=method,
-            **options,
-            forget_weight=0.7,
-            retain_weight=1.3,
             learning_rate=lr,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
+            **literal.STEP,
+            **options,
         ),
     )
     trainer.train()
