@@ -18,7 +18,6 @@ from tests.support.tiny_models import (
     save_model,
     write_rows,
 )
-from tests.unlearning.test_trainer import InterruptAt
 from tests.unlearning.tiny_trainer import arguments, make_trainer
 from unilogit_kernels.unlearning.methods import Method
 from unilogit_kernels.unlearning.rows import DataError, read_rows
@@ -121,31 +120,14 @@ def replaced(settings: Settings, **changes: Any) -> Settings:
     return Settings(**{**vars(settings), **changes})
 
 
-OF_COMMANDS: dict[str, dict[str, Any]] = {
-    "rmu": {"method_parameters": {"layer": 1}},
-    "altpo": {},
-    "task_vector": {"retain": None},
-    "unilogit": {"retain": None, "retain_loss": "none"},
-}
-
-
-@pytest.mark.parametrize("method", OF_COMMANDS)
-def test_a_resumed_run_ends_as_an_uninterrupted_one(settings: Settings, method: str) -> None:
-    settings = replaced(settings, method=method, **OF_COMMANDS[method])
-    assert execute(prepare(settings)).steps == 6
-    again = replaced(settings, output=settings.output.with_name("again"))
-    with pytest.raises(KeyboardInterrupt):
-        execute(prepare(again), [InterruptAt(5)])
-    execute(prepare(again, resume=True))
-    expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
-    start = AutoModelForCausalLM.from_pretrained(settings.model).state_dict()
-    found = AutoModelForCausalLM.from_pretrained(again.output).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+def test_rmu_trains_its_layer_and_those_below(settings: Settings) -> None:
+    execute(prepare(replaced(settings, method="rmu", method_parameters={"layer": 1})))
+    start, found = (
+        AutoModelForCausalLM.from_pretrained(each).state_dict()
+        for each in (settings.model, settings.output)
+    )
     moved = {name for name, value in found.items() if not torch.equal(value, start[name])}
-    if method == "rmu":
-        assert {name.split(".")[2] for name in moved} == {"0", "1"}
-    else:
-        assert len(moved) == len(found)
+    assert {name.split(".")[2] for name in moved} == {"0", "1"}
 
 
 def test_alternates_are_rows_of_their_own(settings: Settings) -> None:
