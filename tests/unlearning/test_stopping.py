@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.support.tiny_models import (
     one_thread,
     write_rows,
 )
+from tests.unlearning.test_trainer import InterruptAt
 from tests.unlearning.tiny_trainer import arguments, logged, make_trainer
 from unilogit_kernels.unlearning.data import Encoding, Row
 from unilogit_kernels.unlearning.evaluation import SetReport, evaluate_rows
@@ -110,6 +112,29 @@ def test_a_golden_model_s_results_are_a_target(memorised: Path, tmp_path: Path) 
         asked = settings(memorised, tmp_path / name, stop_at=stop_at, report_rows=0)
         steps.add(execute(prepare(asked)).steps)
     assert len(steps) == 1
+
+
+def test_a_run_goes_on_with_the_golden_model_s_results_that_it_began_with(
+    memorised: Path, tmp_path: Path
+) -> None:
+    golden = tmp_path / "GOLDEN_EVAL.json"
+
+    def write(value: float) -> str:
+        golden.write_text(json.dumps({"forget_Q_A_Prob": {"agg_value": value}}))
+        return hashlib.sha256(golden.read_bytes()).hexdigest()
+
+    first = write(0.1)
+    asked = settings(memorised, tmp_path / "out", stop_at=f"golden={golden}", checkpoint_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        execute(prepare(asked), [InterruptAt(3)])
+    record = json.loads((asked.output / "unlearning.json").read_text())
+    assert record["inputs"]["golden results"] == first
+    second = write(0.05)
+    message = rf"with other inputs: golden results \({first} -> {second}\)"
+    with pytest.raises(RunError, match=message):
+        prepare(asked, resume=True)
+    assert write(0.1) == first
+    assert prepare(asked, resume=True).checkpoint is not None
 
 
 def test_too_much_damage_ends_a_run(memorised: Path, tmp_path: Path) -> None:
