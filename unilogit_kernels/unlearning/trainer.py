@@ -205,7 +205,8 @@ class UnlearningTrainer(CompensatingTrainer):
         # A batch for each process, or none: accelerate would have some rows count twice.
         share = self._copies * self._train_batch_size
         fill = share if self._copies > 1 and not self.args.dataloader_drop_last else 1
-        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill)
+        span = self.args.sorted_span(len(self._pairs), share)
+        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill, span)
 
     @contextmanager
     def evaluating_as_in_training(self) -> Iterator[nn.Module]:
