@@ -24,7 +24,7 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.figures import command_of, write
+from benchmarks.turns import in_turns
 from unilogit_kernels import reference
 from unilogit_kernels.bench.devices import Cpu
 from unilogit_kernels.bench.peaks import growth_mib, peak_of_fresh_process, told_by_fresh_process
@@ -79,7 +80,8 @@ class Case:
     def batch(self, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """`input_ids` and labels, `[ROWS, T]`, of this case or of fewer tokens."""
         length = (tokens or self.tokens) // ROWS
-        ids = torch.randint(1000, 40_000, (ROWS, length), generator=torch.manual_seed(0))
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(1000, 40_000, (ROWS, length), generator=draw)
         labels = ids.clone()
         labels[:, : max(0, length - self.labelled // ROWS)] = -100
         return ids, labels
@@ -122,17 +124,6 @@ def take(step: str, model: nn.Module, ids: Tensor, labels: Tensor) -> None:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def in_turns(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, by round; a first round does not count."""
-    device, times = Cpu(), {name: list[float]() for name in jobs}
-    for counted in [False, *[True] * rounds]:
-        for name, job in jobs.items():
-            milliseconds, _ = device.time(job)
-            if counted:
-                times[name].append(milliseconds)
-    return times
-
-
 def times_of(case: Case, rounds: int) -> tuple[dict[str, list[float]], Shape]:
     """Milliseconds of steps and bounds, and the loss's problem on its own."""
     model, (ids, labels) = case.load(), case.batch()
@@ -145,7 +136,7 @@ def times_of(case: Case, rounds: int) -> tuple[dict[str, list[float]], Shape]:
         if provider.name in (ALONE, BARE):
             job = provider.prepare(problem)
             jobs[provider.name] = lambda job=job: job.backward(job.forward())  # type: ignore[misc]
-    return in_turns(jobs, rounds), shape
+    return in_turns(jobs, Cpu(), rounds), shape
 
 
 def peak_of(case: Case, step: str) -> float:
