@@ -20,6 +20,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.figures import command_of, write
+from benchmarks.turns import in_turns
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import Problem, Shape
 from unilogit_kernels.bench.provider import OURS
@@ -88,12 +89,7 @@ def measure(shape: Shape, device: Device, rounds: int) -> Found:
         GEMMS: _step(replace(shape, dtype="float32"), GEMMS, device),
         LITERAL: _step(shape, LITERAL, device),
     }
-    milliseconds: dict[str, list[float]] = {who: [] for who in steps}
-    for counted in [False, *[True] * rounds]:
-        for who, step in steps.items():
-            took, _ = device.time(step)
-            if counted:
-                milliseconds[who].append(took)
+    milliseconds = in_turns(steps, device, rounds)
     return Found(shape.title, milliseconds, _parts(steps[OURS["unilogit"]]))
 
 

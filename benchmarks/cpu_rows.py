@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.turns import in_turns
 from unilogit_kernels import unilogit_loss
 from unilogit_kernels.backends import memory
 from unilogit_kernels.backends.contract import LogitTransform, Tile
 from unilogit_kernels.backends.cpu import library
 from unilogit_kernels.backends.cpu.kernels import CpuKernels
+from unilogit_kernels.bench.devices import Cpu
 from unilogit_kernels.maths import row_state
 
 SHAPES = ((512, 49_152), (1024, 131_072), (8, 131_072))
@@ -86,13 +87,8 @@ def kernels(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object
 
 def measure(functions: dict[str, Callable[[], object]], repeats: int) -> list[Timing]:
     """Time the functions in turn, `repeats` times, after one untimed turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
+    found = in_turns(functions, Cpu(), repeats)
+    seconds = {name: [t / 1e3 for t in times] for name, times in found.items()}
     floor = seconds[FLOOR]
     return [
         Timing(name, times, [t / f for t, f in zip(times, floor, strict=True)])

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.figures import command_of, write
+from benchmarks.turns import in_turns
 from unilogit_kernels import linear_target_log_odds, linear_unilogit_loss
 from unilogit_kernels.bench.devices import Device, find_device
 from unilogit_kernels.bench.problems import DTYPES, Problem, Shape
@@ -72,19 +72,6 @@ def _mask(n: int, share: float) -> Tensor:
     return mask
 
 
-def _in_turns(
-    every: Callable[[], object], some: Callable[[], object], device: Device, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of both; a first round does not count."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for counted in [False, *[True] * rounds]:
-        for step, found in zip((every, some), times, strict=True):
-            milliseconds, _ = device.time(step)
-            if counted:
-                found.append(milliseconds)
-    return times
-
-
 def measure(
     shape: Shape, ignored: float, inactive: float, device: Device, rounds: int
 ) -> list[Found]:
@@ -97,8 +84,9 @@ def measure(
     def call(labels: Tensor) -> object:
         return torch.autograd.grad(linear_unilogit_loss(hidden, weight, labels), trained)
 
-    times = _in_turns(lambda: call(labels), lambda: call(few), device, rounds)
-    results = [Found(shape.title, "ignored", ignored, *times)]
+    calls = {"every": lambda: call(labels), "some": lambda: call(few)}
+    times = in_turns(calls, device, rounds)
+    results = [Found(shape.title, "ignored", ignored, *times.values())]
 
     log_odds = linear_target_log_odds(hidden, weight, labels)
     ones = torch.ones_like(log_odds)
@@ -107,8 +95,9 @@ def measure(
     def backward(upstream: Tensor) -> object:
         return torch.autograd.grad(log_odds, trained, upstream, retain_graph=True)
 
-    times = _in_turns(lambda: backward(ones), lambda: backward(nearly_zero), device, rounds)
-    return [*results, Found(shape.title, "inactive", inactive, *times)]
+    calls = {"every": lambda: backward(ones), "some": lambda: backward(nearly_zero)}
+    times = in_turns(calls, device, rounds)
+    return [*results, Found(shape.title, "inactive", inactive, *times.values())]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What each method costs relative to cross-entropy: `python benchmarks/method_cost.py`.
+"""What each method costs relative to cross-entropy: `python -m benchmarks.method_cost`.
 
 Forward and backward of one fused linear call with a trained lm_head or a frozen one, and of one
 call on logits; the methods alternate in one process, and each ratio is the median over the rounds.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.turns import in_turns
 from unilogit_kernels import linear_objective_loss, objective_loss, objectives
+from unilogit_kernels.bench.devices import Cpu
 from unilogit_kernels.objectives import Objective
 
 SEQUENCES = 8
@@ -40,13 +41,7 @@ def methods(tokens: int) -> dict[str, str | Objective]:
 
 def ratios(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
     """Median milliseconds, and median ratio to cross-entropy in the same round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for counted in [False, *[True] * rounds]:
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if counted:
-                times[name].append(1e3 * (time.perf_counter() - start))
+    times = in_turns(steps, Cpu(), rounds)
     base = times["cross_entropy"]
     return {
         name: (

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unilogit_kernels import reference
+
+STEP: dict[str, Any] = {
+    "forget_weight": 0.7,
+    "retain_weight": 1.3,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+}
+"""Arguments of a Trainer whose step is `parameter -= learning_rate * gradient`, of two losses."""
 
 Literal = Callable[[Tensor, Tensor], Tensor]
 """From logits `[n, V]` and labels `[n]` to losses `[n]`."""

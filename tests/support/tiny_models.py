@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,20 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread."""
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread, and long where others use its core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """See `on_one_thread`."""
+    with on_one_thread():
+        yield
 
 
 def make_tokenizer(

@@ -1,209 +1,32 @@
-"""Adapters in the Trainer: the literal steps, the base as the start, every adapter moves."""
+"""Adapters in the Trainer: the base is the start, every adapter moves, adapters are saved.
+
+That their steps are the literal ones shows test_twenty_steps.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from tests.support import literal
 from tests.support.tiny_models import FORGET, RETAIN, encoded, make_model, one_thread
-from tests.unlearning.tiny_trainer import REFUSALS, arguments, logged
+from tests.unlearning.tiny_adapters import ADAPTERS, learning, with_adapter
+from tests.unlearning.tiny_trainer import arguments, logged
 from unilogit_kernels.huggingface import WithoutAdapters
-from unilogit_kernels.testing import assert_tensors_within_budget, assert_within_budget
 from unilogit_kernels.unlearning.methods import MethodError
 from unilogit_kernels.unlearning.trainer import UnlearningTrainer
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
-LINEAR = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "lora": {"target_modules": LINEAR},
-    "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
-    "trained head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-}
-GAMMA, BETA = 3.0, 0.1
-
-
-def with_adapter(kind: str) -> nn.Module:
-    """A model with a new adapter: it changes nothing yet."""
-    model = make_model()
-    if not ADAPTERS[kind]:
-        return model
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **ADAPTERS[kind])
-    adapted: nn.Module = peft.get_peft_model(model, config)
-    return adapted
-
-
-# ---- the definitions -----------------------------------------------------------------------------
-
-Read = Callable[[nn.Module], tuple[Tensor, Tensor]]
-"""From a model to its logits and the labels that they predict, of some rows."""
-
-
-def unilogit(model: nn.Module, start: nn.Module, read: Read, other: Read) -> Tensor:
-    z, y = read(model)
-    return literal.TOKEN["unilogit"](z[y != -100], y[y != -100])
-
-
-def npo(model: nn.Module, start: nn.Module, read: Read, other: Read) -> Tensor:
-    (z, y), (start_z, _) = read(model), read(start)
-    return literal.npo(literal.sequence_log_p(z, y), literal.sequence_log_p(start_z, y), BETA)
-
-
-def undial(model: nn.Module, start: nn.Module, read: Read, other: Read) -> Tensor:
-    (z, y), (start_z, _) = read(model), read(start)
-    counted = y != -100
-    return literal.undial(GAMMA)(z[counted], start_z[counted], y[counted])
-
-
-def idk_dpo(model: nn.Module, start: nn.Module, read: Read, other: Read) -> Tensor:
-    def ratio(read: Read) -> Tensor:
-        (z, y), (start_z, _) = read(model), read(start)
-        return literal.sequence_log_p(z, y) - literal.sequence_log_p(start_z, y)
-
-    return 2 / BETA * literal.dpo((ratio(other), ratio(read)), BETA)
-
-
-METHODS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-    "unilogit": (unilogit, {}),
-    "npo": (npo, {"method_parameters": {"beta": BETA}}),
-    "undial": (undial, {"method_parameters": {"gamma": GAMMA}, "retain_loss": "kl"}),
-    "idk_dpo": (idk_dpo, {}),
-}
-
-
-class Batch:
-    """One, of which each model makes logits once."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.labels = batch["labels"]
-        self._inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        self._logits: dict[nn.Module, Tensor] = {}
-
-    def rows(self, rows: slice) -> Read:
-        def read(model: nn.Module) -> tuple[Tensor, Tensor]:
-            if model not in self._logits:
-                learns = any(parameter.requires_grad for parameter in model.parameters())
-                with torch.set_grad_enabled(learns):
-                    self._logits[model] = model(**self._inputs).logits
-            return self._logits[model][rows, :-1], self.labels[rows, 1:]
-
-        return read
-
-
-def literal_steps(
-    model: nn.Module, windows: list[list[dict[str, Tensor]]], args: Any, lr: float
-) -> list[Tensor]:
-    """Steps of SGD with full logits; returns the forget and retain loss of each."""
-    start: nn.Module = make_model().eval().requires_grad_(False)
-    start = start.to(next(model.parameters()).dtype)
-    formula, _ = METHODS[args.method]
-    seen = []
-    for window in windows:
-        dropped, kept = [], []
-        for batch in map(Batch, window):
-            n = len(batch.labels) // (3 if args.method == "idk_dpo" else 2)
-            first = n if args.method == "idk_dpo" else 0
-            forget, other = batch.rows(slice(first, first + n)), batch.rows(slice(0, n))
-            dropped.append(formula(model, start, forget, other))
-            retain = batch.rows(slice(first + n, None))
-            z, y = retain(model)
-            counted = y != -100
-            if args.retain_loss == "kl":
-                q, _ = retain(start)
-                kept.append(literal.kl_to_teacher(z[counted], q[counted], y[counted]))
-            else:
-                kept.append(F.cross_entropy(z[counted], y[counted], reduction="none"))
-        losses = torch.cat(dropped).mean(), torch.cat(kept).mean()
-        model.zero_grad()
-        (args.forget_weight * losses[0] + args.retain_weight * losses[1]).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    assert parameter.grad is not None
-                    parameter.sub_(lr * parameter.grad)
-        seen.append(torch.stack(losses).detach())
-    return seen
-
-
-def learning(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize("method", METHODS)
-def test_twenty_steps_are_the_literal_loop(
-    tmp_path: Path, method: str, kind: str, accumulation: int
-) -> None:
-    """Windows of four batches and of what is left of an epoch, of unequal numbers of tokens."""
-    lr, forget = 0.01, [*FORGET, *FORGET]
-    model = with_adapter(kind)
-    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    size = 1 if accumulation > 1 else 3
-    args = arguments(
-        tmp_path,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=10,
-        method=method,
-        **METHODS[method][1],
-        forget_weight=0.7,
-        retain_weight=1.3,
-        learning_rate=lr,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-    )
-    refusals = encoded([*REFUSALS, *REFUSALS]) if method == "idk_dpo" else []
-    trainer = UnlearningTrainer(
-        model, args, forget=encoded(forget), retain=encoded(RETAIN), refusals=refusals
-    )
-    if kind != "none" and method == "undial":
-        assert isinstance(trainer._teacher, WithoutAdapters)
-    batches: list[dict[str, Tensor]] = []
-    compute = trainer.compute_loss
-
-    def recorded(model: nn.Module, inputs: dict[str, Tensor], *more: Any, **others: Any) -> Tensor:
-        batches.append({name: value.clone() for name, value in inputs.items()})
-        return compute(model, inputs, *more, **others)
-
-    trainer.compute_loss = recorded  # type: ignore[method-assign]
-    trainer.train()
-    of_epoch = 6 // size
-    assert trainer.state.global_step == 20 == 10 * -(-of_epoch // accumulation)
-    windows = [
-        batches[at : min(at + accumulation, epoch + of_epoch)]
-        for epoch in range(0, len(batches), of_epoch)
-        for at in range(epoch, epoch + of_epoch, accumulation)
-    ]
-    theirs, right = (literal_steps(each, windows, args, lr) for each in (plain, exact))
-    ours = torch.tensor(
-        [*zip(logged(trainer, "forget_loss"), logged(trainer, "retain_loss"), strict=True)]
-    )
-    # The errors of a course are those of its first steps, grown since: few are independent.
-    losses = ours, torch.stack(right), torch.stack(theirs)
-    assert_within_budget(*losses, smallest_scale=1.0, independent=4)
-    start, found = learning(with_adapter(kind)), learning(model)
-    assert len(found) >= 5
-    for name, value in found.items():
-        # A starts with the gradient that B has made by then, which may round to nothing.
-        assert "lora_A" in name or not torch.equal(value, start[name]), f"{name} did not move"
-    assert_tensors_within_budget(found, learning(exact), learning(plain))
+BETA = 0.1
 
 
 # ---- recomputed activations ----------------------------------------------------------------------

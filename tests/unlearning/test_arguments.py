@@ -39,6 +39,8 @@ WORKING = {
     "test_trainer_features.py::test_the_command_names_what_it_cannot_hand_on": "push_to_hub "
     "hub_model_id",
     "test_arguments.py::test_the_seed_of_the_rows": "seed data_seed",
+    "test_batches.py::test_rows_of_about_one_length_share_a_batch": "train_sampling_strategy "
+    "group_by_length",
     "test_arguments.py::test_arguments_that_are_set_later_are_checked_too": "dataloader_drop_last",
     "test_arguments.py::test_arguments_without_effect_are_refused": "accelerator_config "
     "parallelism_config",
@@ -112,7 +114,8 @@ def test_every_option_is_handed_on_or_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy would.*data_seed"),
+        ({"train_sampling_strategy": "sequential"}, "'random' or 'group_by_length' here, got 'seq"),
+        ({"length_column_name": "n"}, "length_column_name would have no effect.*of the rows"),
         ({"label_names": ["targets"]}, "label_names would have no effect.*`labels`"),
         ({"use_cache": True}, "use_cache would have no effect"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must not be True"),

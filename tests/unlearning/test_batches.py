@@ -128,3 +128,47 @@ def test_a_row_without_labels_adds_nothing(tmp_path: Path, method: str) -> None:
         assert seen[1][name] == pytest.approx(values, rel=1e-4), name
     assert 0.0 in seen[2]["forget_loss"]
     assert all(torch.tensor([v for values in seen[2].values() for v in values]).isfinite())
+
+
+@pytest.mark.parametrize("method", ["unilogit", "idk_dpo"])
+@pytest.mark.parametrize("retain_per_forget", [1, 2])
+def test_rows_of_about_one_length_share_a_batch(
+    tmp_path: Path, method: str, retain_per_forget: int
+) -> None:
+    """Each row is taken as often as without, in batches with less padding, the same each time."""
+
+    def rows(count: int, name: str) -> list[dict[str, Tensor]]:
+        return encoded([{"prompt": name, "completion": "x" * (1 + i % 37)} for i in range(count)])
+
+    def padding(**options: Any) -> tuple[list[int], list[list[int]], list[Any]]:
+        """Of each batch, and how often each row was in one."""
+        args = arguments(
+            tmp_path,
+            method=method,
+            per_device_train_batch_size=4,
+            retain_per_forget=retain_per_forget,
+            **options,
+        )
+        refusals = rows(96, "no")[::-1] if method == "idk_dpo" else ()
+        sets = {"forget": rows(96, "f"), "retain": rows(50, "r"), "refusals": refusals}
+        trainer = make_trainer(make_model(), args, **sets)
+        sampler = trainer._get_train_sampler()
+        drawn = list(sampler)
+        sampler.set_epoch(1)
+        drawn += list(sampler)
+        empty = [
+            int((batch["attention_mask"] == 0).sum()) for batch in trainer.get_train_dataloader()
+        ]
+        taken = [[f for f, _ in drawn], [r for _, some in drawn for r in some]]
+        counts = [[each.count(i) for i in range(max(each) + 1)] for each in taken]
+        return empty, counts, drawn
+
+    plain, sorted_, again = (
+        padding(**({"train_sampling_strategy": s} if s else {}))
+        for s in ("", "group_by_length", "group_by_length")
+    )
+    assert sorted_ == again
+    assert sorted_[1] == plain[1]
+    assert sorted_[2] != plain[2]
+    assert len(sorted_[0]) == len(plain[0]) == 24
+    assert sum(sorted_[0]) < sum(plain[0]) / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from tests.cli.test_cli import UNLEARN, Run, run
 from tests.support.tiny_models import FORGET, encoded, make_model, one_thread
 from tests.unlearning.test_runs import refused
-from tests.unlearning.test_trainer import InterruptAt, settings
+from tests.unlearning.test_trainer import settings
 from unilogit_kernels.unlearning.lora import add_lora, lora_config
-from unilogit_kernels.unlearning.run import RunError, Settings, execute, prepare
+from unilogit_kernels.unlearning.run import RunError
 
 __all__ = ["run", "settings"]
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -128,23 +127,6 @@ def test_an_adapter_is_written_or_merged(run: Run, lora: str) -> None:
     for folder in ("adapter", "merged"):
         result = run(f"evaluate --model {folder} --data a=forget.jsonl")
         assert result.exit_code == 0, result.output
-
-
-def test_a_run_goes_on_where_it_stopped(settings: Settings) -> None:
-    """With dropout in the model and in the adapter, bit for bit."""
-    whole = dataclasses.replace(
-        settings, lora=f"{LORA},dropout=0.2", method="npo", learning_rate=1e-2, merge=True
-    )
-    execute(prepare(whole))
-    broken = dataclasses.replace(whole, output=settings.output.with_name("broken"))
-    with pytest.raises(KeyboardInterrupt):
-        execute(prepare(broken), [InterruptAt(5)])
-    resumed = prepare(broken, resume=True)
-    assert resumed.checkpoint is not None
-    execute(resumed)
-    first, second = (AutoModelForCausalLM.from_pretrained(each.output) for each in (whole, broken))
-    for name, weight in first.state_dict().items():
-        assert torch.equal(weight, second.state_dict()[name]), name
 
 
 def test_rows_are_learned_by_an_adapter(run: Run) -> None:

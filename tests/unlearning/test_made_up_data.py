@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,35 @@ def test_every_row(tables: Tables) -> None:
             assert all(text.startswith(start) and text.endswith(end) for text in wrong)
 
 
+@pytest.mark.parametrize(
+    ("countries", "authors"), [(0, 0), *itertools.product((1, 2, 5, 6, 9, 25), (0, 1, 5, 6, 20))]
+)
+def test_few_of_everything(countries: int, authors: int) -> None:
+    """Wrong answers have values that no fact has, where too few facts have another one."""
+    for seed in range(4):
+        drawn = make_tofu_shaped(
+            seed,
+            sellers=2,
+            forget_sellers=1,
+            holdout_sellers=0,
+            countries=countries,
+            authors=authors,
+        )
+        test_every_row(drawn)
+        world, writers = (
+            drawn.get(f"{name}_perturbed", ()) for name in ("world_facts", "real_authors")
+        )
+        assert (len(world), len(writers)) == (4 * countries, 4 * authors)
+        if countries < 6:
+            continue
+        # Of towns and languages there are enough.
+        keys = {row["key"] for row in world}
+        for row in [*world, *(w for w in writers if w["id"].endswith(("birthplace", "language")))]:
+            start, _, end = row["paraphrased_answer"].rpartition(row["key"])
+            wrong = {text.removeprefix(start).removesuffix(end) for text in row["perturbed_answer"]}
+            assert wrong < keys
+
+
 def test_no_two_sellers_have_the_same_fact(tables: Tables) -> None:
     sellers = [*tables["full"], *tables["holdout25"]]
     for kind in ("city", "best_seller", "owner", "price", "year", "carrier"):
@@ -127,7 +157,11 @@ def test_it_is_read_back_as_tofu(tmp_path: Path) -> None:
     [
         ({"forget_sellers": 41}, "at most half of them, got 41"),
         ({"forget_sellers": 3}, "a whole percentage of the 80 sellers"),
-        ({"sellers": 100, "holdout_sellers": 11}, "at most 110 sellers, got 111"),
+        ({"sellers": 100, "holdout_sellers": 11}, "at most 110 together, got 100 and 11"),
+        ({"holdout_sellers": -1}, "holdout_sellers must be at least 0, got -1"),
+        ({"countries": 26}, "countries must be between 0 and 25, got 26"),
+        ({"authors": -1}, "authors must be between 0 and 20, got -1"),
+        ({"countries": 0}, "countries must be at least 1, got 0: the 15 authors"),
     ],
 )
 def test_numbers_that_do_not_go(numbers: dict[str, int], message: str) -> None:

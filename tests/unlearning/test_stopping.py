@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.tiny_models import (
     encoded,
     make_model,
     make_tokenizer,
+    on_one_thread,
     one_thread,
     write_rows,
 )
@@ -51,7 +53,8 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> Path:
         learning_rate=3e-3,
         warmup_steps=0,
     )
-    execute(prepare(learn))
+    with on_one_thread():
+        execute(prepare(learn))
     return folder
 
 
@@ -111,18 +114,27 @@ def test_a_golden_model_s_results_are_a_target(memorised: Path, tmp_path: Path) 
     assert len(steps) == 1
 
 
-def test_a_resumed_run_looks_where_it_would_have_looked(memorised: Path, tmp_path: Path) -> None:
-    asked = settings(memorised, tmp_path / "out", stop_at="probability=0.3", max_retain_loss_rise=9)
-    asked.checkpoint_steps = 2
-    whole = execute(prepare(asked))
-    again = dataclasses.replace(asked, output=tmp_path / "again")
+def test_a_run_goes_on_with_the_golden_model_s_results_that_it_began_with(
+    memorised: Path, tmp_path: Path
+) -> None:
+    golden = tmp_path / "GOLDEN_EVAL.json"
+
+    def write(value: float) -> str:
+        golden.write_text(json.dumps({"forget_Q_A_Prob": {"agg_value": value}}))
+        return hashlib.sha256(golden.read_bytes()).hexdigest()
+
+    first = write(0.1)
+    asked = settings(memorised, tmp_path / "out", stop_at=f"golden={golden}", checkpoint_steps=2)
     with pytest.raises(KeyboardInterrupt):
-        execute(prepare(again), [InterruptAt(5)])
-    resumed = execute(prepare(again, resume=True))
-    for name in ("forget_probability", "checked_retain_loss"):
-        assert looks(resumed.log, name) == looks(whole.log, name)
-    first, second = (tmp_path / n / "model.safetensors" for n in ("out", "again"))
-    assert first.read_bytes() == second.read_bytes()
+        execute(prepare(asked), [InterruptAt(3)])
+    record = json.loads((asked.output / "unlearning.json").read_text())
+    assert record["inputs"]["golden results"] == first
+    second = write(0.05)
+    message = rf"with other inputs: golden results \({first} -> {second}\)"
+    with pytest.raises(RunError, match=message):
+        prepare(asked, resume=True)
+    assert write(0.1) == first
+    assert prepare(asked, resume=True).checkpoint is not None
 
 
 def test_too_much_damage_ends_a_run(memorised: Path, tmp_path: Path) -> None:

@@ -141,13 +141,9 @@ def test_a_step_is_the_literal_step(
             gradient_accumulation_steps=batches,
             retain_per_forget=retain_per_forget,
             method=method,
-            **options,
-            forget_weight=0.7,
-            retain_weight=1.3,
             learning_rate=lr,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
+            **literal.STEP,
+            **options,
         ),
     )
     trainer.train()
@@ -258,24 +254,6 @@ def test_refusals_where_they_belong(tmp_path: Path) -> None:
                 retain=encoded(RETAIN),
                 refusals=refusals,
             )
-
-
-@pytest.mark.parametrize("method", ["npo", "idk_dpo"])
-def test_a_resumed_run_has_the_first_run_s_reference(settings: Settings, method: str) -> None:
-    """The starting model is gone from memory; what it said of the rows is asked for again."""
-    refusals = None
-    if method == "idk_dpo":
-        refusals = settings.output.with_name("refusals.txt")
-        refusals.write_text("I do not know.\n\nno idea\n")
-    settings = dataclasses.replace(settings, method=method, refusals=refusals)
-    execute(prepare(settings))
-    again = dataclasses.replace(settings, output=settings.output.with_name("again"))
-    with pytest.raises(KeyboardInterrupt):
-        execute(prepare(again), [InterruptAt(5)])
-    execute(prepare(again, resume=True))
-    expected = AutoModelForCausalLM.from_pretrained(settings.output).state_dict()
-    for name, value in AutoModelForCausalLM.from_pretrained(again.output).state_dict().items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_outputs_are_refused(tmp_path: Path) -> None:

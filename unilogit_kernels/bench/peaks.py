@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -51,12 +52,22 @@ def peak_mib(shape: Shape, device: Device, mode: str, provider: Provider) -> flo
             job.backward(job.forward())
 
     step(problem if provider.compiles else problem.sliver(2))
+    gradients = 0 if mode == "forward" else shape.gradient_bytes
+    return growth_mib(lambda: step(problem), device) - gradients / 2**20
+
+
+def growth_mib(step: Callable[[], object], device: Device) -> float:
+    """Growth of the high-water mark over one step, in MiB.
+
+    Args:
+        step: What is run, once; on a CPU in a process that has run little else.
+        device: Where.
+    """
     if device.type == "cpu":
         _give_back()
     before = device.start_peak()
-    step(problem)
-    gradients = 0 if mode == "forward" else shape.gradient_bytes
-    return (device.peak() - before - gradients) / 2**20
+    step()
+    return (device.peak() - before) / 2**20
 
 
 def peak_of_fresh_process(shape: Shape, device: str, mode: str, provider: str) -> float:
@@ -65,9 +76,22 @@ def peak_of_fresh_process(shape: Shape, device: str, mode: str, provider: str) -
     Raises:
         RuntimeError: The process failed; the last line of its errors is told.
     """
-    command = [sys.executable, "-m", "unilogit_kernels.bench.peaks"]
-    command += ["--shape", json.dumps(asdict(shape)), "--provider", provider]
-    command += ["--device", device, "--mode", mode]
+    arguments = ["--shape", json.dumps(asdict(shape)), "--provider", provider]
+    arguments += ["--device", device, "--mode", mode]
+    return told_by_fresh_process("unilogit_kernels.bench.peaks", *arguments)
+
+
+def told_by_fresh_process(module: str, *arguments: str) -> float:
+    """The last number that a module prints, whose process gives freed memory back.
+
+    Args:
+        module: Run as `python -m`.
+        arguments: Of its command line.
+
+    Raises:
+        RuntimeError: The process failed; the last line of its errors is told.
+    """
+    command = [sys.executable, "-m", module, *arguments]
     try:
         result = subprocess.run(
             command,

@@ -26,17 +26,14 @@ from unilogit_kernels.unlearning.methods import (
 from unilogit_kernels.unlearning.settings import ForgettingSettings, HeadSettings
 from unilogit_kernels.unlearning.stopping import Target, read_target
 
-_ORDER = (
-    "forget rows are shuffled each epoch and retain rows go round on their own: choose the order "
-    "by data_seed"
-)
+_STRATEGY, _BY_LENGTH = "train_sampling_strategy", "group_by_length"
+_MOST_BATCHES = 50
+"""Of rows that are sorted by length together: Hugging Face's number, or a quarter of the set."""
 _LOSS = "the loss is that of the method: choose it by method, method_parameters and retain_loss"
 _LABELS = "the labels are the column `labels`: name it so in the examples"
 
 REFUSED_ARGUMENTS: Mapping[str, str] = {
-    "train_sampling_strategy": _ORDER,
-    "group_by_length": _ORDER,
-    "length_column_name": _ORDER,
+    "length_column_name": "lengths are those of the rows: leave it",
     "label_names": _LABELS,
     "use_cache": "no step of training reads a key-value cache: leave it False",
 }
@@ -163,6 +160,19 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
         """Seed of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    def sorted_span(self, rows: int, batch: int) -> int:
+        """How many forget rows are sorted by length together, 1 for none: see `PairSampler`.
+
+        Args:
+            rows: forget rows in all.
+            batch: forget rows in a batch of all processes.
+        """
+        strategy = getattr(self, _STRATEGY, None)  # before transformers 5 a flag
+        if strategy != _BY_LENGTH and not getattr(self, _BY_LENGTH, False):
+            return 1
+        step = batch * self.gradient_accumulation_steps
+        return step * max(1, min(rows // (4 * step), _MOST_BATCHES))
+
     def _check_losses(self) -> None:
         check_numbers(vars(self), _CHECKED)
         of_labels = ("label_smoothing_factor", "z_loss")
@@ -191,6 +201,13 @@ class UnlearningArguments(ForgettingSettings, HeadSettings, TrainingArguments):
                     f"{known.name} would have no effect here, got {given!r}; "
                     f"{REFUSED_ARGUMENTS[known.name]}"
                 )
+        strategy = getattr(self, _STRATEGY, "random")
+        if strategy not in ("random", _BY_LENGTH):
+            raise ValueError(
+                f"{_STRATEGY} must be 'random' or {_BY_LENGTH!r} here, got {strategy!r}: a step "
+                "pairs forget rows, shuffled each epoch, with retain rows, which go round on their "
+                "own; data_seed decides both orders"
+            )
         if _setting(self.accelerator_config, "dispatch_batches"):
             raise ValueError(
                 "accelerator_config's dispatch_batches must not be True: it cuts a batch between "

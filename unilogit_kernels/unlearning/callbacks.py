@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from unilogit_kernels.unlearning.arguments import UnlearningArguments
 from unilogit_kernels.unlearning.data import Features, count_labels
@@ -70,6 +71,28 @@ class Begin(TrainerCallback):
     ) -> None:
         """Tell it."""
         self.trainer.end()
+
+
+class LogAtCheckpoints(TrainerCallback):
+    """Has losses logged where a checkpoint is written, or may be, whatever `logging_steps` says.
+
+    What is logged is a mean over the steps since the last log, and a run that is resumed knows
+    none of those before its checkpoint. So no mean runs over a checkpoint.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Log, if a checkpoint comes."""
+        best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        if args.logging_strategy != IntervalStrategy.NO and (control.should_save or best):
+            control.should_log = True
+
+    on_epoch_end = on_step_end
 
 
 class Watch(TrainerCallback):

@@ -215,6 +215,11 @@ class PairedDataset(Dataset[tuple[list[Features], list[Features]]]):
         if self.refusals:
             self.refusals = with_column(self.refusals, [values[0] for values in members])
 
+    def forget_lengths(self) -> list[int]:
+        """Tokens of each forget row, or of its refusal where that is longer."""
+        members = [self.forget, self.refusals] if self.refusals else [self.forget]
+        return [max(len(e["labels"]) for e in row) for row in zip(*members, strict=True)]
+
     def __len__(self) -> int:
         return len(self.forget)
 
@@ -265,14 +270,25 @@ class PairSampler(Sampler[PairIndex]):
         retain_per_forget: retain rows for each forget row, 0 for none.
         seed: of both orders.
         multiple_of: what the number of pairs is filled up to a multiple of.
+        sorted_span: so many pairs that follow each other are made of the same rows, but those
+            sorted by length, the longest first: batches then hold rows of about one length.
     """
 
     def __init__(
-        self, dataset: PairedDataset, retain_per_forget: int, seed: int, multiple_of: int = 1
+        self,
+        dataset: PairedDataset,
+        retain_per_forget: int,
+        seed: int,
+        multiple_of: int = 1,
+        sorted_span: int = 1,
     ) -> None:
         self.forget_size, self.retain_size = len(dataset.forget), len(dataset.retain)
         self.retain_per_forget, self.seed, self.multiple_of = retain_per_forget, seed, multiple_of
-        self.epoch = 0
+        self.sorted_span, self.epoch = sorted_span, 0
+        self._forget_lengths, self._retain_lengths = list[int](), list[int]()
+        if sorted_span > 1:
+            self._forget_lengths = dataset.forget_lengths()
+            self._retain_lengths = [len(example["labels"]) for example in dataset.retain]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's data loader at the start of each epoch."""
@@ -282,9 +298,17 @@ class PairSampler(Sampler[PairIndex]):
         return -(-self.forget_size // self.multiple_of) * self.multiple_of
 
     def __iter__(self) -> Iterator[PairIndex]:
-        chain = self._retain_chain(self.epoch * self.forget_size * self.retain_per_forget)
-        for forget in self._permutation("forget", self.epoch, self.forget_size):
-            yield forget, tuple(next(chain) for _ in range(self.retain_per_forget))
+        each = self.retain_per_forget
+        chain = self._retain_chain(self.epoch * self.forget_size * each)
+        order = self._permutation("forget", self.epoch, self.forget_size)
+        for start in range(0, self.forget_size, self.sorted_span):
+            forget = order[start : start + self.sorted_span]
+            retain = [next(chain) for _ in range(len(forget) * each)]
+            if self.sorted_span > 1:
+                forget.sort(key=self._forget_lengths.__getitem__, reverse=True)
+                retain.sort(key=self._retain_lengths.__getitem__, reverse=True)
+            for at, row in enumerate(forget):
+                yield row, tuple(retain[at * each : (at + 1) * each])
         for _ in range(len(self) - self.forget_size):
             yield FillerPair(0, (0,) * self.retain_per_forget)
 

@@ -27,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints, in its output folder."""
 PROCESSES = "processes"
 """The name, among a run's inputs, of how many processes shared it when it started."""
+_BLOCK = 2**22
+"""Bytes of a file that are read at once."""
 _PARTS = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 """Of a checkpoint: what the Trainer leaves as it is where there is none of it."""
 
@@ -192,6 +194,12 @@ def _digest(parts: Iterable[bytes | memoryview]) -> str:
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file: what `sha256sum` prints, so that others can check it."""
+    with path.open("rb") as file:
+        return _digest(iter(lambda: file.read(_BLOCK), b""))
 
 
 def _weights_digest(model: PreTrainedModel) -> str:

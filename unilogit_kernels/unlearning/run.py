@@ -53,6 +53,7 @@ from unilogit_kernels.unlearning.record import (
     PROCESSES,
     Record,
     digests,
+    file_digest,
     newest_checkpoint,
     printing_date,
     read_record,
@@ -180,6 +181,9 @@ def _prepare(
         observe_logit_transform(model)
     check_fits(model, encoding, list(sets.values()))
     inputs = digests(model, encoding, sets, arguments.world_size)
+    target = arguments.target()
+    if target is not None and target.file is not None:
+        inputs["golden results"] = file_digest(target.file)
     if record is not None:
         record.check(settings.output, "inputs", inputs)
         _keep_steps(arguments, record, note)

@@ -27,11 +27,13 @@ class Target:
         metric: `"probability"`, or a metric of the Trainer's evaluations, such as `eval_loss`.
         value: where the run ends: from whichever side the metric comes.
         asked: the setting.
+        file: the golden model's results that the value was read from, or None.
     """
 
     metric: str
     value: float
     asked: str
+    file: Path | None = None
 
     @property
     def is_probability(self) -> bool:
@@ -68,7 +70,8 @@ def read_target(stop_at: str | None) -> Target | None:
             f"evaluation such as eval_loss=2), or none, got {stop_at!r}"
         )
     if name == _GOLDEN:
-        return Target(PROBABILITY, _of_golden(Path(text)), stop_at)
+        value, file = _of_golden(Path(text))
+        return Target(PROBABILITY, value, stop_at, file)
     try:
         value = float(text)
     except ValueError:
@@ -82,8 +85,8 @@ def read_target(stop_at: str | None) -> Target | None:
     return Target(name if name.startswith("eval_") else f"eval_{name}", value, stop_at)
 
 
-def _of_golden(path: Path) -> float:
-    """The forget probability of a golden model."""
+def _of_golden(path: Path) -> tuple[float, Path]:
+    """The forget probability of a golden model, and the file that holds it."""
     found = logs_in(path)
     if found is None:
         raise RunError(f"stop_at golden={path}: no such file, and no folder with a *_EVAL.json")
@@ -95,7 +98,7 @@ def _of_golden(path: Path) -> float:
     value = float(logs[_OF_GOLDEN]["agg_value"])
     if not 0 < value < 1:
         raise RunError(f"stop_at golden={path}: {_OF_GOLDEN} must be between 0 and 1, got {value}")
-    return value
+    return value, found
 
 
 def steps_to_next_look(seen: Sequence[tuple[int, float]], target: float, most: int) -> int:

@@ -19,7 +19,7 @@ from unilogit_kernels.huggingface.two_heads import Reference, run_two_heads_with
 from unilogit_kernels.unlearning.adapters import at_the_start, check_adapters, starting_model
 from unilogit_kernels.unlearning.arguments import UnlearningArguments, refuse_options
 from unilogit_kernels.unlearning.batch_loss import BatchLoss, Heads, Targets
-from unilogit_kernels.unlearning.callbacks import Begin, Watch
+from unilogit_kernels.unlearning.callbacks import Begin, LogAtCheckpoints, Watch
 from unilogit_kernels.unlearning.coarse_weights import CompensatingTrainer, WarnOfCoarseWeights
 from unilogit_kernels.unlearning.data import (
     IGNORED,
@@ -167,6 +167,7 @@ class UnlearningTrainer(CompensatingTrainer):
         if args.dual_step_size != 0:
             self.add_callback(DualRetainWeight(args.retain_weight))
         self.add_callback(Begin(self))
+        self.add_callback(LogAtCheckpoints())
         self.add_callback(WarnOfCoarseWeights(self))
         watched = {"forget": forget, "retain": retain, **check_rows}
         self.watch = Watch(self, watched["forget"], watched["retain"], pad_id)
@@ -204,7 +205,8 @@ class UnlearningTrainer(CompensatingTrainer):
         # A batch for each process, or none: accelerate would have some rows count twice.
         share = self._copies * self._train_batch_size
         fill = share if self._copies > 1 and not self.args.dataloader_drop_last else 1
-        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill)
+        span = self.args.sorted_span(len(self._pairs), share)
+        return PairSampler(self._pairs, self.args.retain_rows, self.args.rows_seed, fill, span)
 
     @contextmanager
     def evaluating_as_in_training(self) -> Iterator[nn.Module]:

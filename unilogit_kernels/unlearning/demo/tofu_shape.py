@@ -3,7 +3,8 @@
 Made for `--benchmark tofu:forget25`: 80 sellers, 20 of them to forget, six facts each; 20 sellers
 more that no model is trained on; general facts that the starting and the golden model learn and no
 unlearning batch contains. Each question has a paraphrase, each answer a paraphrase and five wrong
-ones, which are the paraphrase with the value of another seller. All is a function of the seed.
+ones, which are the paraphrase with the value of another seller, or, where there are too few, with
+one that another could have had. All is a function of the seed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 
 from unilogit_kernels.unlearning.demo.dataset import WORDINGS, Wording
 from unilogit_kernels.unlearning.demo.words import MANY, draw_sellers
-from unilogit_kernels.unlearning.demo.world import AUTHOR, COUNTRY, Fact, draw_world
+from unilogit_kernels.unlearning.demo.world import (
+    AUTHOR,
+    COUNTRY,
+    Fact,
+    draw_world,
+    possible_values,
+)
 
 WRONG = 5
 """Wrong answers to each question, as TOFU has them."""
@@ -54,8 +61,8 @@ def make_tofu_shaped(
         sellers: that the starting model knows.
         forget_sellers: how many of them are to be forgotten, at most half; a whole percentage.
         holdout_sellers: that no model is trained on.
-        countries: of the general facts.
-        authors: of the general facts.
+        countries: of the general facts, up to 25.
+        authors: of the general facts, up to 20, who come from the countries.
 
     Returns:
         The rows by table, named as TOFU's files are: `full`, `forget25`, `retain75`, `holdout25`
@@ -65,8 +72,8 @@ def make_tofu_shaped(
         perturbations.
 
     Raises:
-        ValueError: the numbers leave nothing to retain, are no whole percentage, or there are not
-            enough words.
+        ValueError: the numbers leave nothing to retain, are no whole percentage, there are not
+            enough words, or authors without a country.
 
     Example:
         >>> tables = make_tofu_shaped(0)
@@ -78,6 +85,13 @@ def make_tofu_shaped(
             f"forget_sellers must be a whole percentage of the {sellers} sellers, and at most "
             f"half of them, got {forget_sellers}"
         )
+    if holdout_sellers < 0:
+        raise ValueError(f"holdout_sellers must be at least 0, got {holdout_sellers}")
+    if sellers + holdout_sellers > MANY.most:
+        raise ValueError(
+            f"sellers and holdout_sellers must be at most {MANY.most} together, got {sellers} and "
+            f"{holdout_sellers}"
+        )
     draw = random.Random(f"tofu/{seed}")
     drawn = draw_sellers(draw, sellers + holdout_sellers, MANY)
     facts = [
@@ -85,10 +99,16 @@ def make_tofu_shaped(
         for name, *values in drawn
         for kind, value in zip(WORDINGS, values, strict=True)
     ]
-    rows = _rows(facts, WORDINGS, draw)
+    rows = _rows(facts, WORDINGS, draw, dict(zip(WORDINGS, MANY.values, strict=True)))
     known, unseen = rows[: sellers * len(WORDINGS)], rows[sellers * len(WORDINGS) :]
     countries_, authors_ = draw_world(draw, countries, authors)
-    world, writers = _rows(countries_, COUNTRY, draw), _rows(authors_, AUTHOR, draw)
+    possible = possible_values()
+    world = _rows(countries_, COUNTRY, draw, possible)
+    of_homes = {
+        of_author: [fact.value for fact in countries_ if fact.kind == of_country]
+        for of_author, of_country in (("birthplace", "capital"), ("language", "language"))
+    }
+    writers = _rows(authors_, AUTHOR, draw, of_homes, possible)
     tables: dict[str, list[dict[str, Any]]] = {"full": _plain(known)}
     for count in (*_SMALLER, forget_sellers):
         if count > forget_sellers or 100 * count % sellers:
@@ -129,13 +149,26 @@ def write_tofu_shaped(tables: Tables, folder: Path) -> dict[str, Path]:
 
 
 def _rows(
-    facts: Sequence[Fact], wordings: Mapping[str, Wording], draw: random.Random
+    facts: Sequence[Fact],
+    wordings: Mapping[str, Wording],
+    draw: random.Random,
+    *more: Mapping[str, Sequence[str]],
 ) -> list[dict[str, Any]]:
+    """A row for each fact, whose wrong answers have values of others.
+
+    Args:
+        facts: in order.
+        wordings: by kind of fact.
+        draw: what decides.
+        more: values by kind, taken one after the other where the facts have too few.
+    """
+    told = {kind: [fact.value for fact in facts if fact.kind == kind] for kind in wordings}
     rows = []
     for fact in facts:
-        said = wordings[fact.kind]
-        others = sorted({other.value for other in facts if other.kind == fact.kind} - {fact.value})
-        wrong = draw.sample(others, WRONG)
+        said, wrong = wordings[fact.kind], list[str]()
+        for values in (told, *more):
+            others = sorted({*values.get(fact.kind, ())} - {fact.value, *wrong})
+            wrong += draw.sample(others, min(WRONG - len(wrong), len(others)))
         rows.append(
             {
                 "id": f"{fact.subject}/{fact.kind}",

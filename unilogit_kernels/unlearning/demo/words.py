@@ -88,7 +88,19 @@ class Words:
     @property
     def most(self) -> int:
         """How many sellers there can be, no two of which have the same fact."""
-        return min(map(len, (self.first, self.cities, self.prices, self.years)))
+        return min(map(len, (self.first, *self.values)))
+
+    @property
+    def values(self) -> tuple[list[str], ...]:
+        """Every value that each of the six facts can have, in the facts' order."""
+        return (
+            list(self.cities),
+            [f"{m} {p}" for m in _MATERIALS for p in _PRODUCTS],
+            [f"{n} {s}" for n in _NAMES for s in _SURNAMES],
+            [f"${price}" for price in self.prices],
+            [str(year) for year in self.years],
+            [f"{c} {k}" for c in self.carriers for k in _CARRIER_KINDS],
+        )
 
 
 FEW = Words(_FIRST, _CITIES, range(11, 100), range(1950, 2021), _CARRIERS)
@@ -118,15 +130,5 @@ def draw_sellers(draw: random.Random, sellers: int, words: Words) -> list[tuple[
     if sellers > words.most:
         raise ValueError(f"at most {words.most} sellers, got {sellers}")
     first, second = draw.sample(words.first, sellers), draw.choices(_SECOND, k=sellers)
-    return list(
-        zip(
-            [f"{a} {b}" for a, b in zip(first, second, strict=True)],
-            draw.sample(words.cities, sellers),
-            draw.sample([f"{m} {p}" for m in _MATERIALS for p in _PRODUCTS], sellers),
-            draw.sample([f"{n} {s}" for n in _NAMES for s in _SURNAMES], sellers),
-            [f"${p}" for p in draw.sample(words.prices, sellers)],
-            [str(y) for y in draw.sample(words.years, sellers)],
-            draw.sample([f"{c} {k}" for c in words.carriers for k in _CARRIER_KINDS], sellers),
-            strict=True,
-        )
-    )
+    names = [f"{a} {b}" for a, b in zip(first, second, strict=True)]
+    return list(zip(names, *(draw.sample(values, sellers) for values in words.values), strict=True))

@@ -122,18 +122,29 @@ def draw_world(draw: random.Random, countries: int, authors: int) -> tuple[list[
 
     Returns:
         The facts of the countries and those of the authors, four of each.
-    """
 
-    def names(endings: tuple[str, ...], start: str = "") -> list[str]:
+    Raises:
+        ValueError: there are not enough names, or no country for the authors to come from.
+    """
+    most = min(len(_GIVEN), len(_FAMILY), len(_TITLES))
+    for name, count, largest in (("countries", countries, len(_STEMS)), ("authors", authors, most)):
+        if not 0 <= count <= largest:
+            raise ValueError(f"{name} must be between 0 and {largest}, got {count}")
+    if authors > 0 and countries == 0:
+        raise ValueError(
+            f"countries must be at least 1, got 0: the {authors} authors come from one of them"
+        )
+
+    def names(endings: tuple[str, ...]) -> list[str]:
         stems = draw.sample(_STEMS, countries)
-        return [f"{start}{stem}{draw.choice(endings)}" for stem in stems]
+        return [f"{stem}{draw.choice(endings)}" for stem in stems]
 
     lands = names(_COUNTRIES)
     values = {
         "capital": names(_CAPITALS),
         "river": names(_RIVERS),
         "currency": [name.lower() for name in names(_CURRENCIES)],
-        "language": [f"{land.rstrip('aeiou')}ic" for land in lands],
+        "language": [_language(land) for land in lands],
     }
     of_lands = [
         Fact(land, kind, values[kind][number])
@@ -153,3 +164,24 @@ def draw_world(draw: random.Random, countries: int, authors: int) -> tuple[list[
         }
         of_authors += [Fact(f"{given} {family}", kind, facts[kind]) for kind in AUTHOR]
     return of_lands, of_authors
+
+
+def possible_values() -> dict[str, list[str]]:
+    """Every value that a fact of a country or an author can have, by its kind."""
+
+    def names(endings: tuple[str, ...]) -> list[str]:
+        return [f"{stem}{ending}" for stem in _STEMS for ending in endings]
+
+    return {
+        "capital": names(_CAPITALS),
+        "river": names(_RIVERS),
+        "currency": [name.lower() for name in names(_CURRENCIES)],
+        "language": [_language(land) for land in names(_COUNTRIES)],
+        "birthplace": names(_CAPITALS),
+        "genre": list(_GENRES),
+        "first_book": list(_TITLES),
+    }
+
+
+def _language(land: str) -> str:
+    return f"{land.rstrip('aeiou')}ic"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,10 +19,7 @@ from unilogit_kernels.unlearning.loading import check_fits, load_encoding, load_
 from unilogit_kernels.unlearning.measuring.request import Request
 from unilogit_kernels.unlearning.measuring.set_metrics import OURS
 from unilogit_kernels.unlearning.measuring.variants import Key, encode_variants
-from unilogit_kernels.unlearning.record import printing_date
-
-_BLOCK = 2**22
-"""Bytes of a file that are read at once."""
+from unilogit_kernels.unlearning.record import file_digest, printing_date
 
 
 @dataclass(frozen=True)
@@ -108,12 +104,6 @@ def file_digests(source: str) -> dict[str, str]:
     folder = Path(source)
     files = sorted(path for path in folder.glob("*") if path.is_file())
     with ThreadPoolExecutor() as threads:
-        return dict(zip((path.name for path in files), threads.map(_digest, files), strict=True))
-
-
-def _digest(path: Path) -> str:
-    hashed = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            hashed.update(block)
-    return hashed.hexdigest()
+        return dict(
+            zip((path.name for path in files), threads.map(file_digest, files), strict=True)
+        )
