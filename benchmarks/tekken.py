@@ -57,7 +57,6 @@ def save_tekken(folder: Path) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        model_max_length=1024,
     )
     complete.unlink()
     tokenizer.save_pretrained(folder)
