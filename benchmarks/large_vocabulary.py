@@ -112,7 +112,7 @@ def plan() -> list[tuple[str, int, int | None, bool]]:
     steps = [
         (loss, rows, limit, False) for limit in (None, LIMIT_MIB) for rows in ROWS for loss in LINES
     ]
-    return [*to_the_end, *steps]
+    return [*to_the_end, ("literal", OF_RUN, None, True), *steps]
 
 
 def same(record: dict[str, Any], loss: str, rows: int, limit: int | None, outcome: bool) -> bool:
