@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from unilogit_kernels.cli.app import app
 from unilogit_kernels.unlearning.comparison import cell, run, training
 from unilogit_kernels.unlearning.comparison.cost import Peak
 from unilogit_kernels.unlearning.comparison.report import page as page_module
+from unilogit_kernels.unlearning.comparison.report.style import PAPER, panel
 
 FEW = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
 
@@ -181,6 +183,17 @@ def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
     title = re.search(r"<title>measured (.*?)</title>", done.stdout, re.DOTALL)
     assert title is not None, done.stderr
     assert json.loads(html.unescape(title[1])) == {"width": width, "found": []}
+
+
+@pytest.mark.parametrize("name", ["a", "a method with a title as long as this one"])
+def test_the_legend_of_a_picture_has_room(name: str) -> None:
+    titles = [f"{name} {n}" for n in range(9)]
+    summary = SimpleNamespace(methods=[SimpleNamespace(title=title) for title in titles])
+    figure, _ = panel()
+    page_module._add_legend(figure, summary, PAPER)  # type: ignore[arg-type]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == titles
+    assert legend.get_window_extent().width <= figure.bbox.width
 
 
 def test_a_cell_that_fails_is_a_row_with_its_error(

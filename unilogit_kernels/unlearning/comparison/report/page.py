@@ -277,8 +277,16 @@ def _handles(summary: Summary, theme: Theme) -> list[Line2D]:
 
 
 def _add_legend(figure: Figure, summary: Summary, theme: Theme) -> None:
+    """A legend in as many columns as there is room for."""
     handles = _handles(summary, theme)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.2)
+    for columns in (3, 2, 1):
+        legend = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.2
+        )
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _swatch(summary: Summary, position: int) -> dict[str, Any]:
