@@ -97,7 +97,8 @@ struct Transform {
     const Exponents rounded = exponents(max);
     const float of_shift = fmaf(max, base, rounded.shift);
     const float of_factor = fmaf(scale, base, -rounded.factor);
-    return scale == 0.0f ? of_shift : of_shift - max / scale * of_factor;
+    // In this order, since the maximum of no column over a small scale is infinite.
+    return scale == 0.0f ? of_shift : of_shift - max * (of_factor / scale);
   }
   // z of a kept logit.
   UNILOGIT_DEVICE float finished(float kept) const { return kCapped ? kept : kept * scale; }

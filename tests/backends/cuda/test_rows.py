@@ -101,7 +101,7 @@ def test_finite_extremes_stay_finite() -> None:
     assert bool(out.isfinite().all())
 
 
-@pytest.mark.parametrize("scale", [1.0, -1.5])
+@pytest.mark.parametrize("scale", [1.0, -1.5, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_every_magnitude(dtype: torch.dtype, scale: float) -> None:
     """The products of maximum, scale and log2(e) are rounded, and would overflow at last.
