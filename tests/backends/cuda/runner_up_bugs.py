@@ -29,7 +29,7 @@ def gradients(device: devices.PtxLauncher) -> None:
 
 
 def nothing_but_the_label(device: devices.PtxLauncher) -> None:
-    """Of which the lowest token but the label is the runner-up; with moments maxima begin at -inf."""
+    """Whose lowest token but the label is the runner-up; with moments maxima begin at -inf."""
     needs = RowNeeds(runner_up=True, mean=True)
     logits, labels = torch.full((1, 700), -math.inf), torch.tensor([0])
     logits[0, 0] = 1.0
