@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "tools" / "ptxsim" / "src"))  # it is not installed
 
 from tests.backends.triton import costs  # noqa: E402
-from tests.backends.triton.aot import TARGETS  # noqa: E402
+from tests.backends.triton.aot import TARGETS, Turn  # noqa: E402
 from tests.backends.triton.costs import Compiled, Cost  # noqa: E402
 
 RESULTS = _ROOT / "benchmarks" / "results"
@@ -50,6 +51,8 @@ COMPILED_COLUMNS = {
     "occupancy": "occupancy",
     "loop_accesses": "accesses in loops (bits: count)",
     "instructions": "instructions",
+    "per_logit": "a logit: instructions",
+    "special_per_logit": "special functions",
 }
 EXECUTED_COLUMNS = {
     "call": "call",
@@ -98,7 +101,28 @@ def _compiled_row(target: str, v: int, dtype: torch.dtype, kernel: Compiled) -> 
         "occupancy": round(found.occupancy, 3),
         "loop_accesses": dict(sorted(found.loop_accesses.items(), reverse=True)),
         "instructions": found.instructions,
+        "per_logit": _for_each_logit(kernel, dtype, lambda turn: turn.instructions),
+        "special_per_logit": _for_each_logit(kernel, dtype, lambda turn: turn.special),
     }
+
+
+PASSES = {"log_odds_update": 1, "log_odds_gradient": 1, "log_odds_sweep": 2}
+"""Kernels whose loads are all of one matrix, and how often they pass over it."""
+
+
+def _for_each_logit(
+    kernel: Compiled, dtype: torch.dtype, count: Callable[[Turn], int]
+) -> float | None:
+    """Of the loops over full tiles, which load the most in a turn, what they execute together.
+
+    None where tiles of the tail are as large, which look alike.
+    """
+    turns = kernel.resources.turns
+    most = max((turn.loads for turn in turns), default=0)
+    tiles = [turn for turn in turns if turn.loads == most]
+    if len(tiles) != PASSES.get(kernel.launch.name.removesuffix("_kernel")):
+        return None
+    return round(sum(map(count, tiles)) * dtype.itemsize / (16 * most), 2)
 
 
 def executed_rows() -> list[Row]:
@@ -143,6 +167,8 @@ def _text(value: Any) -> str:
         return ", ".join(f"{width or '< 64'}: {count}" for width, count in value.items()) or "-"
     if isinstance(value, list):
         return ", ".join(name.removesuffix("_kernel") for name in value)
+    if value is None:
+        return "-"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -157,7 +183,10 @@ def report(versions: dict[str, str], compiled: list[Row], executed: list[Row]) -
 
 Registers of a thread (on AMD vector registers), bytes spilled (on AMD registers), shared memory of
 a program, resident warps over the most there could be, global accesses in loops by width, and
-machine instructions in the binary. CCE is a fused linear loss: its kernels hold the GEMM too.
+machine instructions in the binary. Then what the loops over full tiles execute for each logit, all
+that a kernel has of them together (two in a sweep), by the shortest way around each: machine
+instructions, and those of them for the special function units. CCE is a fused linear loss: its
+kernels hold the GEMM too.
 
 {table(compiled, COMPILED_COLUMNS)}
 

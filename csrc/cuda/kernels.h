@@ -83,7 +83,7 @@ UNILOGIT_DEVICE void update(const Matrix<Logits>& logits, const int64* labels,
   PartOf<Needs> part;
   if (is_read) {
     const RestStatistics<Logits, kCapped, Needs> rest(row, v, label, transform, needs);
-    part = rest.walk(part, team);
+    part = rest.walk(team);
   }
   part = merge_block(part, needs);
   if (threadIdx.x != 0) return;
@@ -166,7 +166,7 @@ UNILOGIT_DEVICE void sweep(const Matrix<Logits>& logits, const int64* labels,
   if (weight != 0.0f) {
     const PlainNeeds needs;
     const RestStatistics<Logits, kCapped, PlainNeeds> rest(row, v, label, transform, needs);
-    Part part = merge_block(rest.walk(empty_part(), team), needs);
+    Part part = merge_block(rest.walk(team), needs);
     if (threadIdx.x == 0) {
       // The label's logit is read before the barrier: behind it others may overwrite the row.
       const float target = label >= 0 ? target_of(row, label, transform) : 0.0f;

@@ -48,8 +48,6 @@ struct Part {
   int column = kNoColumn;
 };
 
-UNILOGIT_DEVICE Part empty_part() { return {}; }
-
 // One with more of the same columns, where s = z - max (a maximum of -inf is taken as 0).
 struct GeneralPart : Part {
   float count = 0.0f;   // of the columns
@@ -259,14 +257,42 @@ UNILOGIT_DEVICE float sum_exponentials(const float (&kept)[kCount],
   return sum.total();
 }
 
-// Adds kept logits to a part.
+// Adds kept logits to a part. Without a cap the part is one as `begun`.
 template <bool kCapped, int kCount>
 UNILOGIT_DEVICE Part fold(Part part, const float (&kept)[kCount],
                           const Transform<kCapped>& transform) {
   const float max = fmaxf(part.max, transform.largest(kept));
-  const float shift = shift_of(max);
-  const float sum = sum_exponentials(kept, transform, shift);
-  return {max, fmaf(part.sum, exponential(part.max - shift), sum), part.column};
+  if constexpr (kCapped) {
+    const float shift = shift_of(max);
+    const float sum = sum_exponentials(kept, transform, shift);
+    return {max, fmaf(part.sum, exponential(part.max - shift), sum), part.column};
+  } else {
+    const Exponents exponents = transform.exponents(max);
+    Chains<kCount> sum;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum.add(i, power_of_two(exponents.of(kept[i])));
+    const float before = part.max * Transform<kCapped>::log_base(max);
+    const float weight = power_of_two(sum_of_rounded(before, exponents.shift));
+    return {max, fmaf(part.sum, weight, sum.total()), part.column};
+  }
+}
+
+// An empty part, as it is folded: its maximum is no -inf.
+template <bool kCapped, class Needs>
+UNILOGIT_DEVICE PartOf<Needs> begun(PartOf<Needs> part) {
+  if constexpr (!kCapped && !Needs::kIsGeneral) part.max = kLowest;
+  return part;
+}
+
+// A part that has been folded, as it is merged: its sum without the excess of its exponents.
+template <class Needs, bool kCapped>
+UNILOGIT_DEVICE PartOf<Needs> settled(PartOf<Needs> part, const Transform<kCapped>& transform) {
+  if constexpr (!kCapped && !Needs::kIsGeneral) {
+    part.sum = with_excess(part.sum, -transform.excess(part.max));
+    // The maximum's own term is no 0.
+    if (part.sum == 0.0f) part.max = -infinity();
+  }
+  return part;
 }
 
 // The same sum, and `dot`.

@@ -160,7 +160,8 @@ class RestStatistics {
         needs_(needs),
         layout_(beyond_boundary<kVector>(row.data), v, row.column_stride != 1) {}
 
-  UNILOGIT_DEVICE PartOf<Needs> walk(PartOf<Needs> part, Team team) const {
+  UNILOGIT_DEVICE PartOf<Needs> walk(Team team) const {
+    PartOf<Needs> part = begun<kCapped, Needs>({});
 #pragma unroll 1
     for (int tile = team.part; tile < layout_.tiles; tile += team.parts) {
       part = add_tile(part, layout_.tile_column(tile), layout_.vector_step());
@@ -185,7 +186,7 @@ class RestStatistics {
         part = fold(part, kept, transform_);
       }
     }
-    return part;
+    return settled<Needs>(part, transform_);
   }
 
  private:
@@ -250,6 +251,8 @@ class GradientWriter {
   static constexpr int kVectors = (kCapped || Row::kIsGeneral ? kFewerFlightBytes : kFlightBytes) /
                                   (kVector * static_cast<int>(sizeof(typename Logits::Stored)));
 
+  static constexpr bool kBinary = !kCapped && !Row::kIsGeneral;
+
   UNILOGIT_DEVICE GradientWriter(const Matrix<Logits>& row, const Matrix<Out>& out, int v,
                                  int label, const Transform<kCapped>& transform)
       : row_(row),
@@ -264,7 +267,11 @@ class GradientWriter {
     layout_.divide(whole_);
   }
 
-  UNILOGIT_DEVICE void walk(const Row& gradient, Team team) const {
+  UNILOGIT_DEVICE void walk(Row gradient, Team team) const {
+    if constexpr (kBinary) {
+      const float excess = transform_.excess(gradient.max);
+      gradient.coefficient = with_excess(gradient.coefficient, -excess);
+    }
     // A row of slope 0 is exactly 0, whatever its logits hold: they are not read.
     if (gradient.size == 0.0f) {
       walk<false>(gradient, team);
@@ -357,8 +364,13 @@ class GradientWriter {
     for (float& entry : x) {
       float cap_slope;
       const float kept = transform_.staged(entry, cap_slope);
-      const float value = gradient.entry(transform_.shifted(kept, gradient.max));
-      entry = kCapped ? value * cap_slope : value;
+      if constexpr (kBinary) {
+        const Exponents exponents = transform_.exponents(gradient.max);
+        entry = gradient.coefficient * power_of_two(exponents.of(kept));
+      } else {
+        const float value = gradient.entry(transform_.shifted(kept, gradient.max));
+        entry = kCapped ? value * cap_slope : value;
+      }
     }
   }
 

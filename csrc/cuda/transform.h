@@ -7,6 +7,29 @@ namespace unilogit {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
+constexpr float kLn2 = 0.6931471805599453f;
+
+// From here on numbers are at least 128 apart: exponentials of their differences are 0 or 1. Below,
+// the product with log2(e) is rounded by less than 2^6, so that no sum of its powers overflows.
+constexpr float kAllOrNothing = 1.4e9f;
+constexpr float kLowest = -3.4028234663852886e38f;
+
+// Below it 2^e is 1 + e log(2): what is left out is no digit of a float.
+constexpr float kSmallExcess = 0x1p-13f;
+
+// How a kept logit becomes a binary exponent of exp(z - max), in one instruction.
+struct Exponents {
+  float factor;
+  float shift;
+
+  UNILOGIT_DEVICE float of(float kept) const { return fmaf(kept, factor, shift); }
+};
+
+// sum * 2^excess.
+UNILOGIT_DEVICE float with_excess(float sum, float excess) {
+  return fabsf(excess) < kSmallExcess ? fmaf(sum, excess * kLn2, sum) : sum * power_of_two(excess);
+}
+
 UNILOGIT_DEVICE float exponential(float t) { return power_of_two(t * kLog2E); }
 
 // ---- what a model does to its logits -----------------------------------------------------------
@@ -58,6 +81,24 @@ struct Transform {
   // z - shift of a kept logit.
   UNILOGIT_DEVICE float shifted(float kept, float shift) const {
     return kCapped ? kept - shift : fmaf(kept, scale, -shift);
+  }
+  // What exponents are of, without a cap: from kAllOrNothing on any base gives the same
+  // exponentials, and 1 does not overflow. The maximum is no -inf.
+  static UNILOGIT_DEVICE float log_base(float max) {
+    return fabsf(max) < kAllOrNothing ? kLog2E : 1.0f;
+  }
+  UNILOGIT_DEVICE Exponents exponents(float max) const {
+    const float base = log_base(max);
+    return {scale * base, -(max * base)};
+  }
+  // By how much too large all exponents of a row are, since both products are rounded.
+  UNILOGIT_DEVICE float excess(float max) const {
+    const float base = log_base(max);
+    const Exponents rounded = exponents(max);
+    const float of_shift = fmaf(max, base, rounded.shift);
+    const float of_factor = fmaf(scale, base, -rounded.factor);
+    // In this order, since the maximum of no column over a small scale is infinite.
+    return scale == 0.0f ? of_shift : of_shift - max * (of_factor / scale);
   }
   // z of a kept logit.
   UNILOGIT_DEVICE float finished(float kept) const { return kCapped ? kept : kept * scale; }

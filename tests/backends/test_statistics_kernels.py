@@ -112,7 +112,13 @@ def test_what_nobody_needs_stays(kernels: RowKernels, needs: RowNeeds) -> None:
     logits, labels = torch.randn(4, V), torch.randint(0, V, (4,))
     state, empty = fold(kernels, logits, labels, needs), row_state.empty_state(4, logits.device)
     kernels.log_odds_update(Tile(logits, labels), empty)
-    assert torch.equal(state[:3], empty)
+    for row in (row_state.ROW_MAX, row_state.TARGET):
+        assert torch.equal(state[row], empty[row])
+    # Kernels that take moments may round the exponents of the sum otherwise.
+    eager = registry.load("eager")
+    exact, plain = (fold(eager, x, labels, row_state.PLAIN) for x in (logits.double(), logits))
+    found, of_exact, of_plain = (x[row_state.ROW_SUM] for x in (state, exact, plain))
+    assert_within_budget(found, of_exact, of_plain)
     untouched = row_state.empty_state(4, logits.device, needs=needs)
     of_moments = needs.entropy or needs.variance
     asked = [True] * 3 + [needs.runner_up, needs.mean, needs.mean, of_moments, needs.variance]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tests.backends.cuda import devices
 from tests.backends.cuda.bugs import SPLIT, Bug, Case
 from tests.functional import test_runner_up as tests
 from tests.support.problems import TRANSFORMS
+from unilogit_kernels.backends.contract import Tile
 from unilogit_kernels.backends.cuda.launch import CudaKernels
+from unilogit_kernels.maths import row_state
+from unilogit_kernels.maths.row_state import RowNeeds
 
 KERNELS = CudaKernels()
 
@@ -24,8 +29,13 @@ def gradients(device: devices.PtxLauncher) -> None:
 
 
 def nothing_but_the_label(device: devices.PtxLauncher) -> None:
-    """Of which the lowest token but the label is the runner-up."""
-    tests.test_hard_rows(KERNELS, 0)
+    """Whose lowest token but the label is the runner-up; with moments maxima begin at -inf."""
+    needs = RowNeeds(runner_up=True, mean=True)
+    logits, labels = torch.full((1, 700), -math.inf), torch.tensor([0])
+    logits[0, 0] = 1.0
+    state = row_state.empty_state(1, logits.device, needs=needs)
+    KERNELS.log_odds_update(Tile(logits, labels), state, needs)
+    assert row_state.runner_up(state, labels).item() == 1
 
 
 CASES = {

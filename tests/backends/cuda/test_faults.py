@@ -63,6 +63,18 @@ BUGS = {
     "an ignored label becomes an address": Bug(
         "kernels.h", "label >= 0 ? target_of", "true ? target_of", "data race|out-of-bounds"
     ),
+    "the excess stays in the sum": Bug(
+        "row_parts.h", "with_excess(part.sum, -transform.excess(part.max))", "part.sum", None
+    ),
+    "the excess stays in the gradient": Bug(
+        "row_walk.h", "with_excess(gradient.coefficient, -excess)", "gradient.coefficient", None
+    ),
+    "the product with the maximum overflows": Bug(
+        "transform.h", "fabsf(max) < kAllOrNothing ? kLog2E : 1.0f", "kLog2E", None
+    ),
+    "the sum stays where the maximum was": Bug(
+        "row_parts.h", "fmaf(part.sum, weight, sum.total())", "part.sum + sum.total()", None
+    ),
 }
 
 
@@ -74,19 +86,30 @@ def sweep_in_place(device: devices.PtxLauncher) -> None:
     rows.check_sweep(logits, labels, weight, "unilogit", rows.PLAIN, logits)
 
 
+def large_logits(device: devices.PtxLauncher) -> None:
+    logits, labels, weight = rows.problem(64, 2099, torch.float32)
+    logits += torch.tensor([-1e4, 1e5, 1e8, 3e38]).repeat(16)[:, None]
+    out = torch.empty_like(logits)
+    rows.check_sweep(logits, labels, weight, "cross_entropy", rows.PLAIN, out)
+
+
 PROBLEMS: dict[str, Callable[[devices.PtxLauncher], None]] = {
-    "32-bit offset of a row": distant_rows
+    "32-bit offset of a row": distant_rows,
+    "the excess stays in the sum": large_logits,
+    "the excess stays in the gradient": large_logits,
+    "the product with the maximum overflows": large_logits,
+    "no bug, large logits": large_logits,
 }
 
 
-@pytest.mark.parametrize("name", ["no bug", *BUGS])
+@pytest.mark.parametrize("name", ["no bug", "no bug, large logits", *BUGS])
 def test_bugs_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "KERNELS", KERNELS)
     problem = PROBLEMS.get(name, sweep_in_place)
     resident = 128 if problem is distant_rows else 64
     with devices.small_problems("whole rows") as device, devices.block_sizes(64, 32, resident):
         device.arch = 90
-        if name == "no bug":
+        if name not in BUGS:
             problem(device)
             return
         device.headers = sources_with(BUGS[name], tmp_path)

@@ -101,6 +101,31 @@ def test_finite_extremes_stay_finite() -> None:
     assert bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.5, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_every_magnitude(dtype: torch.dtype, scale: float) -> None:
+    """The products of maximum, scale and log2(e) are rounded, and would overflow at last.
+
+    Larger logits that are scaled are left out, and other scales: a target is a rounded product,
+    where exponents are of unrounded ones.
+    """
+    magnitudes = torch.tensor([0.0, -37, 3e2, -1e3, 1e4, -1e4])
+    if scale == 1:
+        larger = torch.tensor([1e5, -1e5, 1e8, -1e8, 1.2e9, -1.3e9, 1.5e9, -1.6e9, 3e38, -3e38])
+        magnitudes = torch.cat((magnitudes, larger))
+    logits, labels, weight = rows.problem(len(magnitudes), 1500, torch.float32)
+    x = (logits.nan_to_num(0.0) + magnitudes[:, None]).to(dtype)
+    transform = LogitTransform(scale=scale)
+    out = torch.empty_like(x)
+    rows.check_sweep(x, labels, weight, "cross_entropy", transform, out)
+    exact, plain = rows.oracles(x, labels, transform)
+    state = rows.folded_state(x, labels, transform, 601)
+    KERNELS.log_odds_gradient(Tile(x, labels, transform=transform), state, weight, out)
+    rows.assert_rows_within_budget(
+        out, exact.gradient(weight.double()), plain.gradient(weight), "gradient"
+    )
+
+
 @pytest.mark.parametrize("scale", [-1.5, 0.3])
 def test_columns_in_chunks(scale: float) -> None:
     transform = LogitTransform(scale=scale)

@@ -11,6 +11,7 @@ launch options and out-of-resource errors are those of the real launch.
 from __future__ import annotations
 
 import functools
+import heapq
 import inspect
 import itertools
 import re
@@ -198,6 +199,20 @@ def compiling_for(target: str) -> Iterator[list[Launch]]:
 # ---- what the compiler made of it --------------------------------------------------------------
 
 
+class Turn(NamedTuple):
+    """What the shortest way once around a loop executes: in ours, a tile without the label.
+
+    Attributes:
+        instructions: Machine instructions.
+        special: Those of the special function units.
+        loads: Global loads of 128 bits.
+    """
+
+    instructions: int
+    special: int
+    loads: int
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes of its GPU.
@@ -210,6 +225,7 @@ class Resources:
         occupancy: Share of the warps that could be resident.
         instructions: Machine instructions, in the binary, not executed.
         loop_accesses: Global loads and stores in loops, by their width in bits, single ones as 0.
+        turns: Of each loop that loads 128 bits at a time, what one turn of it takes.
     """
 
     registers: int
@@ -218,6 +234,7 @@ class Resources:
     occupancy: float
     instructions: int
     loop_accesses: dict[int, int]
+    turns: list[Turn]
 
 
 def resources(launch: Launch) -> Resources:
@@ -245,6 +262,7 @@ def _nvidia(launch: Launch) -> Resources:
         occupancy=blocks * warps / limits.warps,
         instructions=sum(isinstance(line, Instruction) for line in lines),
         loop_accesses=loop_accesses(lines),
+        turns=turns_of(lines),
     )
 
 
@@ -317,15 +335,10 @@ def loop_accesses(lines: list[Instruction | str]) -> dict[int, int]:
     A jump back alone makes no loop: compilers put rare blocks behind the end and jump back from
     there. What counts is whether the way leads there again.
     """
-    labels = {line: i for i, line in enumerate(lines) if isinstance(line, str)}
-    after: list[list[int]] = []
+    after = _followers(lines)
     before: list[list[int]] = [[] for _ in lines]
-    for i, line in enumerate(lines):
-        goes_on = isinstance(line, str) or line.goes_on
-        after.append([i + 1] if goes_on and i + 1 < len(lines) else [])
-        if isinstance(line, Instruction) and line.target is not None:
-            after[i].append(labels[line.target])
-        for following in after[i]:
+    for i, following_i in enumerate(after):
+        for following in following_i:
             before[following].append(i)
     inside: set[int] = set()
     for i, following_i in enumerate(after):
@@ -339,6 +352,57 @@ def loop_accesses(lines: list[Instruction | str]) -> dict[int, int]:
         if bits is not None:
             found[bits] = found.get(bits, 0) + 1
     return found
+
+
+def _followers(lines: list[Instruction | str]) -> list[list[int]]:
+    """Which lines may come after each."""
+    labels = {line: i for i, line in enumerate(lines) if isinstance(line, str)}
+    after: list[list[int]] = []
+    for i, line in enumerate(lines):
+        goes_on = isinstance(line, str) or line.goes_on
+        after.append([i + 1] if goes_on and i + 1 < len(lines) else [])
+        if isinstance(line, Instruction) and line.target is not None:
+            after[i].append(labels[line.target])
+    return after
+
+
+def turns_of(lines: list[Instruction | str]) -> list[Turn]:
+    """One turn of each loop that loads 128 bits at a time, by the shortest way around it."""
+    after, found = _followers(lines), []
+    for last, following in enumerate(after):
+        for first in (line for line in following if line <= last):
+            way = [lines[i] for i in _shortest_way(first, last, lines, after)]
+            operations = [line.operation for line in way if isinstance(line, Instruction)]
+            loads = sum(_width(x) == 128 and "ST" not in x and "store" not in x for x in operations)
+            special = sum(bool(re.match(_SPECIAL, x)) for x in operations)
+            if loads:
+                found.append(Turn(len(operations), special, loads))
+    return found
+
+
+_SPECIAL = r"MUFU|v_(exp|log|rcp|rsq|sqrt)_"
+
+
+def _shortest_way(
+    first: int, last: int, lines: list[Instruction | str], after: list[list[int]]
+) -> list[int]:
+    """The lines of a way with the fewest instructions; none where there is no way."""
+    taken, came_from, waiting = {first: 0}, {first: first}, [(0, first)]
+    while waiting:
+        so_far, here = heapq.heappop(waiting)
+        if here == last:
+            break
+        for there in after[here]:
+            length = so_far + isinstance(lines[there], Instruction)
+            if length < taken.get(there, len(lines) + 1):
+                taken[there], came_from[there] = length, here
+                heapq.heappush(waiting, (length, there))
+    else:
+        return []
+    way = [last]
+    while way[-1] != first:
+        way.append(came_from[way[-1]])
+    return way
 
 
 def _reachable(start: int, edges: list[list[int]]) -> set[int]:
@@ -385,4 +449,5 @@ def _amd(launch: Launch) -> Resources:
         occupancy=number(r"Occupancy:\s*(\d+)") / (8 if launch.target.warp_size == 64 else 16),
         instructions=sum(isinstance(line, Instruction) for line in lines),
         loop_accesses=loop_accesses(lines),
+        turns=turns_of(lines),
     )

@@ -51,7 +51,11 @@ def _thirds(v: int) -> list[tuple[int, int]]:
     return [(first, last) for first, last in ((0, v // 3), (v // 3, v)) if last > first]
 
 
-def problem(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Logits, labels and weights."""
+
+
+def problem(case: Case) -> Rows:
     """Logits, labels and weights; the last row has weight 0, holds NaN and has no label."""
     generator = torch.Generator().manual_seed(7)
     logits = 3 * torch.randn(case.n, case.v, generator=generator)
@@ -79,9 +83,9 @@ def sweep_by_eager(
     return values, out
 
 
-def check_sweep(case: Case) -> None:
+def check_sweep(case: Case, rows_of: Rows | None = None) -> None:
     """Values and gradients of one visit."""
-    logits, labels, weight = problem(case)
+    logits, labels, weight = rows_of or problem(case)
     exact, exact_rows = sweep_by_eager(logits, labels, weight, case, torch.float64)
     plain, plain_rows = sweep_by_eager(logits, labels, weight, case, torch.float32)
     view, memory = place(logits, case.layout)
@@ -91,14 +95,40 @@ def check_sweep(case: Case) -> None:
     )
     assert_within_budget(values, exact, plain, "values", smallest_scale=1.0)
     assert_within_budget(out, exact_rows, plain_rows, "gradient")
-    assert out[-1].count_nonzero() == 0
+    assert out[weight == 0].count_nonzero() == 0
     assert_only_written(out, out_memory)
 
 
-def check_chunks(case: Case) -> None:
+MAGNITUDES = (0.0, -37.0, 3e2, -1e4, 1e5, 1e8, -1e8, 1.2e9, -1.3e9, 1.5e9, -1.6e9, 2e38, -3e38)
+"""What is added to all logits of a row. A kernel rounds the product of a row's maximum and log2(e),
+the more the larger it is, and from about 1.4e9 on the difference of two logits is 0 or 128."""
+
+
+def shifted_problem(case: Case) -> Rows:
+    """A row for each of `MAGNITUDES`, and two that are the lowest number, one of them by half."""
+    case = replace(case, n=len(MAGNITUDES) + 2)
+    logits, labels, _ = problem(case)
+    logits = logits.float().nan_to_num(0.0)
+    logits[: len(MAGNITUDES)] += torch.tensor(MAGNITUDES)[:, None]
+    lowest = torch.finfo(case.dtype).min
+    logits[-2, ::2] = logits[-1] = lowest
+    labels[-1] = 7
+    return logits.to(case.dtype), labels, torch.linspace(0.5, 2.0, case.n)
+
+
+def check_magnitudes(case: Case) -> None:
+    """`check_sweep` and `check_chunks` of rows of every magnitude."""
+    rows = shifted_problem(case)
+    case = replace(case, n=len(rows[0]))
+    check_sweep(case, rows)
+    check_chunks(case, rows)
+
+
+def check_chunks(case: Case, rows_of: Rows | None = None) -> None:
     """Statistics folded chunk by chunk, then the gradient of each chunk."""
-    logits, labels, weight = problem(case)
-    logits[-1], labels[-1] = logits[0], 5
+    logits, labels, weight = rows_of or problem(case)
+    if rows_of is None:
+        logits[-1], labels[-1] = logits[0], 5
     chunks = _thirds(case.v)
     states = {}
     rows = {}
@@ -128,7 +158,7 @@ def check_chunks(case: Case) -> None:
         assert_within_budget(
             out, rows[torch.float64][:, part], rows[torch.float32][:, part], "gradient of a chunk"
         )
-        assert out[-1].count_nonzero() == 0
+        assert out[weight == 0].count_nonzero() == 0
         assert_only_written(out, out_memory)
 
 

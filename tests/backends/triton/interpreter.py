@@ -2,7 +2,8 @@
 
 As it is, it truncates float32 to bfloat16 instead of rounding, and computes with bfloat16 on the
 raw bits, silently. The kernels convert at their loads and stores and compute in float32, so
-conversion is what is mended here; arithmetic on bfloat16 becomes an error.
+conversion is what is mended here; arithmetic on bfloat16 becomes an error. A fused multiply-add is
+rounded once, as on a GPU.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ def install() -> None:
 
         return checked
 
+    def create_fma(self: Any, x: _Handle, y: _Handle, z: _Handle) -> _Handle:
+        # The product of two float32 is exact in float64.
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return handle(wide.astype(x.data.dtype), x.dtype.scalar)
+
     implicit = interpreter._implicit_cvt
 
     def _implicit_cvt(argument: Any) -> Any:
@@ -97,6 +103,7 @@ def install() -> None:
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.get_bf16 = get_bf16
+    builder.create_fma = create_fma
     for name in ("unary_op", "binary_op", "ternary_op"):
         setattr(builder, name, refusing(getattr(builder, name)))
     interpreter._implicit_cvt = _implicit_cvt

@@ -26,6 +26,7 @@ from tests.backends.triton.battery import (
     check_bad_labels,
     check_chunks,
     check_distant_rows,
+    check_magnitudes,
     check_runner_up,
     check_statistics,
     check_sweep,
@@ -158,6 +159,13 @@ def test_any_order_on_any_architecture(arch: int, schedule: Schedule, share: str
         check_chunks(case)
         check_runner_up(case)
         check_statistics(case)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_every_magnitude(dtype: torch.dtype, share: str) -> None:
+    with small_problems(share), triton_device(90):
+        check_magnitudes(Case(dtype))
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -24,6 +24,7 @@ from tests.backends.triton.battery import (
     check_bad_labels,
     check_chunks,
     check_distant_rows,
+    check_magnitudes,
     check_runner_up,
     check_statistics,
     check_sweep,
@@ -95,8 +96,14 @@ MUTANTS = {
     ),
     "masked lanes in the sum": Mutant(
         "log_odds_tiles.py",
-        "        z = tl.where(inside, z, NEGATIVE_INFINITY)\n",
-        "        z = z\n",
+        "            z = tl.where(inside, z, NEGATIVE_INFINITY)\n",
+        "            z = z\n",
+        case=Case(transform=CAPPED),
+    ),
+    "plain masked lanes in the sum": Mutant(
+        "log_odds_tiles.py",
+        "WALK.strided, NEGATIVE_INFINITY)",
+        "WALK.strided)",
     ),
     "label in the rest": Mutant(
         "log_odds_tiles.py", "z = tl.where(columns == label, NEGATIVE_INFINITY, z)", "z = z + 0.0"
@@ -122,15 +129,57 @@ MUTANTS = {
     ),
     "rescaling of the sum": Mutant(
         "row_parts.py",
-        "part.row_sum * weight + tile_sum",
-        "part.row_sum + tile_sum",
+        "        row_sum = part.row_sum * weight + tile_sum\n",
+        "        row_sum = part.row_sum + tile_sum\n",
         case=Case(v=6000),
     ),
+    "rescaling of the sum, scaled": Mutant(
+        "row_parts.py",
+        "    row_sum = part.row_sum * weight + tile_sum\n    if",
+        "    row_sum = part.row_sum + tile_sum\n    if",
+        case=Case(v=6000, transform=SCALED),
+    ),
+    "maximum of halves of words": Mutant(
+        "row_parts.py",
+        "max.bf16x2 $0, $1, $2;",
+        "min.bf16x2 $0, $1, $2;",
+        check_runner_up,
+        Case(torch.bfloat16, v=12_000),
+    ),
     "merge of threads": Mutant(
-        "row_parts.py", "shares = part.row_sum * weight\n", "shares = part.row_sum\n"
+        "row_parts.py",
+        "tl.exp2(rounded_product(part.row_max, factor) + shift)\n        binary_sum",
+        "1.0\n        binary_sum",
+    ),
+    "merge of threads, scaled": Mutant(
+        "row_parts.py",
+        "shares = part.row_sum * weight\n",
+        "shares = part.row_sum\n",
+        case=Case(transform=SCALED),
+    ),
+    "excess": Mutant(
+        "row_maths.py",
+        "excess = SIGN * tl.fma(row_max, factor, shift)",
+        "excess = SIGN * 0.0 * row_max",
+        check_magnitudes,
+    ),
+    "small excess": Mutant(
+        "row_maths.py",
+        "tl.fma(row_sum, excess * LN_2, row_sum)",
+        "tl.fma(row_sum, excess * LOG2_E, row_sum)",
+        check_magnitudes,
+    ),
+    "product that overflows": Mutant(
+        "row_maths.py",
+        "tl.where(tl.abs(row_max) < ALL_OR_NOTHING, LOG2_E, 1.0)",
+        "tl.where(tl.abs(row_max) < 3.5e38, LOG2_E, 1.0)",
+        check_magnitudes,
     ),
     "state so far": Mutant(
-        "log_odds.py", "where_part(is_first, so_far, known)", "known", check_chunks
+        "log_odds.py",
+        "merged = merge_two(so_far, merged, LOGITS)",
+        "merged = merged",
+        check_chunks,
     ),
     "state so far, split": Mutant(
         "log_odds.py",
@@ -147,7 +196,12 @@ MUTANTS = {
         Case(v=4500),
         share=SPLIT,
     ),
-    "natural exponential": Mutant("log_odds_tiles.py", "tl.exp2(s * LOG2_E)", "tl.exp2(s)"),
+    "natural exponential": Mutant(
+        "log_odds_tiles.py", "tl.exp2(s * LOG2_E)", "tl.exp2(s)", case=Case(transform=SCALED)
+    ),
+    "natural exponential of a plain logit": Mutant(
+        "log_odds_tiles.py", "tl.exp2(exponent(z, factor, shift))", "tl.exp2(z - row.row_max)"
+    ),
     "derivative of the scale": Mutant(
         "log_odds_tiles.py",
         "rest = slopes.rest * derivative",
@@ -212,7 +266,7 @@ MUTANTS = {
         "linear += count * (finite_shift(part.row_max) - shift)", "linear += 0.0"
     ),
     "move of a sum between parts": _of_parts(
-        "linear + count * (finite_shift(part.row_max) - shift)", "linear"
+        "part.linear + part.count * (finite_shift(part.row_max) - shift)", "part.linear"
     ),
     "move of a dot product": Mutant(
         "row_maths.py",
@@ -241,10 +295,11 @@ MUTANTS = {
     ),
     "weight of squares": _of_parts("square = square * weight + tl.sum", "square = square + tl.sum"),
     "squares between parts": _of_parts(
-        "weight * square + shares * (between * between)", "weight * square"
+        "weight * part.square + shares * (between * between)", "weight * part.square"
     ),
     "weight of the squares of parts": _of_parts(
-        "weight * square + shares * (between * between)", "square + shares * (between * between)"
+        "weight * part.square + shares * (between * between)",
+        "part.square + shares * (between * between)",
     ),
     "tilt": _of_rows("slopes.rest + slopes.tilt * tl.maximum(s, LOWEST)", "slopes.rest"),
     "0 * inf in a gradient": _of_rows("slopes.tilt * tl.maximum(s, LOWEST)", "slopes.tilt * s"),

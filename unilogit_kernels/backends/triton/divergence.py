@@ -58,8 +58,8 @@ def _update(
     lanes = _lanes(device.settings, a_transform, b_transform)
     shares = Shares.of(n, v, device, matrices, lanes)
     compiled = Pair(
-        logits_of(a_place, matrices, a_transform, ""),
-        logits_of(b_place, matrices, b_transform, ""),
+        logits_of(a_place, matrices, a_transform, "", device.settings),
+        logits_of(b_place, matrices, b_transform, "", device.settings),
         student_is_a=False,
     )
     strides = (*a_place.strides, *b_place.strides, state_stride, first_column, v)
@@ -128,8 +128,8 @@ def _gradient(
         ),
         {
             "PAIR": Pair(
-                logits_of(a_place, matrices, a_transform, ""),
-                logits_of(b_place, matrices, b_transform, ""),
+                logits_of(a_place, matrices, a_transform, "", device.settings),
+                logits_of(b_place, matrices, b_transform, "", device.settings),
                 student_is_a=student == "a",
             ),
             "WALK": shares.walk,

@@ -134,15 +134,20 @@ def logits_of(
     matrices: Matrices,
     transform: LogitTransform,
     eviction: str,
+    chosen: Settings,
     needs: Needs = Needs(),  # noqa: B008 (a tuple)
 ) -> Logits:
     """What kernels are compiled for of a matrix of logits."""
     capped = transform.softcap != 0.0
+    scaled = transform.scale != 1.0 and not capped
+    binary = not (scaled or capped or needs.linear or needs.dot)
     return Logits(
         alignment=matrices.alignment_of(place),
         eviction=eviction,
-        scaled=transform.scale != 1.0 and not capped,
+        scaled=scaled,
         capped=capped,
+        binary=binary,
+        packs=chosen.packs and place.dtype == torch.bfloat16 and not (scaled or capped),
         needs=needs,
     )
 

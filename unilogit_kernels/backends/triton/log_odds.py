@@ -68,7 +68,7 @@ def _update(
     lanes = _lanes(transform, chosen, computed)
     shares = Shares.of(n, v, device, matrices, lanes)
     factors = factors_of(transform)
-    compiled = logits_of(place, matrices, transform, "", computed)
+    compiled = logits_of(place, matrices, transform, "", chosen, computed)
     fold = Prepared(
         log_odds_update_kernel,
         (n, shares.parts),
@@ -133,7 +133,7 @@ def _gradient(
         ),
         {
             "SLOPES": slopes,
-            "LOGITS": logits_of(place, matrices, transform, ""),
+            "LOGITS": logits_of(place, matrices, transform, "", device.settings),
             "WALK": shares.walk,
         },
         shares.options,
@@ -192,7 +192,7 @@ def _sweep(
         ),
         {
             "OBJECTIVE": objective,
-            "LOGITS": logits_of(place, matrices, transform, eviction),
+            "LOGITS": logits_of(place, matrices, transform, eviction, chosen),
             "WALK": walk_over(v, matrices, lanes, threads),
         },
         options_of(chosen, warps),

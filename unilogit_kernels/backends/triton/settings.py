@@ -14,6 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+_IS_INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Decided when kernels are decorated, which is when this is imported."""
+
 
 # Compared by identity: a launch that follows from them is remembered with them as its key.
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,8 @@ class Settings:
         multiprocessors: Of the largest product; used where no device can be asked.
         cache_bytes: The same for the last cache that all multiprocessors share.
         options: Compiler options.
+        packs: Whether kernels take maxima of bfloat16 two at a time, by an instruction of PTX,
+            which the interpreter does not know.
     """
 
     warp_threads: int
@@ -44,6 +49,7 @@ class Settings:
     multiprocessors: int
     cache_bytes: int
     options: dict[str, Any]
+    packs: bool = False
 
 
 # 64 registers a thread let 1024 of the 65,536 / 64 threads live on a multiprocessor, which is half
@@ -57,6 +63,7 @@ _NVIDIA: dict[str, Any] = {
     "warps": 4,
     "split_warps": 2,
     "options": {"maxnreg": 64},
+    "packs": not _IS_INTERPRETED,
 }
 # Wavefronts of 64 threads: half as many for as many threads. The compiler of AMD's targets balances
 # registers itself.
@@ -74,14 +81,17 @@ _RDNA: dict[str, Any] = {**_CDNA, "warp_threads": 32, "resident_warps": 32, "war
 # With 32 lanes triton 3.9 spills on sm_80.
 _SM_80: dict[str, Any] = {**_NVIDIA, "lanes": 16}
 
+# They take the maximum of three float32 at a time, which is as good; words beside it would spill.
+_BLACKWELL: dict[str, Any] = {**_NVIDIA, "packs": False}
+
 TABLE: dict[str, Settings] = {
     "cuda:80": Settings(**_SM_80, multiprocessors=108, cache_bytes=40 << 20),  # A100
     "cuda:86": Settings(**_NVIDIA, multiprocessors=84, cache_bytes=6 << 20),  # RTX 3090, A40
     "cuda:89": Settings(**_NVIDIA, multiprocessors=142, cache_bytes=96 << 20),  # L40S
     "cuda:90": Settings(**_NVIDIA, multiprocessors=132, cache_bytes=50 << 20),  # H100
-    "cuda:100": Settings(**_NVIDIA, multiprocessors=148, cache_bytes=126 << 20),  # B200
-    "cuda:103": Settings(**_NVIDIA, multiprocessors=148, cache_bytes=126 << 20),  # B300
-    "cuda:120": Settings(**_NVIDIA, multiprocessors=170, cache_bytes=96 << 20),  # RTX 5090
+    "cuda:100": Settings(**_BLACKWELL, multiprocessors=148, cache_bytes=126 << 20),  # B200
+    "cuda:103": Settings(**_BLACKWELL, multiprocessors=148, cache_bytes=126 << 20),  # B300
+    "cuda:120": Settings(**_BLACKWELL, multiprocessors=170, cache_bytes=96 << 20),  # RTX 5090
     "hip:gfx90a": Settings(**_CDNA, multiprocessors=104, cache_bytes=8 << 20),  # MI250X, a die
     "hip:gfx942": Settings(**_CDNA, multiprocessors=304, cache_bytes=256 << 20),  # MI300X
     "hip:gfx950": Settings(**_CDNA, multiprocessors=256, cache_bytes=256 << 20),  # MI355X
@@ -91,8 +101,6 @@ TABLE: dict[str, Settings] = {
 """What is known of each architecture; others take the settings of their nearest relative."""
 
 _INTERPRETED = "cuda:90"
-_IS_INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Decided when kernels are decorated, which is when this is imported."""
 
 
 class Device(NamedTuple):

@@ -14,6 +14,7 @@ from unilogit_kernels.backends.triton.kernels.row_maths import (
     evaluate_objective,
     load_target,
     log_odds,
+    with_excess,
 )
 from unilogit_kernels.backends.triton.kernels.row_parts import (
     ROW_SUM,
@@ -23,6 +24,8 @@ from unilogit_kernels.backends.triton.kernels.row_parts import (
     empty_parts,
     load_part,
     merge_parts,
+    merge_threads,
+    merge_two,
     store_part,
     where_part,
     with_infinite,
@@ -70,21 +73,20 @@ def log_odds_update_kernel(
     row = row_of(logits, offset, row_stride, column_stride, row_index)
     factors = Factors(scale, softcap)
 
-    known = empty_parts(WALK)
+    known = empty_parts(LOGITS, WALK)
     state += row_index
     if parts is None:
-        # What is known of the row so far is where the first thread begins.
-        is_first = tl.arange(0, WALK.threads) == 0
+        # Before the threads meet: the first to leave from there stores it.
         so_far = load_part(state, state_stride, None, LOGITS)
-        known = where_part(is_first, so_far, known)
     is_read = True
     if row_weight is not None:
         is_read = tl.load(row_weight + row_index) != 0.0
     if is_read:
         share = share_of_row(row, v, part, count, blocks_per_part, WALK)
         known = rest_statistics(known, row, label, share, factors, first_column, LOGITS, WALK)
-    merged = merge_parts(known, LOGITS)
+    merged, _ = merge_threads(known, LOGITS)
     if parts is None:
+        merged = merge_two(so_far, merged, LOGITS)
         merged = with_infinite(merged, so_far, v - (label >= 0), LOGITS)
         store_part(state, state_stride, merged, LOGITS)
         target = load_target(row, label, factors, LOGITS, WALK.strided)
@@ -197,6 +199,8 @@ def log_odds_gradient_kernel(
     share = share_of_row(out_row, v, part, count, blocks_per_part, WALK)
     state += row_index
     row_max, row_sum = tl.load(state), tl.load(state + ROW_SUM * state_stride)
+    if LOGITS.binary:
+        row_sum = with_excess(row_sum, row_max, 1)
     slopes += row_index
     rest = tl.load(slopes)
     at_label, at_runner_up, runner_up, tilt, uniform = None, None, None, None, None
@@ -256,10 +260,11 @@ def log_odds_sweep_kernel(
     row_max, row_sum, value, slope = 0.0, 1.0, 0.0, 0.0
     if weight != 0.0:
         target = load_target(row, label, factors, LOGITS, WALK.strided)
-        parts = rest_statistics(empty_parts(WALK), row, label, share, factors, 0, LOGITS, WALK)
-        merged = merge_parts(parts, LOGITS)
-        row_max, row_sum = merged.row_max, merged.row_sum
-        d = log_odds(row_max, row_sum, target, label >= 0)
+        empty = empty_parts(LOGITS, WALK)
+        parts = rest_statistics(empty, row, label, share, factors, 0, LOGITS, WALK)
+        merged, row_sum = merge_threads(parts, LOGITS)
+        row_max = merged.row_max
+        d = log_odds(row_max, merged.row_sum, target, label >= 0)
         vocabulary = Vocabulary(uniform_log_odds, softplus_uniform, inverse_vocab)
         value, slope = evaluate_objective(d, vocabulary, OBJECTIVE)
         slope = weight * slope

@@ -10,10 +10,13 @@ from unilogit_kernels.backends.triton.kernels.row_maths import (
     LOWEST,
     NEGATIVE_INFINITY,
     Factors,
+    binary_shift,
+    exponent,
     finite_shift,
     transformed,
+    widened,
 )
-from unilogit_kernels.backends.triton.kernels.row_parts import fold
+from unilogit_kernels.backends.triton.kernels.row_parts import fold, largest
 from unilogit_kernels.backends.triton.kernels.row_walk import (
     Row,
     body_of,
@@ -84,13 +87,20 @@ def fold_tile(
 ):
     """Fold a tile into each thread's parts, but for the label's column."""
     EVICTION: tl.constexpr = LOGITS.eviction  # triton 3.6 hands on no string of a tuple
-    x = load_columns(row.logits, columns, inside, EVICTION, WALK.strided)
-    z, _ = transformed(x, row.factors, LOGITS)
-    if inside is not None:
-        z = tl.where(inside, z, NEGATIVE_INFINITY)
+    if LOGITS.scaled or LOGITS.capped:
+        x = load_columns(row.logits, columns, inside, EVICTION, WALK.strided)
+        z, _ = transformed(x, row.factors, LOGITS)
+        if inside is not None:
+            z = tl.where(inside, z, NEGATIVE_INFINITY)
+    else:
+        x = load_columns(row.logits, columns, inside, EVICTION, WALK.strided, NEGATIVE_INFINITY)
+        z = widened(x)
     if label_is_near:
         z = tl.where(columns == label, NEGATIVE_INFINITY, z)
-    return fold(parts, z, row.first_column + columns, LOGITS)
+        tile_max = tl.max(tl.max(z, 2), 0)
+    else:
+        tile_max = largest(x, z, LOGITS)
+    return fold(parts, z, tile_max, row.first_column + columns, LOGITS)
 
 
 @triton.jit
@@ -103,7 +113,11 @@ def write_tile(
     z, slope = transformed(x, row.factors, LOGITS)
     slopes = row.slopes
     s = z - row.row_max
-    terms = tl.exp2(s * LOG2_E)
+    if LOGITS.binary:
+        factor, shift = binary_shift(row.row_max)
+        terms = tl.exp2(exponent(z, factor, shift))
+    else:
+        terms = tl.exp2(s * LOG2_E)
     if slopes.tilt is None:
         values = slopes.rest * terms
     else:
@@ -143,7 +157,11 @@ def gradient_row(
     LOGITS: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    """Write the gradient row of slopes; that of zeros is exactly 0, whatever its logits hold."""
+    """Write the gradient row of slopes; that of zeros is exactly 0, whatever its logits hold.
+
+    Args:
+        row_sum: See `merge_threads`.
+    """
     size = tl.abs(slopes.rest)
     rest = slopes.rest * derivative
     at_label, at_runner_up, runner_up_in_body = rest, None, None

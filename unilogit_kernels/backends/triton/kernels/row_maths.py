@@ -12,6 +12,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Below this e^s is 0. Where s is no lower, the products of e^s are 0 with it, and not 0 * inf.
 LOWEST = tl.constexpr(-1e4)
 
+LN_2 = tl.constexpr(0.6931471805599453)
+# Below it 2^e is 1 + e log(2): what is left out is no digit of a float32.
+SMALL_EXCESS = tl.constexpr(2.0**-13)
+# From here on numbers are at least 128 apart: exponentials of their differences are 0 or 1. Below,
+# the product with log2(e) is rounded by less than 2^6, so that no sum of its powers overflows.
+ALL_OR_NOTHING = tl.constexpr(1.4e9)
+# Where maxima begin that must not be -inf: the lowest number.
+LOWEST_MAXIMUM = tl.constexpr(-3.4028234663852886e38)
+
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 POSITIVE_INFINITY = tl.constexpr(float("inf"))
 
@@ -53,6 +62,10 @@ class Logits(NamedTuple):
             always leave first.
         scaled: `z = scale * x`; False where a cap takes the scale in.
         capped: `z = softcap * tanh(scale * x)`, where `scale` has been divided by `softcap`.
+        binary: Whether sums and gradients are of `exponent`: of plain logits. The product of
+            others with their factor would be rounded before it, and moments take `z - row_max`.
+        packs: Whether maxima are taken of two at a time, as words hold them: of plain bfloat16,
+            where the GPU has an instruction for it.
         needs: What statistics are computed of them.
     """
 
@@ -60,6 +73,8 @@ class Logits(NamedTuple):
     eviction: str
     scaled: bool
     capped: bool
+    binary: bool = False
+    packs: bool = False
     needs: Needs = Needs()
 
 
@@ -111,9 +126,23 @@ def hyperbolic_tangent(t):
 
 
 @triton.jit
+def widened(x):
+    """A logit as a float32.
+
+    A bfloat16 is its upper half. Said in integers, what shares a word with another takes one
+    instruction: a shift or a mask.
+    """
+    if x.dtype == tl.bfloat16:
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def transformed(x, factors, LOGITS: tl.constexpr):
     """`z`, and `dz/dx` without the constant factor; 1.0 where there is no cap."""
-    z = x.to(tl.float32)
+    z = widened(x)
     slope = 1.0
     if LOGITS.capped:
         z, slope = hyperbolic_tangent(z * factors.scale)
@@ -142,6 +171,48 @@ def finite_shift(row_max):
     purpose: overflow is never laundered.
     """
     return tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)
+
+
+@triton.jit
+def binary_shift(row_max):
+    """How logits become binary exponents of `e^(z - row_max)`, in one instruction: `exponent`.
+
+    From `ALL_OR_NOTHING` on any factor gives the same exponentials, and 1 does not overflow.
+
+    Args:
+        row_max: No -inf: see `LOWEST_MAXIMUM`.
+
+    Returns:
+        What is multiplied by, and what is then added: minus the maximum times that, rounded.
+    """
+    factor = tl.where(tl.abs(row_max) < ALL_OR_NOTHING, LOG2_E, 1.0)
+    return factor, rounded_product(row_max, -factor)
+
+
+@triton.jit
+def rounded_product(a, b):
+    """`a * b`, which the compiler does not fuse with what is added to it."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def exponent(z, factor, shift):
+    """`t` with `2^t = 2^e e^(z - row_max)`, whose `e` is the row's: see `with_excess`."""
+    return tl.fma(z, factor, shift)
+
+
+@triton.jit
+def with_excess(row_sum, row_max, SIGN: tl.constexpr):
+    """A sum of `e^(z - row_max)` as one of `exponent`, or with the sign -1 the inverse.
+
+    They differ by what was rounded off the product of maximum and factor, which is the same for
+    all columns.
+    """
+    factor, shift = binary_shift(row_max)
+    excess = SIGN * tl.fma(row_max, factor, shift)
+    nearby = tl.fma(row_sum, excess * LN_2, row_sum)
+    changed = tl.where(tl.abs(excess) < SMALL_EXCESS, nearby, row_sum * tl.exp2(excess))
+    return tl.where(row_sum == 0.0, row_sum, changed)  # whose maximum may be -inf
 
 
 @triton.jit

@@ -8,10 +8,15 @@ import triton.language as tl
 from unilogit_kernels.backends.triton.kernels.row_maths import (
     LOG2_E,
     LOWEST,
+    LOWEST_MAXIMUM,
     NEGATIVE_INFINITY,
+    binary_shift,
+    exponent,
     finite_shift,
     moved_dot,
     ratio,
+    rounded_product,
+    with_excess,
 )
 from unilogit_kernels.maths import row_state
 
@@ -49,9 +54,10 @@ class Part(NamedTuple):
 
 
 @triton.jit
-def empty_parts(WALK: tl.constexpr):
+def empty_parts(LOGITS: tl.constexpr, WALK: tl.constexpr):
     """The part of each thread before it has seen a column."""
-    lowest = tl.full([WALK.threads], NEGATIVE_INFINITY, tl.float32)
+    LOWEST_SO_FAR: tl.constexpr = LOWEST_MAXIMUM if LOGITS.binary else NEGATIVE_INFINITY
+    lowest = tl.full([WALK.threads], LOWEST_SO_FAR, tl.float32)
     column = tl.full([WALK.threads], NO_COLUMN, tl.int32)
     zero = tl.full([WALK.threads], 0.0, tl.float32)
     return Part(lowest, zero, column, zero, zero, zero, zero)
@@ -114,7 +120,32 @@ def where_part(condition, a, b):
 
 
 @triton.jit
-def fold(part, z, columns, LOGITS: tl.constexpr):
+def largest(x, z, LOGITS: tl.constexpr):
+    """The largest `z` of each thread in a tile of logits `x`."""
+    if LOGITS.packs:
+        COUNT: tl.constexpr = x.shape[0] * x.shape[2]
+        pairs = tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], COUNT))
+        tile_max = tl.max(_larger_halves(pairs).to(tl.float32), 1)
+    else:
+        tile_max = tl.max(tl.max(z, 2), 0)
+    return tile_max
+
+
+@triton.jit
+def _larger_halves(x):
+    """Of each thread's numbers the largest two, as one word holds them, of either half of words."""
+    if x.shape[1] > 2:
+        halves = tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1))
+        a, b = tl.split(halves)
+        both = tl.inline_asm_elementwise(
+            "max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+        x = _larger_halves(both)
+    return x
+
+
+@triton.jit
+def fold(part, z, tile_max, columns, LOGITS: tl.constexpr):
     """Add a tile to the part that each thread keeps.
 
     Args:
@@ -122,10 +153,25 @@ def fold(part, z, columns, LOGITS: tl.constexpr):
         z: The tile's logits; -inf where there is no column, and at the label.
         columns: Their columns in the vocabulary.
     """
-    column, count, linear, dot, square = part.column, part.count, part.linear, part.dot, part.square
+    column = part.column
     if LOGITS.needs.runner_up:
-        column = _fold_column(part.row_max, column, z, columns)
-    row_max = tl.maximum(part.row_max, tl.max(tl.max(z, 2), 0))
+        column = _fold_column(part.row_max, column, z, tile_max, columns)
+    row_max = tl.maximum(part.row_max, tile_max)
+    if LOGITS.binary:
+        factor, shift = binary_shift(row_max)
+        t = exponent(z, factor[None, :, None], shift[None, :, None])
+        tile_sum = tl.sum(tl.sum(tl.exp2(t), 2), 0)
+        weight = tl.exp2(rounded_product(part.row_max, factor) + shift)
+        row_sum = part.row_sum * weight + tile_sum
+        folded = Part(row_max, row_sum, column, part.count, part.linear, part.dot, part.square)
+    else:
+        folded = _fold_moments(part, z, row_max, column, LOGITS)
+    return folded
+
+
+@triton.jit
+def _fold_moments(part, z, row_max, column, LOGITS: tl.constexpr):
+    count, linear, dot, square = part.count, part.linear, part.dot, part.square
     shift = finite_shift(row_max)
     s = z - shift[None, :, None]
     if LOGITS.needs.linear:
@@ -153,12 +199,11 @@ def fold(part, z, columns, LOGITS: tl.constexpr):
 
 
 @triton.jit
-def _fold_column(row_max, column, z, columns):
+def _fold_column(row_max, column, z, tile_max, columns):
     """Where each thread's maximum is, with a tile.
 
     Of equal ones, the lowest column, in whatever order tiles come.
     """
-    tile_max = tl.max(tl.max(z, 2), 0)
     here = tl.where(z == tile_max[None, :, None], columns, NO_COLUMN)
     first = tl.min(tl.min(here, 2), 0)
     first = tl.where(tile_max == row_max, tl.minimum(first, column), first)
@@ -181,19 +226,51 @@ def merge_parts(part, LOGITS: tl.constexpr):
     shares = part.row_sum * weight
     row_sum = tl.sum(shares, 0)
     row_max = tl.where(row_sum != row_sum, float("nan"), highest)
-    column, count, linear, dot, square = part.column, part.count, part.linear, part.dot, part.square
+    column, count, linear, dot, square = row_sum, row_sum, row_sum, row_sum, row_sum
     if LOGITS.needs.runner_up:
-        column = _merge_columns(part.row_max, column, row_max)
+        column = _merge_columns(part.row_max, part.column, row_max)
     if LOGITS.needs.linear:
-        linear = tl.sum(linear + count * (finite_shift(part.row_max) - shift), 0)
-        count = tl.sum(count, 0)
+        linear = tl.sum(part.linear + part.count * (finite_shift(part.row_max) - shift), 0)
+        count = tl.sum(part.count, 0)
     if LOGITS.needs.dot:
-        _, dots = moved_dot(part.row_sum, dot, move, 0.0)
+        _, dots = moved_dot(part.row_sum, part.dot, move, 0.0)
         dot = tl.sum(dots, 0)
         if LOGITS.needs.square:
             between = ratio(dots, shares) - ratio(dot, row_sum)
-            square = tl.sum(weight * square + shares * (between * between), 0)
+            square = tl.sum(weight * part.square + shares * (between * between), 0)
     return Part(row_max, row_sum, column, count, linear, dot, square)
+
+
+@triton.jit
+def merge_threads(part, LOGITS: tl.constexpr):
+    """The part of a program, from those that its threads have folded.
+
+    Returns:
+        The part, and its sum as a gradient takes it, with the `exponent`s of the part's maximum.
+    """
+    if LOGITS.binary:
+        highest = tl.max(part.row_max, 0)
+        factor, shift = binary_shift(highest)
+        shares = part.row_sum * tl.exp2(rounded_product(part.row_max, factor) + shift)
+        binary_sum = tl.sum(shares, 0)
+        row_sum = with_excess(binary_sum, highest, -1)
+        # The maximum's own term is no 0.
+        row_max = tl.where(row_sum == 0.0, NEGATIVE_INFINITY, highest)
+        row_max = tl.where(row_sum != row_sum, float("nan"), row_max)
+        column = row_sum
+        if LOGITS.needs.runner_up:
+            column = _merge_columns(part.row_max, part.column, row_max)
+        merged = Part(row_max, row_sum, column, row_sum, row_sum, row_sum, row_sum)
+    else:
+        merged = merge_parts(part, LOGITS)
+        binary_sum = merged.row_sum
+    return merged, binary_sum
+
+
+@triton.jit
+def merge_two(a, b, LOGITS: tl.constexpr):
+    """`merge_parts` of two that are numbers."""
+    return merge_parts(where_part(tl.arange(0, 2) == 0, a, b), LOGITS)
 
 
 @triton.jit

@@ -148,13 +148,15 @@ def at_columns(row, columns, STRIDED: tl.constexpr):
 
 
 @triton.jit
-def load_columns(row, columns, inside, EVICTION: tl.constexpr, STRIDED: tl.constexpr):
-    """A tile of a row, in its dtype; `inside` is None where every column exists."""
+def load_columns(
+    row, columns, inside, EVICTION: tl.constexpr, STRIDED: tl.constexpr, OUTSIDE: tl.constexpr = 0.0
+):
+    """A tile of a row, in its dtype, and a number where it is not `inside`; None: all of it is."""
     pointers = at_columns(row, columns, STRIDED)
     if inside is None:
         x = tl.load(pointers, eviction_policy=EVICTION)
     else:
-        x = tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
+        x = tl.load(pointers, mask=inside, other=OUTSIDE, eviction_policy=EVICTION)
     return x
 
 
@@ -198,7 +200,8 @@ def fold_row(
         parts = FOLD(parts, body, columns, None, label_in_body, is_near, KIND, WALK)
     for first_vector in range(0, share.tail_vectors, WALK.tail_unroll * WALK.threads):
         columns, inside = tail_columns(share, first_vector, WALK)
-        parts = FOLD(parts, body, columns, inside, label_in_body, True, KIND, WALK)
+        is_near = label_in_body >= share.tail_start
+        parts = FOLD(parts, body, columns, inside, label_in_body, is_near, KIND, WALK)
     if share.ends > 0:
         columns, inside = end_columns(share, WALK)
         parts = FOLD(parts, whole, columns, inside, label, True, KIND, WALK)
