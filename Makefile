@@ -25,8 +25,8 @@ PLATFORM ?= manylinux_2_31_$(shell uname -m)
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
 
-# Hours for the whole plan, some half an hour for PLAN=benchmarks/paper_small.yaml. An interrupted run is
-# gone on with by the same command.
+# Estimated from single cells, on two free cores: ten hours, half an hour for PLAN=benchmarks/paper_small.yaml. An
+# interrupted run is gone on with by the same command.
 paper: $(INSTALLED)
 	$(BIN)/unilogit compare $(PLAN) --output $(RUNS)/$(basename $(notdir $(PLAN)))
 
