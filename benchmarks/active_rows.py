@@ -31,6 +31,7 @@ from unilogit_kernels import (
     shift_labels,
 )
 from unilogit_kernels.bench.devices import Cpu
+from unilogit_kernels.bench.look import look, number, save
 from unilogit_kernels.huggingface.head import HeadCall, evaluating, run_head
 from unilogit_kernels.unlearning.data import IGNORED, Features, collate
 from unilogit_kernels.unlearning.demo.__main__ import Demo
@@ -225,30 +226,42 @@ def write(figures: dict[str, Any], path: Path) -> None:
     _draw(figures, path.with_suffix(".png"))
 
 
+_SHARES = {
+    "probability": ("probability of the answer's tokens", "#D55E00", "o", "--"),
+    "labelled": ("positions with a label", "#000000", "P", "-"),
+    "active at 0.001": ("with a slope over 0.1 % of the largest", "#009E73", "^", "-"),
+    "active at 0.1": ("with a slope over 10 % of the largest", "#56B4E9", "D", "-"),
+}
+_TIMES = {
+    "eager, every position": ("plain torch, every position", "#D55E00", "o", "-"),
+    "fused, every position": ("fused, every position", "#0072B2", "s", "-"),
+    "fused, ignored dropped": ("fused, positions with a label", "#000000", "P", "-"),
+}
+
+
 def _draw(figures: dict[str, Any], path: Path) -> None:
+    """The forget set; the tables hold the retain set and the other thresholds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 8.5), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
     steps = [entry["step"] for entry in figures["steps"]]
-    for line, name in zip(panels, ("forget", "retain"), strict=True):
-        found = [entry[name] for entry in figures["steps"]]
-        for key in found[0]:
-            if key.startswith(("labelled", "active", "probability")):
-                style = "--" if key == "probability" else "-"
-                line[0].plot(steps, [f[key] for f in found], style, marker=".", label=key)
-        for key in found[0]["milliseconds"]:
-            times = [f["milliseconds"][key] for f in found]
-            line[1].plot(steps, times, marker=".", label=key)
-        line[0].set_ylabel(f"{name}: share of positions")
-        line[0].set_ylim(0, 1)
-        line[1].set_ylabel(f"{name}: loss and gradient, ms")
-        line[1].set_yscale("log")
-        for panel in line:
-            panel.grid(visible=True, which="both", alpha=0.25)
-            panel.legend(fontsize="small")
+    found = [entry["forget"] for entry in figures["steps"]]
+    with look():
+        figure = Figure(figsize=(7.0, 5.6))
+        panels = figure.subplots(1, 2)
+        for panel, title, drawn, rows in (
+            (panels[0], "Share", _SHARES, found),
+            (panels[1], "Time, milliseconds", _TIMES, [f["milliseconds"] for f in found]),
+        ):
+            for key, (label, colour, marker, line) in drawn.items():
+                style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line}
+                panel.plot(steps, [row[key] for row in rows], label=label, **style)
+            panel.set_title(title)
+            panel.set_ylim(bottom=0)
             panel.set_xlabel("step of unlearning")
-    figure.savefig(path, dpi=150)
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.16))
+            panel.yaxis.set_major_formatter(lambda y, _: number(y))
+        figure.suptitle("Loss and gradient of the demo's forget set", x=0.01, ha="left")
+        save(figure, path)
 
 
 def main() -> None:
@@ -258,7 +271,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/active-rows.json"))
     parser.add_argument("--rounds", type=int, default=7, help="repeats behind each time")
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs")
+    parser.add_argument("--redraw", action="store_true", help="draw what --json holds")
     options = parser.parse_args()
+    if options.redraw:
+        write(json.loads(options.json.read_text()), options.json)
+        return
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     recipe = dataclasses.replace(Recipe(), **(QUICK if options.quick else {}))

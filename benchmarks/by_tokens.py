@@ -18,26 +18,24 @@ from typing import Any
 
 from benchmarks.figures import command_of, write
 from unilogit_kernels.bench.devices import find_device
+from unilogit_kernels.bench.look import look
+from unilogit_kernels.bench.look import save as draw_to
 from unilogit_kernels.bench.measure import Measurement, Options, measure
+from unilogit_kernels.bench.plots import draw_lines
 from unilogit_kernels.bench.problems import Shape
+from unilogit_kernels.bench.report import Result
+from unilogit_kernels.bench.series import label_of
 
 HIDDEN_SIZE, VOCAB_SIZE = 640, 131_072
 TOKENS = (256, 512, 1024, 2048, 4096)
 
-# For a reader who does not know the harness's names, in Okabe and Ito's colours, which the
-# colour-blind can tell apart.
-LINES = {
-    "eager Unilogit": ("Unilogit, plain torch", "#D55E00", "o"),
-    "compiled Unilogit": ("the same under torch.compile", "#E69F00", "s"),
-    "F.cross_entropy": ("F.cross_entropy (does not unlearn)", "#009E73", "^"),
-    "F.linear_cross_entropy, auto, through nll": (
-        "F.linear_cross_entropy, composed",
-        "#56B4E9",
-        "D",
-    ),
-    "unilogit_kernels": ("unilogit_kernels", "#000000", "P"),
-}
-OURS = "unilogit_kernels"
+PROVIDERS = (
+    "unilogit_kernels",
+    "eager Unilogit",
+    "F.cross_entropy",
+    "compiled Unilogit",
+    "F.linear_cross_entropy, auto, through nll",
+)
 TOO_SLOW = 5.0
 """A peer that took so many times as long as ours is not asked for more tokens."""
 
@@ -56,7 +54,7 @@ def row(tokens: int, found: Sequence[Measurement]) -> dict[str, Any]:
                 "memory_missing": m.memory_missing,
             }
             for m in found
-            if m.provider in LINES
+            if m.provider in PROVIDERS
         },
     }
 
@@ -74,7 +72,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for each in rows:
         for name, found in each["providers"].items():
-            start = f"| {each['tokens']:,} | {LINES[name][0]} | "
+            start = f"| {each['tokens']:,} | {label_of(name)} | "
             if not found["milliseconds"]:
                 lines.append(f"{start}{found['missing']} | | | |")
                 continue
@@ -90,50 +88,33 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(rows: Sequence[dict[str, Any]], limit_gib: float, path: Path) -> None:
-    """Two panels with linear axes: memory, with the machine's limit, and time."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+def results(rows: Sequence[dict[str, Any]]) -> list[Result]:
+    """What was measured, for drawing; a peer that was not asked any more has a reason."""
+    found = []
+    for each in rows:
+        measurements = []
+        for name in PROVIDERS:
+            fields = each["providers"].get(name, {"missing": f"over {TOO_SLOW} times ours before"})
+            loss = "cross_entropy" if name == "F.cross_entropy" else "unilogit"
+            measurements.append(Measurement(name, loss, **fields))
+        shape = Shape(each["tokens"], VOCAB_SIZE, "float32", HIDDEN_SIZE)
+        found.append(Result(shape, "both", 0.0, measurements))
+    return found
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained", facecolor="white")
-    memory, time = figure.subplots(1, 2)
-    for name, (label, colour, marker) in LINES.items():
-        style: dict[str, Any] = {"color": colour, "marker": marker, "label": label}
-        style |= {"linewidth": 3, "zorder": 5} if name == OURS else {"linewidth": 1.8}
-        points = [(r["tokens"], r["providers"][name]) for r in rows if name in r["providers"]]
-        peaks = [(n, m["peak_mib"] / 1024) for n, m in points if m["peak_mib"] is not None]
-        times = [(n, median(m["milliseconds"]) / 1e3) for n, m in points if m["milliseconds"]]
-        memory.plot(*zip(*peaks, strict=True), **style)
-        time.plot(*zip(*times, strict=True), **style)
-        failed = [n for n, m in points if "does not fit" in (m["missing"] or "")]
-        if failed and peaks:
-            # From the last that ran to the limit, where the next one ended.
-            memory.plot([peaks[-1][0], failed[0]], [peaks[-1][1], limit_gib], ":", color=colour)
-            memory.plot(failed[0], limit_gib, "x", color=colour, markersize=10, markeredgewidth=2.5)
-    memory.axhline(limit_gib, color="#777777", linestyle="--", linewidth=1.2)
-    memory.annotate(
-        f"memory of the machine: {limit_gib:.0f} GiB  (x: does not run)",
-        (max(TOKENS), limit_gib),
-        textcoords="offset points",
-        xytext=(0, 5),
-        ha="right",
-        color="#555555",
-    )
-    memory.set_ylim(-0.4, limit_gib * 1.12)
-    memory.set_title("Peak memory, GiB beyond inputs and gradients", loc="left")
-    time.set_title("Time of forward and backward, seconds", loc="left")
-    for panel in (memory, time):
-        panel.set_xlabel("tokens")
-        panel.set_xlim(0, max(TOKENS) * 1.03)
-        panel.set_xticks([n for n in TOKENS if n >= 512])
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{int(x):,}"))
-        panel.grid(visible=True, alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    time.set_ylim(bottom=0)
-    figure.legend(
-        *time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
-    figure.savefig(path, dpi=150)
+
+def save(path: Path, facts: dict[str, Any], command: str, rows: list[dict[str, Any]]) -> None:
+    """JSON, Markdown and the picture."""
+    lines = [
+        f"Tokens x {HIDDEN_SIZE} x {VOCAB_SIZE:,}, float32, trained head, forward and backward",
+        'in turns. Peaks are of fresh processes, beyond inputs and gradients. "Composed" is',
+        "Unilogit computed from the fused negative log-likelihood, which loses digits of",
+        "memorised tokens.",
+        "",
+        *table(rows),
+    ]
+    write(path, facts, command, "Time and memory by the number of tokens", lines, rows)
+    with look():
+        draw_to(draw_lines(results(rows), "n", facts["free_gib"]), path.with_suffix(".png"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -145,8 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.redraw:
         figures = json.loads(given.json.read_text())
-        limit_gib = figures["machine"]["free_gib"]
-        draw(figures["results"], limit_gib, given.json.with_suffix(".png"))
+        save(given.json, figures["machine"], figures["command"], figures["results"])
         return
     device = find_device("cpu")
     facts = {**device.facts(), "free_gib": device.free_bytes() / 2**30}
@@ -161,20 +141,10 @@ def main(arguments: list[str] | None = None) -> None:
             for name, found in each["providers"].items()
             if (found["relative_to_ours"] or 0) > TOO_SLOW
         ]
-        options = Options(given.rounds, "both", "all", 30, tuple(LINES), (*others, *slow))
+        options = Options(given.rounds, "both", "all", 30, PROVIDERS, (*others, *slow))
         shape = Shape(n, VOCAB_SIZE, "float32", HIDDEN_SIZE)
         rows.append(row(n, measure(shape, device, options, print)))
-        lines = [
-            f"Tokens x {HIDDEN_SIZE} x {VOCAB_SIZE:,}, float32, trained head, forward and backward",
-            'in turns. Peaks are of fresh processes, beyond inputs and gradients. "Composed" is',
-            "Unilogit computed from the fused negative log-likelihood, which loses its digits for",
-            "memorised tokens.",
-            "",
-            *table(rows),
-        ]
-        title = "Time and memory by the number of tokens"
-        write(given.json, facts, command_of("by_tokens", arguments), title, lines, rows)
-    draw(rows, facts["free_gib"], given.json.with_suffix(".png"))
+        save(given.json, facts, command_of("by_tokens", arguments), rows)
 
 
 if __name__ == "__main__":

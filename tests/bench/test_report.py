@@ -15,7 +15,7 @@ from tests.bench.shapes import LINEAR, LOGITS, MINE, ROW
 from unilogit_kernels.bench import compare, report
 from unilogit_kernels.bench.devices import Cpu
 from unilogit_kernels.bench.measure import Measurement, Options
-from unilogit_kernels.bench.plots import swept_axis, write_plots
+from unilogit_kernels.bench.plots import swept_axis
 from unilogit_kernels.bench.problems import Shape
 from unilogit_kernels.bench.suites import SUITES
 
@@ -120,26 +120,6 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert measured == [LOGITS, LOGITS, LINEAR]
     assert [result.shape for result in found.results] == [LOGITS, LINEAR]
     assert len(json.loads(path.read_text())["results"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("shapes", "axis"),
-    [
-        ([replace(LINEAR, n=n) for n in (1, 2, 4)], "n"),
-        ([replace(LINEAR, vocab_size=v) for v in (100, 200, 300)], "vocab_size"),
-        ([replace(LINEAR, h=h, n=h) for h in (16, 32, 64)], None),
-        ([replace(LINEAR, n=n) for n in (1, 2)], None),
-    ],
-)
-def test_plots(shapes: list[Shape], axis: str | None, tmp_path: Path) -> None:
-    assert swept_axis(shapes) == axis
-    (path,) = write_plots(_report(shapes), tmp_path / "plot")
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_entries_are_not_drawn_into_one_plot(tmp_path: Path) -> None:
-    written = write_plots(_report([LOGITS, LINEAR]), tmp_path / "plot")
-    assert [path.name for path in written] == ["plot-logits-both.png", "plot-linear-both.png"]
 
 
 def test_suites() -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,12 @@ class Row(NamedTuple):
     level: str
 
 
-_TRAINER = ("accelerate>=1.10", "safetensors", "regex", "rouge-score")
+_TRAINER = tuple(
+    requirement.partition(";")[0].strip()
+    for requirement in requires("unilogit-kernels") or ()
+    if 'extra == "unlearn"' in requirement and not requirement.startswith("transformers")
+)
+"""What the extra brings beside the transformers that a row names."""
 _OLD = ("transformers==4.57.6", *_TRAINER)
 _NEWEST = ("transformers>=5", *_TRAINER)
 MATRIX = (

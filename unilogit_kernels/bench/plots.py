@@ -1,4 +1,4 @@
-"""Plots of a report: times, memory and errors on logarithmic axes."""
+"""Pictures of a report that can be read without its table."""
 
 from __future__ import annotations
 
@@ -6,36 +6,71 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unilogit_kernels.bench.look import (
+    MUTED,
+    SIZE,
+    SMALL,
+    WIDTH,
+    decades,
+    look,
+    number,
+    plain,
+    save,
+    spaced,
+)
 from unilogit_kernels.bench.measure import Measurement
 from unilogit_kernels.bench.problems import Shape
 from unilogit_kernels.bench.provider import OURS
 from unilogit_kernels.bench.report import Report, Result
+from unilogit_kernels.bench.series import Series, choose, does_not_fit
 
-_AXES = {"n": "tokens n", "vocab_size": "vocabulary V", "h": "hidden size h"}
-_MARKERS = "osD^vP*X<>hp"
-_SMALLEST_MIB = 0.1
-"""A peak below this, which is within the noise of a resident set, is drawn here."""
+_AXES = {"n": "tokens", "h": "hidden size", "vocab_size": "vocabulary"}
+_MODES = {
+    "forward": "Forward without gradients",
+    "backward": "Backward",
+    "both": "Forward and backward",
+}
+_COPY = "one float32 copy of the logits (computed)"
 
 
-class _Quantity(NamedTuple):
-    """What a panel shows."""
+class _Unit(NamedTuple):
+    name: str
+    per: float
 
-    label: str
+
+class Quantity(NamedTuple):
+    """What a panel of lines shows.
+
+    Attributes:
+        title: Before the unit.
+        value: Of a measurement, in the smallest unit; None where it was not measured.
+        units: From small to large; the largest is taken of which some value is two or more.
+        missing: Whether a measurement that did not run is marked here.
+    """
+
+    title: str
     value: Callable[[Measurement], float | None]
+    units: tuple[_Unit, ...]
+    missing: Callable[[str], bool]
+
+    def unit(self, largest: float) -> _Unit:
+        """That of an axis that goes to `largest`."""
+        fitting = [unit for unit in self.units if largest >= 2 * unit.per]
+        return fitting[-1] if fitting else self.units[0]
 
 
-def _peak(m: Measurement) -> float | None:
-    return None if m.peak_mib is None else max(m.peak_mib, _SMALLEST_MIB)
-
-
-_QUANTITIES = (
-    _Quantity("time, ms", lambda m: m.median if m.milliseconds else None),
-    _Quantity("peak memory beyond inputs and gradients, MiB", _peak),
-    # Of the gradients; of the loss where that is all there is.
-    _Quantity(
-        "relative error against float64",
-        lambda m: m.loss_error if m.mode == "forward" else m.gradient_error,
-    ),
+MEMORY = Quantity(
+    "Peak memory beyond inputs\nand gradients",
+    # What is within the noise of a resident set may be below nothing.
+    lambda m: None if m.peak_mib is None else max(m.peak_mib, 0.0),
+    (_Unit("MiB", 1), _Unit("GiB", 1024)),
+    does_not_fit,
+)
+TIME = Quantity(
+    "Time",
+    lambda m: m.median if m.milliseconds else None,
+    (_Unit("milliseconds", 1), _Unit("seconds", 1000)),
+    lambda why: not does_not_fit(why),
 )
 
 
@@ -64,8 +99,8 @@ def write_plots(report: Report, stem: Path) -> list[Path]:
         suffix = f"-{entry}-{mode}" if len(groups) > 1 else ""
         path = stem.with_name(f"{stem.name}{suffix}.png")
         axis = swept_axis([result.shape for result in results])
-        figure = _draw_dots(results) if axis is None else _draw_lines(results, axis)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        with look():
+            save(draw_dots(results) if axis is None else draw_lines(results, axis), path)
         written.append(path)
     return written
 
@@ -77,112 +112,219 @@ def swept_axis(shapes: Sequence[Shape]) -> str | None:
     return varying[0] if len(varying) == 1 and len(sizes[varying[0]]) >= 3 else None
 
 
-def _styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Colour and marker by provider, ours in black; those that never ran are left out."""
-    from matplotlib import colormaps
+def draw_lines(results: Sequence[Result], axis: str, limit_gib: float | None = None) -> Any:
+    """Memory and time over one size, on linear axes; a row of panels for each dtype and head.
 
-    names = dict.fromkeys(
-        m.provider for result in results for m in result.measurements if m.milliseconds
-    )
-    bounds = {m.provider for result in results for m in result.measurements if m.loss == "floor"}
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    # Strong colours before their pale twins; greys are ours.
-    ordered = [*colours[0:14:2], *colours[16::2], *colours[1:14:2], *colours[17::2]]
-    styles: dict[str, dict[str, Any]] = {}
-    for index, name in enumerate(names):
-        styles[name] = {
-            "color": ordered[index % len(ordered)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": "--" if name in bounds else "-",
-            "linewidth": 1.5,
-            "markersize": 5,
-        }
-    for name, grey in zip(OURS.values(), ("black", "dimgrey"), strict=True):
-        if name in styles:
-            styles[name].update(color=grey, linewidth=3, markersize=8, zorder=5)
-    return styles
+    What did not run is marked with a cross: at the machine's limit where it did not fit.
 
-
-def _draw_lines(results: Sequence[Result], axis: str) -> Any:
+    Args:
+        results: In which `axis` alone varies, beside dtype and head.
+        axis: Name of the size, an attribute of the shapes.
+        limit_gib: The machine's memory, or None to leave it out.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
 
     rows: dict[str, list[Result]] = {}
     for result in results:
-        head = "" if result.shape.h is None else "frozen" if result.shape.frozen_head else "trained"
-        rows.setdefault(f"{result.shape.dtype} {head}".strip(), []).append(result)
-    styles = _styles(results)
-    figure = Figure(figsize=(18, 4.6 * len(rows) + 1.2), layout="constrained")
-    panels = figure.subplots(len(rows), len(_QUANTITIES), squeeze=False, sharex=True)
-    for line, (title, members) in zip(panels, rows.items(), strict=True):
+        rows.setdefault(_kind(result.shape), []).append(result)
+    series = choose(results)
+    figure = Figure(figsize=(WIDTH, 3.1 * len(rows) + 1.4))
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    for line, (kind, members) in zip(panels, rows.items(), strict=True):
         members.sort(key=lambda result: getattr(result.shape, axis))
-        ticks = [getattr(result.shape, axis) for result in members]
-        for panel, quantity in zip(line, _QUANTITIES, strict=True):
-            for name, style in styles.items():
-                points = [
-                    (size, quantity.value(m))
-                    for size, result in zip(ticks, members, strict=True)
-                    for m in result.measurements
-                    if m.provider == name and m.milliseconds
-                ]
-                points = [(x, y) for x, y in points if y]
-                if points:
-                    panel.plot(*zip(*points, strict=True), label=name, **style)
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            panel.set_xticks(ticks)
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{int(x):,}"))
-            panel.xaxis.set_minor_locator(NullLocator())
-            panel.tick_params(labelbottom=True)
+        sizes = [getattr(result.shape, axis) for result in members]
+        for panel, quantity in zip(line, (MEMORY, TIME), strict=True):
+            limit = limit_gib if quantity is MEMORY else None
+            unit = _draw_panel(panel, quantity, sizes, members, series, limit)
+            over = f"{kind}: " if len(rows) > 1 else ""
+            title = f"{over}{quantity.title}, {unit.name}"
+            panel.set_title(title if "\n" in title else f"\n{title}")
+            panel.set_xlim(0, max(sizes) * 1.04)
+            panel.set_xticks(spaced(sizes), [f"{size:,}" for size in spaced(sizes)])
             panel.set_xlabel(_AXES[axis])
-            panel.set_ylabel(quantity.label, wrap=True)
-            panel.set_title(f"{title} head" if members[0].shape.h else title)
-            panel.grid(visible=True, which="both", alpha=0.25)
-    first = results[0]
-    fixed = ", ".join(
-        f"{label} = {getattr(first.shape, other):,}"
-        for other, label in _AXES.items()
-        if other != axis and getattr(first.shape, other) is not None
-    )
-    _finish(figure, styles, f"{first.shape.entry}, {_name(first)}: {fixed}")
+    first = results[0].shape
+    fixed = [
+        f"{name} {getattr(first, other):,}"
+        for other, name in _AXES.items()
+        if other != axis and getattr(first, other) is not None
+    ]
+    of = f" of a {next(iter(rows))}" if len(rows) == 1 else ""
+    _finish(figure, f"{_MODES[results[0].mode]}{of}\n{', '.join(fixed)}")
     return figure
 
 
-def _draw_dots(results: Sequence[Result]) -> Any:
+def _draw_panel(
+    panel: Any,
+    quantity: Quantity,
+    sizes: Sequence[int],
+    results: Sequence[Result],
+    series: Sequence[Series],
+    limit_gib: float | None,
+) -> _Unit:
+    """Lines, the crosses of what did not run, and the unit that was chosen."""
+    found = {each: _of(each.name, results) for each in series}
+    lines = {
+        each: [
+            (size, y)
+            for size, m in zip(sizes, row, strict=True)
+            if m is not None and (y := quantity.value(m)) is not None
+        ]
+        for each, row in found.items()
+    }
+    reference = None
+    if quantity is MEMORY and all(not points for each, points in lines.items() if not _ours(each)):
+        # Nobody else's peak is known: what nearly everybody holds at least.
+        reference = [4 * r.shape.n * r.shape.vocab_size / 2**20 for r in results]
+    heights = [y for points in lines.values() for _, y in points] + (reference or [])
+    unit = quantity.unit(max([*heights, 1024 * (limit_gib or 0)], default=0))
+    for each, points in lines.items():
+        if points:
+            panel.plot([x for x, _ in points], [y / unit.per for _, y in points], **each.style)
+    if reference is not None:
+        scaled = [y / unit.per for y in reference]
+        panel.plot(sizes, scaled, ":", color=MUTED, linewidth=1.6, label=_COPY)
+    panel.set_ylim(bottom=0)
+    top = panel.get_ylim()[1]
+    if limit_gib is not None:
+        top = limit_gib * 1024 / unit.per
+        panel.axhline(top, color=MUTED, linestyle="--", linewidth=1.2)
+    crossed = _cross(panel, quantity, sizes, found, lines, unit, top)
+    panel.set_ylim(0, top * 1.14 if limit_gib is not None or crossed else top)
+    if limit_gib is not None:
+        fit = " (x: does not fit)" if crossed else ""
+        _note(panel, f"the machine's {limit_gib:.0f} GiB{fit}", top)
+    elif crossed:
+        _note(panel, "x: did not run", top)
+    plain(panel.yaxis)
+    return unit
+
+
+def _cross(
+    panel: Any,
+    quantity: Quantity,
+    sizes: Sequence[int],
+    found: dict[Series, list[Measurement | None]],
+    lines: dict[Series, list[tuple[int, float]]],
+    unit: _Unit,
+    top: float,
+) -> bool:
+    """Mark where a series that runs elsewhere did not; dotted from the last point that ran."""
+    crossed = False
+    for each, row in found.items():
+        points = lines[each]
+        failed = [
+            size
+            for size, m in zip(sizes, row, strict=True)
+            if m is not None and m.missing and quantity.missing(m.missing)
+        ]
+        if not failed:
+            continue
+        crossed = True
+        style: dict[str, Any] = {"color": each.colour, "zorder": 6, "clip_on": False}
+        if not points:
+            style["label"] = each.label
+        elif failed[0] > points[-1][0]:
+            last = (points[-1][0], points[-1][1] / unit.per)
+            panel.plot([last[0], failed[0]], [last[1], top], ":", linewidth=1.2, **style)
+        panel.plot(failed, [top] * len(failed), "x", markersize=9, markeredgewidth=2.2, **style)
+    return crossed
+
+
+def draw_dots(results: Sequence[Result]) -> Any:
+    """A row for each shape: time as a multiple of ours, and the error of what was computed."""
     from matplotlib.figure import Figure
+    from matplotlib.transforms import blended_transform_factory
 
-    styles = _styles(results)
-    figure = Figure(figsize=(20, 0.6 * len(results) + 3.2), layout="constrained")
-    panels = figure.subplots(1, len(_QUANTITIES), sharey=True)
-    for panel, quantity in zip(panels, _QUANTITIES, strict=True):
-        for name, style in styles.items():
+    series = choose(results)
+    errors = sum(any(m and _error(m) for m in _of(s.name, results)) for s in series) > 1
+    figure = Figure(figsize=(WIDTH, 0.52 * len(results) + 2.1))
+    panels = figure.subplots(1, 1 + errors, sharey=True, squeeze=False)[0]
+    columns = [("Time, multiples of ours", _ratio), ("Relative error against float64", _error)]
+    for panel, (title, value) in zip(panels, columns[: 1 + errors], strict=True):
+        drawn = []
+        for each in series:
             points = [
-                (quantity.value(m), row)
-                for row, result in enumerate(results)
-                for m in result.measurements
-                if m.provider == name and m.milliseconds
+                (value(m), row)
+                for row, m in enumerate(_of(each.name, results))
+                if m is not None and m.milliseconds
             ]
-            points = [(x, y) for x, y in points if x]
-            if points:
-                dots = {**style, "linestyle": "", "alpha": 0.85}
-                panel.plot(*zip(*points, strict=True), label=name, **dots)
+            kept = [(x, row) for x, row in points if x]
+            drawn += [x for x, _ in kept]
+            # Ours, which is at 1, hides nobody who is as fast.
+            style = {**each.style, "linestyle": "", "zorder": 2 if _ours(each) else 3}
+            panel.plot([x for x, _ in kept], [row for _, row in kept], **style)
         panel.set_xscale("log")
-        panel.set_xlabel(quantity.label)
-        panel.grid(visible=True, axis="both", which="both", alpha=0.25)
-    panels[0].set_yticks(range(len(results)), [result.shape.title for result in results])
-    panels[0].invert_yaxis()
-    _finish(figure, styles, f"{results[0].shape.entry}, {_name(results[0])}")
+        ticks = decades(min(drawn), max(drawn)) if drawn else [1.0]
+        panel.set_xlim(min([*drawn, ticks[0]]) / 1.25, max([*drawn, ticks[-1]]) * 1.25)
+        small = min(ticks) < SMALL
+        panel.set_xticks(ticks, [number(tick, small=small) for tick in ticks])
+        panel.set_xticks([], minor=True)
+        panel.set_title(title)
+        panel.tick_params(axis="y", length=0)
+    edge = blended_transform_factory(panels[0].transAxes, panels[0].transData)
+    for each in series:
+        failed = [row for row, m in enumerate(_of(each.name, results)) if m and m.missing]
+        style = {"color": each.colour, "transform": edge, "clip_on": False, "zorder": 6}
+        if failed:
+            xs = [1.0] * len(failed)
+            panels[0].plot(xs, failed, "x", markersize=8, markeredgewidth=2.2, **style)
+    if any(m and m.missing for each in series for m in _of(each.name, results)):
+        panels[0].plot([], [], "x", color=MUTED, markeredgewidth=2.2, label="did not run")
+    for row, result in enumerate(results):
+        ours = next((m for m in result.measurements if m.provider == OURS["unilogit"]), None)
+        time = f": ours {_time(ours.median)}" if ours and ours.milliseconds else ""
+        text = result.shape.title.replace(f"{result.shape.entry} ", "") + time
+        style = {"va": "center", "fontsize": SIZE - 1, "in_layout": False, "zorder": 6}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        # In the last panel, to lie above the grids of all.
+        panels[-1].text(0.01, row - 0.29, text, transform=edge, **style)
+    panels[0].set_yticks(range(len(results)), [""] * len(results))
+    panels[0].set_ylim(len(results) - 0.5, -0.75)
+    sizes = " x ".join(name for axis, name in _AXES.items() if axis != "h" or results[0].shape.h)
+    _finish(figure, f"{_MODES[results[0].mode]}, {sizes}")
     return figure
 
 
-def _name(result: Result) -> str:
-    return result.title.rpartition(", ")[2]
+def _note(panel: Any, text: str, y: float) -> None:
+    """Above a height, at the right edge."""
+    panel.annotate(
+        *(text, (1, y)),
+        **{"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points"},
+        **{"xytext": (-12, 5), "ha": "right", "color": MUTED, "fontsize": SIZE - 1},
+    )
 
 
-def _finish(figure: Any, styles: dict[str, dict[str, Any]], title: str) -> None:
-    """One legend for all panels; a series that is missing in one is in another."""
-    from matplotlib.lines import Line2D
+def _of(provider: str, results: Sequence[Result]) -> list[Measurement | None]:
+    return [next((m for m in r.measurements if m.provider == provider), None) for r in results]
 
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(title)
+
+def _ours(series: Series) -> bool:
+    return series.name in OURS.values()
+
+
+def _ratio(m: Measurement) -> float | None:
+    return 1.0 if m.provider in OURS.values() else m.relative_to_ours
+
+
+def _error(m: Measurement) -> float | None:
+    """Of the gradients; of the loss where that is all there is."""
+    return m.loss_error if m.mode == "forward" else m.gradient_error
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 20 else f"{milliseconds:.1f} ms"
+
+
+def _kind(shape: Shape) -> str:
+    head = "" if shape.h is None else "frozen " if shape.frozen_head else "trained "
+    return f"{head}{shape.dtype} {'lm_head' if shape.h else 'loss on logits'}"
+
+
+def _finish(figure: Any, title: str) -> None:
+    """One legend for all panels, below them; a series that is missing in one is in another."""
+    handles: dict[str, Any] = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower left", ncols=2)
+    figure.suptitle(title, x=0.01, ha="left")

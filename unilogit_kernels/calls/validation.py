@@ -170,11 +170,17 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
     if (
         not isinstance(operand, Tensor)
         or operand.dtype not in FLOAT_DTYPES[:3]
-        or not torch.amp.is_autocast_available(operand.device.type)
+        or not _has_autocast(operand.device.type)
         or not torch.is_autocast_enabled(operand.device.type)
     ):
         return operand
     return operand.to(torch.get_autocast_dtype(operand.device.type))
+
+
+# torch 2.10 cannot trace the question, whose answer never changes.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
