@@ -162,6 +162,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
         check_device(name, tensor, names[0], hidden)
 
 
+# Asked here, since torch 2.10 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "xla"))
+)
+
+
 def cast_for_autocast(operand: Tensor) -> Tensor:
     """Under autocast, what a GEMM would do: cast its operand, differentiably; else no change.
 
@@ -170,17 +176,11 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
     if (
         not isinstance(operand, Tensor)
         or operand.dtype not in FLOAT_DTYPES[:3]
-        or not _has_autocast(operand.device.type)
+        or operand.device.type not in _WITH_AUTOCAST
         or not torch.is_autocast_enabled(operand.device.type)
     ):
         return operand
     return operand.to(torch.get_autocast_dtype(operand.device.type))
-
-
-# torch 2.10 cannot trace the question, whose answer never changes.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
