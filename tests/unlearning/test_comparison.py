@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -339,6 +343,41 @@ def test_a_process_that_ends_is_its_own_cell_s_error() -> None:
     assert "process of this cell ended" in found.pop(1)["error"]
     assert [found[n]["number"] for n in (0, 2, 3, 4)] == [0, 2, 3, 4]
     assert os.getpid() not in {each["process"] for each in found.values()}
+
+
+def _sleep(path: str) -> dict[str, Any]:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(300)
+    return {}
+
+
+def _run_two(paths: list[str]) -> None:
+    list(in_processes(_sleep, paths, 2))
+
+
+@pytest.mark.prove
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    starting = multiprocessing.get_context("spawn").Process(target=_run_two, args=(paths,))
+    starting.start()
+    _wait_until(lambda: all(path.exists() and path.read_text() for path in paths))
+    starting.kill()
+    starting.join()
+    _wait_until(lambda: not any(_is_running(int(path.read_text())) for path in paths))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.prove

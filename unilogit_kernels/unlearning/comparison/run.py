@@ -271,10 +271,19 @@ def in_processes(
 
 def _begin(number: int, processes: int, gpus: list[str]) -> None:
     """Give a process its share: of the cores, and one of the GPUs, before torch looks for them."""
+    # Whoever starts the comparison again must not find this one's cells still under way.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     transformers_logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _gpus() -> list[str]:
