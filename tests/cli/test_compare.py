@@ -111,6 +111,7 @@ def test_what_is_finished_is_not_repeated_and_the_report_is_the_same(
 def test_the_page_needs_no_other_file_and_says_what_it_shows(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     assert "<h1>Two methods &amp; &lt;a tiny model&gt;</h1>" in page
+    assert "<p>Nobody &lt;else&gt; was there.</p>" in page
     assert re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*|url\((?!#)[^)]*""", page) == []
     assert "<script" not in page
     ids = re.findall(r'\bid="([^"]*)"', page)

@@ -44,6 +44,7 @@ def plan_content(files: dict[str, str], **other: Any) -> dict[str, Any]:
     """A plan that takes all of its parts, as a file of it has it."""
     plan: dict[str, Any] = {
         "title": "Two methods & <a tiny model>",
+        "note": "Nobody <else> was there.",
         "data": {"files": files},
         "model": {"base": "base", "max_length": 64},
         "learn": {"steps": 60, "batch_size": 8, "learning_rate": 1e-2},

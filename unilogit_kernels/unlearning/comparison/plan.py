@@ -44,6 +44,7 @@ class Plan:
 
     Attributes:
         title: of the report.
+        note: what a reader of the report has to know besides; a paragraph below its title.
         data: where the rows come from.
         model: which models.
         methods: at least one.
@@ -71,6 +72,7 @@ class Plan:
     choose: ChoosePlan = field(default_factory=ChoosePlan)
     answers: AnswersPlan = field(default_factory=AnswersPlan)
     robustness: RobustnessPlan = field(default_factory=RobustnessPlan)
+    note: str = ""
 
     def check(self) -> None:
         """See that all of it goes together.

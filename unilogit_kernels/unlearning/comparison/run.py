@@ -114,6 +114,7 @@ def _record(plan: Plan, cells: Sequence[Mapping[str, Any]], folder: Path) -> Non
     """Write what `report` draws by."""
     drawn = {
         "title": plan.title,
+        "note": plan.note,
         "cells": cells,
         "by": list(plan.choose.by),
         "choosing_seeds": list(plan.choosing_seeds),

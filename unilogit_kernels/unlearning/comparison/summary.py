@@ -150,6 +150,7 @@ class Summary:
 
     Attributes:
         title: of the comparison.
+        note: what its plan says besides.
         methods: in the order of the plan.
         failed: settings and error of each cell that failed.
         waiting: names of cells that have not been run.
@@ -162,6 +163,7 @@ class Summary:
     """
 
     title: str
+    note: str
     methods: list[Swept]
     failed: list[tuple[Mapping[str, Any], str]]
     waiting: list[str]
@@ -232,6 +234,7 @@ def read_summary(folder: Path) -> Summary:
             swept.runs.append(Run(cell, found, at_target(found["checks"], target)))
     return Summary(
         title=plan["title"],
+        note=plan["note"],
         methods=list(methods.values()),
         failed=failed,
         waiting=waiting,
