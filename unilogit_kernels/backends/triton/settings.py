@@ -17,6 +17,9 @@ from torch import Tensor
 _IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 """Decided when kernels are decorated, which is when this is imported."""
 
+_PACKS = not _IS_INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+"""From 3.9 on the sweep of rows of an odd length would spill on sm_90."""
+
 
 # Compared by identity: a launch that follows from them is remembered with them as its key.
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ _NVIDIA: dict[str, Any] = {
     "warps": 4,
     "split_warps": 2,
     "options": {"maxnreg": 64},
-    "packs": not _IS_INTERPRETED,
+    "packs": _PACKS,
 }
 # Wavefronts of 64 threads: half as many for as many threads. The compiler of AMD's targets balances
 # registers itself.
