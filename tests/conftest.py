@@ -81,7 +81,10 @@ ABOVE_THE_KERNELS = {
 them, but for the best instruction set: the kernels have every variant in backends, and in
 functional/test_accuracy.py, test_tensors.py and test_runner_up.py."""
 
-LONGEST = ("test_instruction_sets.py", "test_compilers.py", "test_seeded_bugs.py")
+LONGEST = (
+    *("test_instruction_sets.py", "test_compilers.py", "test_seeded_bugs.py"),
+    *("test_gpu_session.py", "test_sanitizers.py"),
+)
 """Files with tests that take a minute; they begin at once, so that no worker waits in the end."""
 
 

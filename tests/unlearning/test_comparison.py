@@ -21,7 +21,12 @@ from unilogit_kernels.testing import assert_within_budget
 from unilogit_kernels.unlearning.comparison import subject
 from unilogit_kernels.unlearning.comparison.cell import run_cell, run_model
 from unilogit_kernels.unlearning.comparison.matching import at_target, is_within_noise
-from unilogit_kernels.unlearning.comparison.parts import AnswersPlan, ChecksPlan, DataPlan
+from unilogit_kernels.unlearning.comparison.parts import (
+    AnswersPlan,
+    ChecksPlan,
+    ChoosePlan,
+    DataPlan,
+)
 from unilogit_kernels.unlearning.comparison.plan import Plan, plan_of, read_plan
 from unilogit_kernels.unlearning.comparison.robustness import round_to, rounded
 from unilogit_kernels.unlearning.comparison.rows import Data, read_data
@@ -385,6 +390,9 @@ def test_several_processes_do_what_one_does(plan: Plan, tmp_path: Path) -> None:
     from unilogit_kernels.unlearning.comparison import compare
     from unilogit_kernels.unlearning.comparison.folder import read_cell
 
+    plan = dataclasses.replace(
+        plan, methods=plan.methods[:1], forget_weights=(1.0,), choose=ChoosePlan()
+    )
     folders = [tmp_path / "one", tmp_path / "two"]
     for processes, folder in enumerate(folders, 1):
         assert not compare(plan, folder, processes=processes, note=lambda message: None).failed
