@@ -21,11 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
 from benchmarks.figures import command_of, write
 from benchmarks.limited_run import FUSED, SETS
-from benchmarks.measuring import run
+from benchmarks.measuring import run, save_llama
 from benchmarks.tekken import save_tekken
 from unilogit_kernels.bench.devices import find_device
 
@@ -50,25 +48,6 @@ BARS = {"before": "#BBBBBB", "after": "#0072B2"}
 NAMES = {"forget": "to forget", "retain": "to keep", "untouched": "in no batch"}
 
 
-def make_model(folder: Path) -> None:
-    """A model of 38 million parameters that knows nothing, and its tokenizer."""
-    tokenizer = save_tekken(folder)
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def prepare(folder: Path) -> None:
     """Data, and the model that has memorised them."""
     data, new, memorised = folder / "data", folder / "new", folder / "memorised"
@@ -77,7 +56,8 @@ def prepare(folder: Path) -> None:
         sellers += ["--forget-sellers", str(FORGET_SELLERS), "--holdout-sellers", "8"]
         run("dataset", "--output", data, *sellers)
     if not (new / "config.json").exists():
-        make_model(new)
+        # 38 million parameters
+        save_llama(new, save_tekken(new), intermediate_size=1024, max_length=512)
     if not (memorised / "config.json").exists():
         shutil.rmtree(memorised, ignore_errors=True)
         learn: list[str | Path] = ["finetune", "--model", new, "--benchmark", BENCHMARK]

@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from benchmarks.figures import command_of, write
 from unilogit_kernels.bench.devices import find_device
@@ -41,6 +47,26 @@ METRICS = (
     "mia_min_k_plus_plus",
     "privleak",
 )
+
+
+def save_llama(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, intermediate_size: int, max_length: int
+) -> None:
+    """A small Llama that knows nothing, for a tokenizer; always the same weights."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def texts(data: Path) -> Iterator[str]:
@@ -66,20 +92,7 @@ def make_model(folder: Path, data: Path) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=256
     )
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=fast.pad_token_id,
-        eos_token_id=fast.eos_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, fast, intermediate_size=512, max_length=256)
     fast.save_pretrained(folder)
 
 

@@ -11,14 +11,20 @@ OLDEST_NVIDIA = (8, 0)
 """Compute capability from which on bfloat16 is native."""
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of triton, such as `(3, 7)`."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def unavailable_reason() -> str | None:
     """Why the kernels cannot run on this machine, or None if they can."""
     try:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error}); install it with pip install triton"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST_TRITON:
+    if triton_version() < OLDEST_TRITON:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA or AMD GPU (torch.cuda.is_available() is False)"

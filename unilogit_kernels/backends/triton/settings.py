@@ -14,10 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
+from unilogit_kernels.backends.triton import triton_version
+
 _IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 """Decided when kernels are decorated, which is when this is imported."""
 
-_PACKS = not _IS_INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+_PACKS = not _IS_INTERPRETED and triton_version() < (3, 9)
 """From 3.9 on the sweep of rows of an odd length would spill on sm_90."""
 
 
