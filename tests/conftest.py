@@ -17,7 +17,7 @@ from tests.backends.triton.small_problems import SHARES, small_problems
 from tests.support.selection import mark_selection
 from unilogit_kernels import available_backends
 from unilogit_kernels.backends.cpu import library
-from unilogit_kernels.fused_linear import gemm
+from unilogit_kernels.fused_linear import gemm, plan
 
 # Triton's kernels have the suite for themselves, in processes that backends/triton starts: whether
 # they are interpreted is decided once, when they are imported, and to compile them takes long.
@@ -33,6 +33,10 @@ if INTERPRETED:
 
     interpreter.install()
 
+
+UNCUT_LOGITS, plan.UNCUT_LOGITS = plan.UNCUT_LOGITS, 0
+"""Calls of the suite are small, and cut all the same: the loops are what it is about. Tests of
+calls that are not cut set it back."""
 
 IMITATES_A_PROCESSOR = library.INSTRUCTION_SET_VARIABLE in os.environ
 """Whether test_instruction_sets.py has begun this run."""

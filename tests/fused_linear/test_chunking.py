@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import UNCUT_LOGITS
 from tests.support.problems import Problem, casts_operands, check, linear_problem, saved_tokens
 from tests.support.roundings import assert_rounded
 from unilogit_kernels import linear_objective_loss, linear_target_log_odds, linear_unilogit_loss
 from unilogit_kernels.fused_linear import compaction, loops
+from unilogit_kernels.fused_linear import plan as planning
 from unilogit_kernels.fused_linear.budget import CHUNK_BYTES, CHUNK_TOKENS, LinearShape
 from unilogit_kernels.fused_linear.gemm import GemmDtypes, Needs
 from unilogit_kernels.fused_linear.options import MEMORY_BUDGET, LinearOptions
@@ -117,6 +120,52 @@ def test_any_cut_is_within_the_budget(
     for plan in frozen:
         monkeypatch.setattr(compaction, "plan_linear", lambda *_, plan=plan, **__: plan)
         _check_frozen(problem, backend, (0, 2))
+
+
+@pytest.fixture
+def small_calls_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans as users have them, which do not cut the smallest calls."""
+    monkeypatch.setattr(planning, "UNCUT_LOGITS", UNCUT_LOGITS)
+    plan_linear.cache_clear()
+    yield
+    plan_linear.cache_clear()
+
+
+@pytest.mark.usefixtures("small_calls_whole")
+def test_a_small_call_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype
+) -> None:
+    """One GEMM an operand, whatever is trained, and right; where no copy of the weight grows."""
+    plans: list[Plan] = []
+
+    def planned(*args: Any, **options: Any) -> Plan:
+        plans.append(plan_linear(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(compaction, "plan_linear", planned)
+    problem = linear_problem(23, 24, 130, dtype, bias=True, softcap=4.0)
+    check(problem, backend)
+    whole = Plan("token_chunks", int((problem.labels != -100).sum()), 130)
+    assert (whole in plans) == (dtype == torch.float32)
+    plans.clear()
+    _check_frozen(problem, backend, (0, 2))
+    assert (whole in plans) != casts_operands(dtype)
+
+
+@pytest.mark.usefixtures("small_calls_whole")
+def test_what_is_small_has_a_bound() -> None:
+    """In logits and in columns, whose weight would be read twice."""
+
+    def order(n: int, v: int, **options: Any) -> str:
+        float32 = GemmDtypes.of(torch.float32, "cpu")
+        needs = Needs(hidden=True, weight=False, bias=False)
+        shape = LinearShape(n, 8, v, float32, torch.float32, "cpu", needs)
+        return plan_linear(shape, passes=2, **options).order
+
+    assert order(32, 2048) == "token_chunks"
+    assert order(33, 2048) == "online"
+    assert order(2, 2049) == "online"
+    assert order(2, 100, coupled=True) == "vocabulary_chunks"
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])

@@ -10,7 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unilogit_kernels.calls.options import CallOptions
-from unilogit_kernels.calls.vocab_parallel import VocabParallel, is_dtensor, process_group
+from unilogit_kernels.calls.vocab_parallel import (
+    VocabParallel,
+    any_dtensors,
+    is_dtensor,
+    process_group,
+)
 from unilogit_kernels.ops.tokens import gather_tokens
 from unilogit_kernels.rows.tokens import TokenParts
 
@@ -32,8 +37,9 @@ def local_logits(
     Raises:
         ValueError: Their layout is none that the losses run on.
     """
-    if not any(is_dtensor(x) for x in (*(z for _, z in logits), labels, options.token_weights)):
-        return [z for _, z in logits], labels, options
+    given = [z for _, z in logits]
+    if not any_dtensors((*given, labels, options.token_weights)):
+        return given, labels, options
     local: list[Tensor] = []
     for name, z in logits:
         if is_dtensor(z):
@@ -54,7 +60,7 @@ def local_heads(
         ValueError: Their layout is none that the losses run on.
     """
     operands = [x for _, head in heads for x in head]
-    if not any(is_dtensor(x) for x in (*operands, labels, options.token_weights)):
+    if not any_dtensors((*operands, labels, options.token_weights)):
         return [head for _, head in heads], labels, options
     local = []
     cut = next((weight for _, (_, weight, _) in heads if _is_cut(weight)), None)

@@ -185,6 +185,8 @@ def cast_for_autocast(operand: Tensor) -> Tensor:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """Logits or hidden states `[..., m]` as `[n, m]`."""
+    if tensor.dim() == 2:
+        return tensor  # A view would be one more step of a backward.
     m = tensor.shape[-1]
     return tensor.reshape(-1, m) if m else tensor.reshape(math.prod(tensor.shape[:-1]), 0)
 
@@ -219,7 +221,8 @@ def _describe(
     if labels is None:
         valid = torch.ones(math.prod(shape), dtype=torch.bool, device=tensor.device)
     else:
-        labels = labels.reshape(-1).to(torch.int64).contiguous()
+        if labels.dim() != 1 or labels.dtype != torch.int64 or not labels.is_contiguous():
+            labels = labels.reshape(-1).to(torch.int64).contiguous()
         valid = labels != options.ignore_index
     dtype = statistics_dtype(tensor.dtype)
     row_weight = counted = valid.to(dtype)

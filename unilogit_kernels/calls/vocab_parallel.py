@@ -108,8 +108,19 @@ def is_dtensor(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor" and isinstance(tensor, Tensor)
 
 
+def any_dtensors(tensors: Iterable[object]) -> bool:
+    """Whether there is one among them."""
+    # By a loop, which takes a third of the time of `any` of few.
+    for each in tensors:  # noqa: SIM110
+        if is_dtensor(each):
+            return True
+    return False
+
+
 def _group_of(operands: Iterable[Any]) -> dist.ProcessGroup | None:
     """The ranks over which the first DTensor that is cut is cut, or None where there is none."""
+    if not any_dtensors(operands):
+        return None
     for each in operands:
         if is_dtensor(each) and each.device_mesh.ndim == 1 and each.placements[0].is_shard():
             group: dist.ProcessGroup = each.device_mesh.get_group()

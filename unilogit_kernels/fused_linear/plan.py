@@ -62,6 +62,10 @@ ONLINE_COLUMNS = 2048
 """Columns that a chunk of the order "one pass" has at least: the GEMM into the hidden states'
 gradient reads and writes its sums once a chunk."""
 
+UNCUT_LOGITS = 1 << 16
+"""Up to this many logits, 256 KiB, over at most `ONLINE_COLUMNS`, are held all at once: calls with
+so little work are bound by the number of operations."""
+
 MIN_REPROJECTED = 1.125
 """Tokens, as a multiple of those that can be saved, from which on the vocabulary order projects so
 many of them twice that adding the weight's gradient up over token chunks is cheaper."""
@@ -141,6 +145,8 @@ def plan_linear(
         shared: Whether other ranks hold other columns: a row is known when all have been asked, of
             all tokens at once. The order `online` then scales its sums.
     """
+    if passes == 2 and not (coupled or shared) and _is_small(shape):
+        return Plan("token_chunks", shape.n, shape.vocab_size)
     given = budget_of(shape, options or LinearOptions())
     library = given // LIBRARY_SHARE if shape.device_type == "cpu" else 0
     # What grows with the tokens; logits get their share of the budget all the same.
@@ -166,6 +172,12 @@ def plan_linear(
     saved = saved_token_count(shape, rows=False) if passes == 2 and shape.needs.weight else 0
     tokens, columns, tile_columns = _vocabulary_chunk(shape, budget, shape.n)
     return Plan("vocabulary_chunks", tokens, columns, tile_columns, saved)
+
+
+def _is_small(shape: LinearShape) -> bool:
+    """Whether nothing is worth cutting, and nothing else grows by it: no copy of the weight."""
+    few = shape.n * shape.vocab_size <= UNCUT_LOGITS and shape.vocab_size <= ONLINE_COLUMNS
+    return few and shape.needs.any() and not (shape.casts_weight or weight_sum_bytes(shape))
 
 
 def _finished_rows(shape: LinearShape, budget: int) -> Plan | None:

@@ -61,6 +61,9 @@ class Call(NamedTuple):
         fragments: Its arguments.
         below: Calls it at the next level.
         tangents: Whether forward-mode AD carries one of its operands.
+        results: Where the result is left, if the output is its first tensor alone: what has no
+            gradient needs no autograd, which takes a step for each tensor. None if all of it has
+            to pass, as transforms want it.
     """
 
     operator: Called
@@ -68,6 +71,7 @@ class Call(NamedTuple):
     fragments: Fragments
     below: Below
     tangents: bool
+    results: list[Any] | None
 
 
 class _Differentiable(_SingleLevelFunction):
@@ -81,13 +85,17 @@ class _Differentiable(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Tensor | None) -> Any:
-        operator, derivatives, fragments, below, tangents = call
+        operator, derivatives, fragments, below, tangents, results = call
         fragments = operator.needing(fragments, ctx.needs_input_grad[_BESIDE:])
         result = below(fragments)
-        output = operator.output(result)
         ctx.operator, ctx.derivatives = operator, derivatives
-        if type(output) is tuple:
-            ctx.mark_non_differentiable(*output[1:])
+        if results is not None:
+            results.append(result)
+            output = result[0]
+        else:
+            output = operator.output(result)
+            if type(output) is tuple:
+                ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         save(ctx, derivatives.save(result, *fragments))
         if tangents:

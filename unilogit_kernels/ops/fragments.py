@@ -6,8 +6,8 @@ to them, so that nobody counts positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import EllipsisType
 from typing import Any, Protocol, TypeVar, get_type_hints
 
 import torch
@@ -69,19 +69,20 @@ def _schema_type(hint: object) -> str:
 def save(ctx: FunctionCtx, fragments: Iterable[Fragment]) -> None:
     """Save the tensors of fragments as autograd wants it, and the rest beside them."""
     tensors: list[Tensor] = []
-    layout: list[tuple[type[Fragment], list[Any]]] = []
+    layout: list[tuple[type[Fragment], list[Any], list[tuple[int, int]]]] = []
     for fragment in fragments:
-        rest: list[Any] = []
-        for value in fragment:
+        values, lengths = list(fragment), []
+        for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 tensors.append(value)
-                rest.append(...)
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+                lengths.append((place, -1))
+            elif type(value) is list and value and isinstance(value[0], Tensor):
                 tensors += value
-                rest.append([...] * len(value))
+                lengths.append((place, len(value)))
             else:
-                rest.append(value)
-        layout.append((type(fragment), rest))
+                continue
+            values[place] = None
+        layout.append((type(fragment), values, lengths))
     ctx.save_for_backward(*tensors)
     ctx.layout = layout  # type: ignore[attr-defined]
 
@@ -89,12 +90,11 @@ def save(ctx: FunctionCtx, fragments: Iterable[Fragment]) -> None:
 def saved(ctx: Any) -> list[Fragment]:
     """What `save` saved."""
     tensors = iter(ctx.saved_tensors)  # asked for once, as activation checkpointing wants it
-
-    def restored(value: Any) -> Any:
-        if isinstance(value, EllipsisType):
-            return next(tensors)
-        if isinstance(value, list) and value and isinstance(value[0], EllipsisType):
-            return [next(tensors) for _ in value]
-        return value
-
-    return [rebuilt(part, map(restored, rest)) for part, rest in ctx.layout]
+    fragments: list[Fragment] = []
+    for part, rest, lengths in ctx.layout:
+        values = rest.copy()
+        for place, length in lengths:
+            one = length < 0
+            values[place] = next(tensors) if one else list(itertools.islice(tensors, length))
+        fragments.append(rebuilt(part, values))
+    return fragments

@@ -173,11 +173,10 @@ def objective_loss(
     found = logits_objective(
         logits, rows.problem(logits), weighted, needs_gradient=needs.needs_grad
     )
-    empty = logits.new_empty(0)
     return ObjectiveOfLogits(
         loss.factor * total_of(found.losses),
         found.losses,
-        empty if found.gradient is None else found.gradient,
+        logits.new_empty(0) if found.gradient is None else found.gradient,
         loss.row_weight.new_empty(0) if found.row_scale is None else found.row_scale,
     )
 

@@ -63,6 +63,7 @@ class Operator(Generic[P, R]):
         self._overload = getattr(torch.ops.unilogit_kernels, name).default
         self._function: Callable[..., R] = function
         self._level: Callable[[Fragments, Below], R] = lambda fragments, below: below(fragments)
+        self._straight: Below = self._of_numbers  # one object, to be known again
 
         def run(*args: Any) -> Any:
             return self.output(self._compute(self._split(args)))
@@ -106,8 +107,13 @@ class Operator(Generic[P, R]):
             tangents = any_tangent(first)
             if not (tangents or requires_grad(first)):
                 return below(fragments)
-            call = Call(self, derivatives, fragments, below, tangents)
-            return self._result(differentiable(call, first))
+            if below is not self._straight or tangents:
+                call = Call(self, derivatives, fragments, below, tangents, None)
+                return self._result(differentiable(call, first))
+            results: list[Any] = []
+            call = Call(self, derivatives, fragments, below, tangents, results)
+            output = differentiable(call, first)
+            return rebuilt(self._gives, (output, *results[0][1:]))
 
         self._set_level(level)
 
@@ -193,7 +199,7 @@ class Operator(Generic[P, R]):
         ):
             return self._result(self._overload(*args))
 
-    def _straight(self, fragments: Fragments) -> R:
+    def _of_numbers(self, fragments: Fragments) -> R:
         """The same where the level below is that of numbers."""
         with torch._C._AutoDispatchBelowAutograd():
             return self._compute(fragments)

@@ -186,7 +186,7 @@ class ObjectiveLoss(NamedTuple):
     def finish(self, logits: Sequence[Tensor], out: Tensor, *, fold_factor: bool) -> Tensor:
         """See `RowLoss.finish`."""
         slope_weight = self.weighted.slope_weight(fold_factor=fold_factor)
-        return finish_rows(logits[0], self.rows, self.weighted.objective, slope_weight, out)[0]
+        return finish_rows(logits[0], self.rows, self.weighted.objective, slope_weight, out).values
 
     def sizes(self, gradient_rows: Tensor) -> Tensor | None:
         """A row's slope is its gradient at the label's column.
@@ -225,7 +225,7 @@ def logits_objective(
     scaled_later = needs_gradient and logits.dtype == torch.float16
     slope_weight = weighted.slope_weight(fold_factor=True)
     row_scale = None
-    values, sizes = finish_rows(
+    found = finish_rows(
         real_columns(logits, rows.columns),
         rows,
         weighted.objective,
@@ -234,8 +234,28 @@ def logits_objective(
         of_size_1=scaled_later,
     )
     if scaled_later:
-        row_scale = slope_weight.abs() if sizes is None else slope_weight.abs() * sizes
-    return LogitsObjective(weigh(weighted.row_weight, values), out, row_scale)
+        row_scale = slope_weight.abs()
+        if found.sizes is not None:
+            row_scale = row_scale * found.sizes
+    if found.of_unread_is_0:
+        losses = weighted.row_weight * found.values
+    else:
+        losses = weigh(weighted.row_weight, found.values)
+    return LogitsObjective(losses, out, row_scale)
+
+
+class FinishedRows(NamedTuple):
+    """What `finish_rows` found beside gradients.
+
+    Attributes:
+        values: `f`, `[n]`; `[2, n]` where the objective reports.
+        sizes: `[n]`, what gradient rows were divided by; None for 1.
+        of_unread_is_0: Whether values are 0 where the weight is, whatever the row holds.
+    """
+
+    values: Tensor
+    sizes: Tensor | None
+    of_unread_is_0: bool
 
 
 def finish_rows(
@@ -246,7 +266,7 @@ def finish_rows(
     out: Tensor | None,
     *,
     of_size_1: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> FinishedRows:
     """Values of rows that hold the whole vocabulary; their gradients into `out`.
 
     Args:
@@ -256,10 +276,6 @@ def finish_rows(
         slope_weight: `[n]`; what `f'` is multiplied by.
         out: `[n, V]`, or None for the values alone.
         of_size_1: Divide gradient rows by their sizes, where these are not of order 1 anyway.
-
-    Returns:
-        The values `f`, `[n]` (`[2, n]` where the objective reports), and the sizes `[n]` that rows
-        were divided by, or None.
     """
     swept = objective.sweep(rows.vocab_size)
     # A sweep knows a row when it has read it; a shard does when the others have answered.
@@ -267,7 +283,7 @@ def finish_rows(
         values = rows.kernels.log_odds_sweep(
             rows.tile(logits), slope_weight, swept.name, rows.vocab_size, out, swept.weights
         )
-        return values, None
+        return FinishedRows(values, None, of_unread_is_0=True)
     state = logits_state([logits], rows)
     seen, sizes = rows.statistics(state), None
     if out is not None:
@@ -277,7 +293,8 @@ def finish_rows(
             slope = slope / sizes
         if rows.columns:
             rows.gradient([logits], 0, state, slope, out)
-    return objective.evaluate_with_report(seen, rows.vocab_size), sizes
+    values = objective.evaluate_with_report(seen, rows.vocab_size)
+    return FinishedRows(values, sizes, of_unread_is_0=False)
 
 
 LARGEST_IN_FLOAT16 = 1024.0
