@@ -235,14 +235,18 @@ def _is_plain(fragments: Fragments) -> bool:
         return False
     for fragment in fragments:
         for value in fragment:
-            if isinstance(value, Tensor):
-                if not is_of_numbers(value):
-                    return False
-            elif type(value) is list:
+            kind = type(value)
+            if kind is list:
                 for each in value:
-                    if isinstance(each, Tensor) and not is_of_numbers(each):
+                    if not (type(each) in _NO_TENSORS or is_of_numbers(each)):
                         return False
+            elif not (kind in _NO_TENSORS or is_of_numbers(value)):
+                return False
     return True
+
+
+_NO_TENSORS = frozenset({bool, int, float, str, torch.dtype, type(None)})
+"""What an argument may be beside tensors; others, such as sizes that are traced, are not plain."""
 
 
 def operator(
