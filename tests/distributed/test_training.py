@@ -136,7 +136,9 @@ def _train(
 @pytest.mark.parametrize(
     ("way", "options"),
     [
-        pytest.param("ddp", {}, marks=pytest.mark.prove),
+        pytest.param(
+            "ddp", {"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.prove
+        ),
         ("ddp", {"method": "npo", "gradient_accumulation_steps": 2}),
         pytest.param("fsdp2", {}, marks=pytest.mark.prove),
         ("fsdp2", {"method": "idk_dpo", "retain_loss": "kl"}),
