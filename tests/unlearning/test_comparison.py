@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -28,6 +29,8 @@ from unilogit_kernels.unlearning.comparison.parts import (
     DataPlan,
 )
 from unilogit_kernels.unlearning.comparison.plan import Plan, plan_of, read_plan
+from unilogit_kernels.unlearning.comparison.report import figures, tables
+from unilogit_kernels.unlearning.comparison.report.series import over
 from unilogit_kernels.unlearning.comparison.robustness import round_to, rounded
 from unilogit_kernels.unlearning.comparison.rows import Data, read_data
 from unilogit_kernels.unlearning.comparison.run import in_processes
@@ -139,8 +142,8 @@ def check(step: int, forgotten: float, validation: float, test: float) -> dict[s
     return {"step": step, "sets": sets}
 
 
-def run_of(rate: float, checks: list[dict[str, Any]], seed: int = 0) -> Run:
-    settings = {"learning_rate": rate, "forget_weight": 1.0, "seed": seed}
+def run_of(rate: float, checks: list[dict[str, Any]], seed: int = 0, *, weight: float = 1.0) -> Run:
+    settings = {"learning_rate": rate, "forget_weight": weight, "seed": seed}
     return Run(settings, {"checks": checks}, at_target(checks, 0.4))
 
 
@@ -188,6 +191,45 @@ def test_other_seeds_run_what_was_chosen_and_choose_nothing() -> None:
     assert [run.seed for run in swept.best] == [0, 1]
     # A seed that does not choose has nothing to say of settings that it alone has run.
     assert Swept("x", ["retain.probability"], (1,), runs).settings == [(2.0, 1.0)]
+
+
+def test_over_a_setting_the_other_is_the_best_for_it() -> None:
+    """The best on validation rows; what is shown is of the others."""
+    start = check(0, 0.9, 1, 1)
+
+    def run(rate: float, weight: float, validation: float, test: float) -> Run:
+        return run_of(rate, [start, check(5, 0.4, validation, test)], weight=weight)
+
+    runs = [
+        run(1.0, 0.1, 0.9, 0.11),
+        run(1.0, 0.3, 0.8, 0.13),
+        run(2.0, 0.1, 0.5, 0.21),
+        run(2.0, 0.3, 0.6, 0.23),
+    ]
+    swept = Swept("x", ["retain.probability"], runs=runs)
+
+    def shown(setting_in: int) -> list[tuple[float, float]]:
+        dots = over(swept, "retain.probability", setting_in)
+        return [(each.x, round(each.mean, 6)) for each in dots]
+
+    assert shown(figures.RATE) == [(1.0, 0.11), (2.0, 0.23)]
+    assert shown(figures.WEIGHT) == [(0.1, 0.11), (0.3, 0.13)]
+
+
+@pytest.mark.parametrize(("other", "marks"), [(0.1004, ["", ""]), (0.1008, ["", "best"])])
+def test_what_is_shown_alike_has_no_best(other: float, marks: list[str]) -> None:
+    start = check(0, 0.9, 1, 1)
+    methods = [
+        Swept(
+            f"{value}", ["retain.probability"], runs=[run_of(1.0, [start, check(5, 0.4, 1, value)])]
+        )
+        for value in (0.1, other)
+    ]
+    column = tables.Column(
+        "kept", tables.HIGH, lambda run: run.seen("retain.probability"), True, (1.0, 1.0)
+    )
+    rows = tables.rows(SimpleNamespace(methods=methods, target=0.4), [column])  # type: ignore[arg-type]  # all that it takes
+    assert [row.cells[0].mark for row in rows[2:]] == marks
 
 
 def test_the_cells_of_two_stages() -> None:

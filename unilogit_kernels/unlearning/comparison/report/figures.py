@@ -17,9 +17,9 @@ from unilogit_kernels.unlearning.comparison.cell import GOLDEN, STARTING
 from unilogit_kernels.unlearning.comparison.report.series import (
     Dot,
     dot,
+    over,
     over_forgetting,
     over_steps,
-    over_weights,
     swept_points,
     values_of,
 )
@@ -41,6 +41,12 @@ _FIRST_DIGITS = (
     tuple(digits / 20 for digits in range(20, 200)),
 )
 """Of ticks on a logarithmic axis: as few as make four of them."""
+
+
+SETTINGS = ("learning rate", "forget weight")
+"""The parts of a `Setting`."""
+RATE, WEIGHT = range(2)
+"""Their positions."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +172,14 @@ def whiskers(dots: Sequence[Dot]) -> NDArray[np.float64]:
     return np.array([low, high])
 
 
-def weights(measure: str) -> Draw:
-    """A measure of what is kept at the target, over the forget weight."""
+def over_setting(measure: str, setting_in: int) -> Draw:
+    """A measure of what is kept at the target, over one of the `SETTINGS`."""
 
     def draw(summary: Summary, theme: Theme) -> Figure:
         figure, axes = panel()
         every: set[float] = set()
         for position, swept in enumerate(summary.methods):
-            dots, look = over_weights(swept, measure), theme.of(position)
+            dots, look = over(swept, measure, setting_in), theme.of(position)
             if not dots:
                 continue
             every |= {each.x for each in dots}
@@ -191,7 +197,7 @@ def weights(measure: str) -> Draw:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         _levels(axes, summary, theme, measure)
-        axes.set_xlabel("forget weight")
+        axes.set_xlabel(SETTINGS[setting_in])
         axes.set_ylabel(spoken(measure))
         return figure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,8 @@ def _drawings(summary: Summary) -> dict[str, list[Drawing]]:
     kept = [f"{name}.probability" for name in summary.kept]
     apart = summary.of_roles("paraphrase", "neighbours", "holdout")
     with_ratios = summary.models[GOLDEN]["final"]["truth_ratios"]
+    # Of methods that are compared at one rate each there is nothing to see.
+    rates = max(len({rate for rate, _ in swept.settings}) for swept in summary.methods)
     of_looks = ["forget.probability", *(f"{n}.probability" for n in summary.of_roles("paraphrase"))]
     return {
         "tradeoff": [
@@ -152,16 +154,8 @@ def _drawings(summary: Summary) -> dict[str, list[Drawing]]:
             )
             for measure in kept[:2]
         ],
-        "weights": [
-            Drawing(
-                f"weights-{measure.partition('.')[0]}",
-                f"Kept over the weight: {spoken(measure)}",
-                f"{spoken(measure)} at matched forgetting over the forget weight, a line for each "
-                "method; the golden and the starting model are lines across.",
-                figures.weights(measure),
-            )
-            for measure in kept[:2]
-        ],
+        "weights": _over_setting("weights", figures.WEIGHT, kept[:2]),
+        "rates": _over_setting("rates", figures.RATE, kept[:2] if rates > 1 else ()),
         "curves": [
             Drawing(
                 f"steps-{measure.partition('.')[0]}",
@@ -208,6 +202,20 @@ def _drawings(summary: Summary) -> dict[str, list[Drawing]]:
             ),
         ],
     }
+
+
+def _over_setting(name: str, setting_in: int, kept: Sequence[str]) -> list[Drawing]:
+    setting = figures.SETTINGS[setting_in]
+    return [
+        Drawing(
+            f"{name}-{measure.partition('.')[0]}",
+            f"Kept over the {setting}: {spoken(measure)}",
+            f"{spoken(measure)} at matched forgetting over the {setting}, a line for each "
+            "method; the golden and the starting model are lines across.",
+            figures.over_setting(measure, setting_in),
+        )
+        for measure in kept
+    ]
 
 
 def _trials(summary: Summary) -> list[Drawing]:

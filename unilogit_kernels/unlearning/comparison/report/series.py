@@ -100,16 +100,22 @@ def dot(x: float, values: Sequence[float]) -> Dot | None:
     return Dot(x, found.mean, found.half or 0.0)
 
 
-def over_weights(swept: Swept, measure: str) -> list[Dot]:
-    """A measure at the target over forget weights, each at the learning rate chosen for it."""
-    rates: dict[float, tuple[float, Setting]] = {}
+def over(swept: Swept, measure: str, setting_in: int) -> list[Dot]:
+    """A measure at the target over one setting, each value at what is chosen of the other for it.
+
+    Args:
+        swept: the method.
+        measure: `set.measure`.
+        setting_in: position of the setting in `Setting`.
+    """
+    best: dict[float, tuple[float, Setting]] = {}
     for setting in swept.settings:
-        score = swept.score(setting)
-        if score is not None and score > rates.get(setting[1], (-np.inf, setting))[0]:
-            rates[setting[1]] = score, setting
+        score, value = swept.score(setting), setting[setting_in]
+        if score is not None and score > best.get(value, (-np.inf, setting))[0]:
+            best[value] = score, setting
     dots = (
-        dot(weight, values_of(swept.at(setting), lambda run: run.seen(measure)))
-        for weight, (_, setting) in sorted(rates.items())
+        dot(value, values_of(swept.at(setting), lambda run: run.seen(measure)))
+        for value, (_, setting) in sorted(best.items())
     )
     return [each for each in dots if each is not None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,18 +141,19 @@ def _column(summary: Summary, column: Column) -> list[Cell]:
         for n, of in enumerate(losses)
         if rival[n] and len(of) == len(summary.methods[n].best)
     ]
-    # Where all are alike there is no best one.
-    differ = len({loss for loss, _ in ranked}) > 1
+    plain = [_cell(found, column.digits) for found in spreads]
+    # Where all that is shown is alike there is no best one.
+    differ = len({plain[n].text for _, n in ranked}) > 1
     best = min(ranked)[1] if differ else None
-    cells = []
-    for n, found in enumerate(spreads):
+    marked = []
+    for n, cell in enumerate(plain):
         mark = ""
         if n == best:
             mark = "best"
         elif best is not None and rival[n] and is_within_noise(losses[n], losses[best]):
             mark = "noise"
-        cells.append(_cell(found, column.digits, mark))
-    return cells
+        marked.append(dataclasses.replace(cell, mark=mark))
+    return marked
 
 
 def _loss(value: float, column: Column) -> float:
@@ -161,11 +163,11 @@ def _loss(value: float, column: Column) -> float:
     return -value if column.good == HIGH else value
 
 
-def _cell(found: Spread | None, digits: int, mark: str) -> Cell:
+def _cell(found: Spread | None, digits: int) -> Cell:
     if found is None:
         return Cell("–")  # noqa: RUF001
     half = "" if found.half is None else f"{found.half:.{digits}f}"
-    return Cell(f"{found.mean:.{digits}f}", half, mark)
+    return Cell(f"{found.mean:.{digits}f}", half)
 
 
 def _plain(value: float | None, digits: int) -> Cell:
