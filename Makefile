@@ -25,8 +25,7 @@ PLATFORM ?= manylinux_2_31_$(shell uname -m)
 demo: $(INSTALLED)
 	$(BIN)/python -m unilogit_kernels.unlearning.demo --output $(RUNS)/demo
 
-# Hours for the whole plan; PLAN=benchmarks/paper_small.yaml takes less. An interrupted run is gone on
-# with by the same command.
+# Two hours on two cores. An interrupted run is gone on with by the same command; PLAN= takes another.
 paper: $(INSTALLED)
 	$(BIN)/unilogit compare $(PLAN) --output $(RUNS)/$(basename $(notdir $(PLAN)))
 

@@ -109,11 +109,12 @@ def test_the_plans_that_are_shipped() -> None:
         name: read_plan(root / name).count()
         for name in (
             "benchmarks/paper.yaml",
-            "benchmarks/paper_small.yaml",
+            "benchmarks/paper_forget_4.yaml",
+            "benchmarks/paper_forget_48.yaml",
             "examples/compare.yaml",
         )
     }
-    assert list(cells.values()) == [8 * 5 * 2 + 2 + 2 * 9, 7 * 5 + 3 + 1 + 2 * 9, 3 * 2 * 2 * 4]
+    assert list(cells.values()) == [3 * (7 * 5 + 3 + 1) + 2 * 9, 7 * 3, 7 * 3, 3 * 2 * 2 * 4]
 
 
 def test_every_setting_of_a_cell_is_in_its_name() -> None:
@@ -230,6 +231,27 @@ def test_what_is_shown_alike_has_no_best(other: float, marks: list[str]) -> None
     )
     rows = tables.rows(SimpleNamespace(methods=methods, target=0.4), [column])  # type: ignore[arg-type]  # all that it takes
     assert [row.cells[0].mark for row in rows[2:]] == marks
+
+
+def test_the_first_sentence_is_of_what_settings_are_chosen_by() -> None:
+    """Of all of it: here the second method keeps less of one set and more of both."""
+    measures = ["retain.probability", "neighbours.probability"]
+    methods = []
+    for title, retain, neighbours in (("A", 0.5, 0.9), ("B", 0.8, 0.8)):
+        checks = [check(0, 0.9, 1, 1), check(5, 0.4, 1, retain)]
+        for each, value in zip(checks, (1.0, neighbours), strict=True):
+            each["sets"]["neighbours"] = {"test": {"probability": value}}
+        methods.append(Swept(title, measures, runs=[run_of(1.0, checks)]))
+    said = tables.lead(
+        SimpleNamespace(  # type: ignore[arg-type]  # all that it takes
+            by=measures,
+            methods=methods,
+            target=0.4,
+            seen_of_model=lambda role, measure: 0.9 if "retain" in measure else 1.0,
+        )
+    )
+    assert "B keeps most: mean of retain probability and neighbours probability 0.800" in said
+    assert "where the golden model has 0.950" in said
 
 
 def test_the_cells_of_two_stages() -> None:

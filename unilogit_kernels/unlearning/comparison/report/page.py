@@ -101,7 +101,7 @@ def write_report(folder: Path) -> Path:
     head = tables.columns(summary)
     text = environment.get_template("template.html").render(
         summary=summary,
-        lead=tables.lead(summary, measure),
+        lead=tables.lead(summary),
         facts=_facts(summary),
         figures=shown,
         legend=legend,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from unilogit_kernels.unlearning.comparison.cell import GOLDEN, STARTING
@@ -96,6 +96,27 @@ def _looked(summary: Summary, measure: str, good: str) -> Column:
     return Column(title, good, lambda run: run.seen(measure), True, (models[0], models[1]))
 
 
+def _mean_of(summary: Summary, measures: Sequence[str]) -> Column:
+    """What settings are chosen by, as a column."""
+    parts = [_looked(summary, measure, HIGH) for measure in measures]
+    title = " and ".join(part.title for part in parts)
+    if len(parts) > 1:
+        title = f"mean of {title}"
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
+    models = [mean([part.models[n] for part in parts]) for n in range(2)]
+    return Column(
+        title,
+        HIGH,
+        lambda run: mean([part.value(run) for part in parts]),
+        True,
+        (models[0], models[1]),
+    )
+
+
 def _of_end(summary: Summary, measure: str, title: str, good: str) -> Column:
     models = tuple(summary.of_model(role, measure) for role in (STARTING, GOLDEN))
     return Column(title, good, lambda run: run.final(measure), False, (models[0], models[1]))
@@ -174,10 +195,10 @@ def _plain(value: float | None, digits: int) -> Cell:
     return Cell("–" if value is None else f"{value:.{digits}f}")  # noqa: RUF001
 
 
-def lead(summary: Summary, measure: str) -> str:
-    """What came out of it, in a sentence or two."""
-    name = spoken(measure)
-    column = _looked(summary, measure, HIGH)
+def lead(summary: Summary) -> str:
+    """What came out of it, in a sentence or two: by what settings were chosen by."""
+    column = _mean_of(summary, summary.by)
+    name = column.title
     cells = _column(summary, column)
     best = [n for n, cell in enumerate(cells) if cell.mark == "best"]
     golden = column.models[1]
