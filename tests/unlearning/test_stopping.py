@@ -296,6 +296,9 @@ def test_sentences(
     after = {"forget": report(*forget[2:]), "retain": report(*retain[2:])}
     assert sentence in sentence_of(before, after, target)
     assert sentence_of(before, after, target, "x").startswith("ended early: x; ")
+    short = "its steps were over before the target: raise the learning rate (--lr)"
+    assert (short in sentence_of(before, after, target)) == (target is GOAL and forget[2] > 0.21)
+    assert short not in sentence_of(before, after, target, "x")
 
 
 def test_the_command_says_what_came_of_it(

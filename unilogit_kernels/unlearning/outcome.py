@@ -30,6 +30,10 @@ _LOST = 0.9
 _SLACK = 1.05
 """The target may be missed by so much, since a look takes some of the rows."""
 
+_HOW_TO_GET_THERE = (
+    "its steps were over before the target: raise the learning rate (--lr) or the number of epochs"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -117,7 +121,16 @@ def sentence_of(
         parts.append(_of_forgetting(before[_FORGET], after[_FORGET], target))
     if _RETAIN in before:
         parts.append(_of_keeping(before[_RETAIN], after[_RETAIN]))
+    if _FORGET in before and ended is None and _falls_short(after[_FORGET], target):
+        parts.append(_HOW_TO_GET_THERE)
     return "; ".join(parts)
+
+
+def _falls_short(after: SetReport, target: Target | None) -> bool:
+    """Whether a run was over before it came to the forget probability that should have ended it."""
+    return (
+        target is not None and target.is_probability and after.probability > target.value * _SLACK
+    )
 
 
 def _of_forgetting(before: SetReport, after: SetReport, target: Target | None) -> str:
