@@ -79,7 +79,8 @@ def linear_loss(
         def gradient_rows(tokens: slice, logits: list[Tensor], out: Tensor) -> Tensor | None:
             part = loss.at(tokens)
             values[..., tokens] = part.finish(logits, out, fold_factor=fold)
-            return drop.active(out, part)
+            # A call that is not cut is too small for it.
+            return drop.active(out, part) if plan.tokens < n else None
 
         by_tokens(heads, loss.rows, plan, gradients, gradient_rows)
     else:
