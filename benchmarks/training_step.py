@@ -53,6 +53,7 @@ STEPS = (CONSTANT, FUSED, LITERAL)
 ALONE, BARE = OURS["unilogit"], "bare GEMMs into new gradients"
 """Providers of the benchmark, on the labelled tokens."""
 QUICK = {"tokens": 64, "rounds": 1}
+PEAK_PROCESSES = 3
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,9 @@ def peak_of(case: Case, step: str) -> float:
 
 @functools.cache
 def peak_of_another_process(case: Case, step: str) -> float:
-    """`peak_of` in a process of its own."""
-    return told_by_fresh_process(
-        "benchmarks.training_step", "--peak-of", json.dumps([asdict(case), step])
-    )
+    """The median of `peak_of` in processes of their own, which differ by tens of MiB."""
+    told = ("benchmarks.training_step", "--peak-of", json.dumps([asdict(case), step]))
+    return statistics.median(told_by_fresh_process(*told) for _ in range(PEAK_PROCESSES))
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         "GEMMs where the lm_head is trained as a part of all weights (it is the embeddings,",
         "too), two where LoRA leaves it frozen.",
         "",
-        "Peaks are of fresh processes: of a step beyond the weights, its gradients included; of",
+        f"Peaks are medians of {PEAK_PROCESSES} fresh processes: of a step beyond the weights, its gradients included; of",
         "the loss alone and of the GEMMs, which hold all logits, beyond inputs and gradients. A",
         "trained lm_head's gradient is a part of what a loss adds to a step, fused or not, and",
         "so is its sum with that of the embeddings, which torch makes at the end of the",
