@@ -93,6 +93,20 @@ def test_installs_where_nothing_can_be_compiled(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_no_file_is_too_long_to_read() -> None:
+    """At most 400 lines of source a file, in the package and in csrc."""
+    kinds = (".py", ".h", ".cpp", ".cu", ".css", ".html")
+    files = [
+        path
+        for folder in ("unilogit_kernels", "csrc")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in kinds
+    ]
+    long = [path for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+    assert len(files) > 250
+    assert long == []
+
+
 def test_there_is_one_pool_of_threads() -> None:
     """The library's OpenMP is torch's own: two pools would take the cores from each other."""
     pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")

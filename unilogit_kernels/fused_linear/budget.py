@@ -156,6 +156,11 @@ def per_device(table: dict[str, int], device_type: str) -> int:
     return table.get(device_type, table["cuda"])
 
 
+def aligned_size(size: int, step: int) -> int:
+    """The largest multiple of `step` up to `size`, or `size` itself where that would be 0."""
+    return size - size % step if size > step else size
+
+
 def weight_sum_bytes(shape: LinearShape) -> int:
     """Bytes in which the weight's gradient adds up over token chunks, beside its own memory.
 

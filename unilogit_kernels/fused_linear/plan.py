@@ -22,6 +22,7 @@ from unilogit_kernels.fused_linear.budget import (
     TILE_BYTES,
     LinearShape,
     _weight_bytes,
+    aligned_size,
     budget_of,
     hidden_copy_bytes,
     hidden_sum_bytes,
@@ -233,11 +234,6 @@ def plan_saving(shape: LinearShape, options: LinearOptions, m: int) -> Plan:
         tile_columns=min(plan.tile_columns, columns),
         row_columns=0,
     )
-
-
-def aligned_size(size: int, step: int) -> int:
-    """The largest multiple of `step` up to `size`, or `size` itself where that would be 0."""
-    return size - size % step if size > step else size
 
 
 def _left(budget: int, taken: int, shape: LinearShape) -> int:
