@@ -1,8 +1,8 @@
 """What methods keep over the size of the forget set: `python -m benchmarks.forget_sizes`.
 
-Reads the comparisons of benchmarks/paper.yaml and benchmarks/paper_forget_*.yaml, draws a picture
-and prints the table beside it: at matched forgetting, the mean of the seeds, with half of its 95 %
-interval. All three ran the settings that were chosen at 20 %.
+Reads the comparisons of benchmarks/paper.yaml and benchmarks/paper_forget_*.yaml, draws a picture,
+and writes the table and the figures beside it: at matched forgetting, the mean of the seeds, with
+half of its 95 % interval. All three ran the settings that were chosen at 20 %.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import command_of, write
 from unilogit_kernels.bench.look import look, save
 from unilogit_kernels.unlearning.comparison.matching import Spread, spread
 from unilogit_kernels.unlearning.comparison.summary import Summary, read_summary
@@ -95,14 +96,25 @@ def draw(sizes: Mapping[int, Kept], golden: Sequence[float | None]) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Read, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--png", type=Path, default=RESULTS / "forget-sizes.png")
+    parser.add_argument("--json", type=Path, default=RESULTS / "forget-sizes.json")
     options = parser.parse_args(arguments)
     summaries = {share: read_summary(RESULTS / name) for share, name in FOLDERS.items()}
     sizes = {share: kept(summary) for share, summary in summaries.items()}
     golden = [each.seen_of_model("golden", MEASURES[0]) for each in summaries.values()]
-    print("\n".join(table(sizes)))
+    results = [
+        {"share": share, "golden": whole, "method": name}
+        | {measure: value._asdict() for measure, value in each.items()}
+        for (share, found), whole in zip(sizes.items(), golden, strict=True)
+        for name, each in found.items()
+    ]
+    facts = {"from": ", ".join(FOLDERS.values()), "seeds": len(summaries[20].methods[0].best)}
+    title, command = (
+        "What is kept over the size of the forget set",
+        command_of("forget_sizes", arguments),
+    )
+    write(options.json, facts, command, title, table(sizes), results)
     with look():
-        save(draw(sizes, golden), options.png)
+        save(draw(sizes, golden), options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
