@@ -177,10 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         results.sort(
             key=lambda r: (order.index(r["point"]), r["learning_rate"], r["forget_weight"])
         )
-        command, title = (
-            command_of("defaults", arguments),
-            "What the defaults of unlearning come to",
-        )
+        command = command_of("defaults", arguments)
+        title = "What the defaults of unlearning come to"
         write(options.json, Cpu().facts(), command, title, report(results), results)
 
 

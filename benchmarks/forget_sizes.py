@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks.figures import command_of, write
 from unilogit_kernels.bench.look import look, save
+from unilogit_kernels.unlearning.comparison.cell import GOLDEN
 from unilogit_kernels.unlearning.comparison.matching import Spread, spread
-from unilogit_kernels.unlearning.comparison.summary import Summary, read_summary
+from unilogit_kernels.unlearning.comparison.summary import Summary, by_seed, read_summary
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FOLDERS = {4: "paper-forget-4", 20: "paper", 48: "paper-forget-48"}
@@ -62,6 +63,43 @@ def table(sizes: Mapping[int, Kept]) -> list[str]:
     return lines
 
 
+def ahead(summaries: Mapping[int, Summary]) -> list[str]:
+    """Markdown: how far Unilogit is ahead of each method, seed by seed."""
+    lines = [
+        "| Unilogit's mean of both, less that of | "
+        + " | ".join(f"{share} %" for share in summaries)
+        + " |",
+        "|---" * (1 + len(summaries)) + "|",
+    ]
+    means = [
+        {swept.title: by_seed(swept.best, lambda run: run.mean(MEASURES)) for swept in each.methods}
+        for each in summaries.values()
+    ]
+    for name in means[list(summaries).index(20)]:
+        cells = []
+        for of_size in means:
+            own, other = of_size["Unilogit"], of_size.get(name, {})
+            found = spread([own[seed] - value for seed, value in other.items()]) if other else None
+            cells.append("" if found is None else f"{found.mean:+.3f} ± {found.half or 0:.3f}")
+        if name != "Unilogit":
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def scores(summary: Summary) -> list[str]:
+    """Markdown: what settings were chosen by, for each rate and weight at the best of the other."""
+    lines = ["| score on validation rows | by learning rate | by forget weight |", "|---" * 3 + "|"]
+    for swept in summary.methods:
+        cells = [
+            ", ".join(
+                f"{value:g}: {score:.3f}" for value, (score, _) in swept.best_over(part).items()
+            )
+            for part in range(2)
+        ]
+        lines.append(f"| {swept.title} | {' | '.join(cells)} |")
+    return lines
+
+
 def draw(sizes: Mapping[int, Kept], golden: Sequence[float | None]) -> Any:
     """Neighbours over the size of the forget set."""
     from matplotlib.figure import Figure
@@ -100,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     summaries = {share: read_summary(RESULTS / name) for share, name in FOLDERS.items()}
     sizes = {share: kept(summary) for share, summary in summaries.items()}
-    golden = [each.seen_of_model("golden", MEASURES[0]) for each in summaries.values()]
+    golden = [each.seen_of_model(GOLDEN, MEASURES[0]) for each in summaries.values()]
     results = [
         {"share": share, "golden": whole, "method": name}
         | {measure: value._asdict() for measure, value in each.items()}
@@ -112,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
         "What is kept over the size of the forget set",
         command_of("forget_sizes", arguments),
     )
-    write(options.json, facts, command, title, table(sizes), results)
+    lines = [*table(sizes), "", *ahead(summaries), "", *scores(summaries[20])]
+    write(options.json, facts, command, title, lines, results)
     with look():
         save(draw(sizes, golden), options.json.with_suffix(".png"))
 

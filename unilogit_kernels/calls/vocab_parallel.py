@@ -119,8 +119,6 @@ def any_dtensors(tensors: Iterable[object]) -> bool:
 
 def _group_of(operands: Iterable[Any]) -> dist.ProcessGroup | None:
     """The ranks over which the first DTensor that is cut is cut, or None where there is none."""
-    if not any_dtensors(operands):
-        return None
     for each in operands:
         if is_dtensor(each) and each.device_mesh.ndim == 1 and each.placements[0].is_shard():
             group: dist.ProcessGroup = each.device_mesh.get_group()

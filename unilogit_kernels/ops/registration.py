@@ -107,12 +107,11 @@ class Operator(Generic[P, R]):
             tangents = any_tangent(first)
             if not (tangents or requires_grad(first)):
                 return below(fragments)
-            if below is not self._straight or tangents:
-                call = Call(self, derivatives, fragments, below, tangents, None)
-                return self._result(differentiable(call, first))
-            results: list[Any] = []
+            results: list[Any] | None = [] if below is self._straight and not tangents else None
             call = Call(self, derivatives, fragments, below, tangents, results)
             output = differentiable(call, first)
+            if results is None:
+                return self._result(output)
             return rebuilt(self._gives, (output, *results[0][1:]))
 
         self._set_level(level)

@@ -48,9 +48,20 @@ class Run:
         """A measure at the target, `set.measure`; None where there is none."""
         return None if self.match is None else seen(self.match.sets, measure, part)
 
+    def mean(self, measures: Iterable[str], part: str = TEST) -> float | None:
+        """The mean of several measures at the target."""
+        return mean_of(self.seen(measure, part) for measure in measures)
+
     def final(self, measure: str, part: str = TEST) -> float | None:
         """A measure of everything that was measured at the end, `set.measure` or a joint one."""
         return final(self.found["final"], measure, part)
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Their mean; None where there are none, or one is missing."""
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(given) else None
 
 
 def seen(look: Mapping[str, Any], measure: str, part: str = TEST) -> float | None:
@@ -106,13 +117,16 @@ class Swept:
 
     def score(self, setting: Setting) -> float | None:
         """What the choice is made by; None where no run came to the target."""
-        values = []
-        for run in self._choosing(setting):
-            parts = [run.seen(measure, VALIDATION) for measure in self.by]
-            if run.match is None or None in parts:
-                return None
-            values.append(sum(part for part in parts if part is not None) / len(parts))
-        return sum(values) / len(values) if values else None
+        return mean_of(run.mean(self.by, VALIDATION) for run in self._choosing(setting))
+
+    def best_over(self, setting_in: int) -> dict[float, tuple[float, Setting]]:
+        """For each value of one part of a `Setting`, the best score and the setting that has it."""
+        best: dict[float, tuple[float, Setting]] = {}
+        for setting in self.settings:
+            score, value = self.score(setting), setting[setting_in]
+            if score is not None and (value not in best or score > best[value][0]):
+                best[value] = score, setting
+        return dict(sorted(best.items()))
 
     @cached_property
     def chosen(self) -> Setting | None:

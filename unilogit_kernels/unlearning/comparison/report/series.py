@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from unilogit_kernels.unlearning.comparison.matching import at_target, spread
 from unilogit_kernels.unlearning.comparison.measure import ALL
-from unilogit_kernels.unlearning.comparison.plan import Setting
 from unilogit_kernels.unlearning.comparison.summary import Run, Summary, Swept, seen
 
 _POINTS = 60
@@ -108,14 +107,9 @@ def over(swept: Swept, measure: str, setting_in: int) -> list[Dot]:
         measure: `set.measure`.
         setting_in: position of the setting in `Setting`.
     """
-    best: dict[float, tuple[float, Setting]] = {}
-    for setting in swept.settings:
-        score, value = swept.score(setting), setting[setting_in]
-        if score is not None and score > best.get(value, (-np.inf, setting))[0]:
-            best[value] = score, setting
     dots = (
         dot(value, values_of(swept.at(setting), lambda run: run.seen(measure)))
-        for value, (_, setting) in sorted(best.items())
+        for value, (_, setting) in swept.best_over(setting_in).items()
     )
     return [each for each in dots if each is not None]
 

@@ -10,7 +10,7 @@ from unilogit_kernels.unlearning.comparison.cell import GOLDEN, STARTING
 from unilogit_kernels.unlearning.comparison.matching import Spread, is_within_noise, spread
 from unilogit_kernels.unlearning.comparison.measure import ALL
 from unilogit_kernels.unlearning.comparison.report.figures import spoken
-from unilogit_kernels.unlearning.comparison.summary import Run, Summary, Swept, by_seed
+from unilogit_kernels.unlearning.comparison.summary import Run, Summary, Swept, by_seed, mean_of
 
 HIGH, LOW, AS_GOLDEN = "high", "low", "golden"
 """What is good in a column: much, little, or what the golden model has."""
@@ -98,23 +98,14 @@ def _looked(summary: Summary, measure: str, good: str) -> Column:
 
 def _mean_of(summary: Summary, measures: Sequence[str]) -> Column:
     """What settings are chosen by, as a column."""
-    parts = [_looked(summary, measure, HIGH) for measure in measures]
-    title = " and ".join(part.title for part in parts)
-    if len(parts) > 1:
+    title = " and ".join(map(spoken, measures))
+    if len(measures) > 1:
         title = f"mean of {title}"
-
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if len(known) == len(values) else None
-
-    models = [mean([part.models[n] for part in parts]) for n in range(2)]
-    return Column(
-        title,
-        HIGH,
-        lambda run: mean([part.value(run) for part in parts]),
-        True,
-        (models[0], models[1]),
-    )
+    models = [
+        mean_of(summary.seen_of_model(role, measure) for measure in measures)
+        for role in (STARTING, GOLDEN)
+    ]
+    return Column(title, HIGH, lambda run: run.mean(measures), True, (models[0], models[1]))
 
 
 def _of_end(summary: Summary, measure: str, title: str, good: str) -> Column:
